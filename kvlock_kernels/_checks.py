@@ -1,0 +1,147 @@
+"""Checks at the door: each raises a ValueError with the name of the argument, what was found and what is wanted.
+
+They look at types, dtypes, devices, shapes and strides only, so they never wait for the device and work while tracing.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16)
+EIGHT_BIT = (torch.float8_e4m3fn, torch.int8)
+Shape = tuple[int, ...]
+LerpNames = tuple[str, str, str, str]  # of x, source, scale, mean
+
+
+def refuse(name: str, found: object, wanted: str) -> ValueError:
+    """The error to raise."""
+    return ValueError(f"{name}: found {found}, wanted {wanted}")
+
+
+def check_tensor(name: str, value: Tensor, dtypes: tuple[torch.dtype, ...], like: Tensor | None = None) -> None:
+    """Wants a tensor of one of `dtypes`, on the device of `like`."""
+    if not isinstance(value, Tensor):
+        raise refuse(name, f"{type(value).__name__} {value!r}", "a tensor")
+    if value.dtype not in dtypes:
+        raise refuse(name, f"dtype {_word(value.dtype)}", "dtype " + " or ".join(_word(dtype) for dtype in dtypes))
+    if like is not None and value.device != like.device:
+        raise refuse(name, f"device {value.device}", f"device {like.device}")
+
+
+def check_shape(name: str, value: Tensor, letters: str, *shapes: Shape) -> None:
+    """Wants one of `shapes`, called `letters` in the message."""
+    if tuple(value.shape) not in shapes:
+        wanted = " or ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
+        raise refuse(name, f"shape {list(value.shape)}", f"{letters} = {wanted}")
+
+
+def check_ndim(name: str, value: Tensor, letters: str, *ndims: int) -> None:
+    """Wants one of `ndims` axes, described by `letters`."""
+    if value.ndim not in ndims:
+        raise refuse(name, f"shape {list(value.shape)}", letters)
+
+
+def check_broadcast(name: str, value: Tensor, shape: Shape) -> None:
+    """Wants a shape that broadcasts to `shape` without enlarging it."""
+    fits = value.ndim <= len(shape) and all(
+        found in (1, wanted) for found, wanted in zip(reversed(value.shape), reversed(shape), strict=False)
+    )
+    if not fits:
+        raise refuse(name, f"shape {list(value.shape)}", f"a shape that broadcasts to {list(shape)}")
+
+
+def check_writable(name: str, value: Tensor) -> None:
+    """Wants every element in its own place in memory."""
+    if any(stride == 0 and size > 1 for stride, size in zip(value.stride(), value.shape, strict=True)):
+        raise refuse(name, f"an expanded tensor with strides {list(value.stride())}", "one that can be written")
+
+
+def check_per_sample(name: str, value: Tensor, samples: int, like: Tensor) -> None:
+    """Wants fp32 [] or [B]."""
+    check_tensor(name, value, (torch.float32,), like)
+    check_shape(name, value, "[] or [B]", (), (samples,))
+
+
+def check_number(
+    name: str, value: float, wanted: str, low: float = -math.inf, high: float = math.inf, *, above: bool = False
+) -> None:
+    """Wants a finite Python number in [low, high], or in (low, high] when `above`."""
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise refuse(name, repr(value), wanted)
+    if value > high or value < low or (above and value == low):
+        raise refuse(name, repr(value), wanted)
+
+
+def check_index(index: Tensor, tokens: int, like: Tensor) -> None:
+    """Wants int32 [rows] with no more rows than tokens."""
+    check_tensor("index", index, (torch.int32,), like)
+    check_ndim("index", index, "[rows]", 1)
+    if index.shape[0] > tokens:
+        raise refuse("index", f"{index.shape[0]} rows", f"at most N = {tokens}")
+
+
+def check_packing(names: tuple[str, str, str], data: Tensor, scale: Tensor | None, mean: Tensor | None) -> None:
+    """Wants a scale (and perhaps a mean) beside 8-bit rows [B, rows, H, D], neither beside rows of a floating dtype."""
+    data_name, scale_name, mean_name = names
+    if data.dtype in EIGHT_BIT:
+        check_ndim(data_name, data, "[B, rows, H, D] where it is 8-bit", 4)
+        if scale is None:
+            raise refuse(scale_name, "None", f"[B, rows, H] fp32, because {data_name} is {_word(data.dtype)}")
+        check_tensor(scale_name, scale, (torch.float32,), data)
+        check_shape(scale_name, scale, "[B, rows, H]", tuple(data.shape[:3]))
+        if mean is not None:
+            check_mean(mean_name, mean, data)
+        return
+    for name, value in ((scale_name, scale), (mean_name, mean)):
+        if value is not None:
+            raise refuse(name, "a value", f"None, because {data_name} is {_word(data.dtype)} and not 8-bit")
+
+
+def check_mean(name: str, mean: Tensor, x: Tensor) -> None:
+    """Wants fp32 [1, H, D] or [B, H, D] beside x [B, rows, H, D]."""
+    check_tensor(name, mean, (torch.float32,), x)
+    b, _, h, d = x.shape
+    check_shape(name, mean, "[1, H, D] or [B, H, D]", (1, h, d), (b, h, d))
+
+
+def check_lerp(
+    names: LerpNames,
+    x: Tensor,
+    source: Tensor,
+    index: Tensor,
+    ratio: Tensor,
+    scale: Tensor | None,
+    mean: Tensor | None,
+) -> None:
+    """Wants x to change in place, [B, N, H, D] or [B, N, C], and what `check_rows` wants."""
+    check_tensor(names[0], x, FLOATING)
+    check_ndim(names[0], x, "[B, N, H, D] or [B, N, C]", 3, 4)
+    check_writable(names[0], x)
+    check_rows(names, x, source, index, ratio, scale, mean)
+
+
+def check_rows(
+    names: LerpNames,
+    x: Tensor,
+    source: Tensor,
+    index: Tensor,
+    ratio: Tensor,
+    scale: Tensor | None,
+    mean: Tensor | None,
+) -> None:
+    """Wants ratio [B], index [rows] and source rows that fit x, packed or not."""
+    b, n = x.shape[:2]
+    check_tensor("ratio", ratio, (torch.float32,), x)
+    check_shape("ratio", ratio, "[B]", (b,))
+    check_index(index, n, x)
+    check_tensor(names[1], source, (*FLOATING, *EIGHT_BIT), x)
+    rows, inner = index.shape[0], tuple(x.shape[2:])
+    if x.ndim == 3 and source.ndim == 4 and source.shape[2] * source.shape[3] == x.shape[2]:
+        inner = tuple(source.shape[2:])  # [H, D] beside x's flat C
+    check_shape(names[1], source, "[Bs, rows, ...]", (1, rows, *inner), (b, rows, *inner))
+    check_packing(names[1:], source, scale, mean)
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,113 @@
+"""Contracts of the operators: schema, shape inference, and the reference as implementation for every device.
+
+The reference is registered under the lowest-priority key of the dispatcher, so that a kernel registered for one device
+takes that device over without a flag. No result aliases an argument; where a tensor is missing, an empty one returns.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvlock_kernels import reference
+
+NAMESPACE = "kvlock_kernels"
+
+_PAIR_OPTIONS = "Tensor? k_scale=None, Tensor? v_scale=None, Tensor? k_mean=None, Tensor? v_mean=None"
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+def _attention_shapes(q: Tensor, *args: Any, return_lse: bool = False, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    b, m, h, _ = q.shape
+    lse_shape = (b, h, m) if return_lse else (0,)
+    return q.new_empty(q.shape), q.new_empty(lse_shape, dtype=torch.float32)
+
+
+def _variance_shape(x0: Tensor, history: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return history.new_empty(x0.shape[0])
+
+
+def _schedule_shapes(variance: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    return variance.new_empty(variance.shape), variance.new_empty(variance.shape)
+
+
+def _velocity_shapes(cond: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    fp32 = torch.float32
+    return (
+        cond.new_empty(cond.shape),
+        cond.new_empty(cond.shape[0], dtype=fp32),
+        cond.new_empty(cond.shape, dtype=fp32),
+    )
+
+
+def _packed_shapes(x: Tensor, index: Tensor, dtype: torch.dtype, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    b, _, h, d = x.shape
+    rows = index.shape[0]
+    scale_shape = (b, rows, h) if dtype in (torch.float8_e4m3fn, torch.int8) else (0,)
+    return x.new_empty((b, rows, h, d), dtype=dtype), x.new_empty(scale_shape, dtype=torch.float32)
+
+
+def _unpacked_shape(data: Tensor, *args: Any, dtype: torch.dtype, **kwargs: Any) -> Tensor:
+    return data.new_empty(data.shape, dtype=dtype)
+
+
+def _define(schema: str, implementation: Callable[..., Any], shapes: Callable[..., Any]) -> None:
+    name, signature = schema.split("(", 1)
+    qualified = f"{NAMESPACE}::{name}"
+    torch.library.define(qualified, f"({signature}", tags=torch.Tag.pt2_compliant_tag)
+    torch.library.impl(qualified, "default", implementation)  # "default" is CompositeExplicitAutograd
+    torch.library.register_fake(qualified, shapes)
+
+
+_define(
+    "kv_lerp_(Tensor(a!) x, Tensor source, Tensor index, Tensor ratio, *, "
+    "Tensor? source_scale=None, Tensor? source_mean=None) -> ()",
+    reference.kv_lerp_,
+    _nothing,
+)
+_define(
+    "kv_lerp_pair_(Tensor(a!) k, Tensor(b!) v, Tensor k_source, Tensor v_source, Tensor index, Tensor ratio, *, "
+    f"{_PAIR_OPTIONS}) -> ()",
+    reference.kv_lerp_pair_,
+    _nothing,
+)
+_define(
+    "kv_lerp_attention(Tensor q, Tensor k, Tensor v, Tensor k_source, Tensor v_source, Tensor index, Tensor ratio, *, "
+    f"float scale, {_PAIR_OPTIONS}, bool return_lse=False) -> (Tensor, Tensor)",
+    reference.kv_lerp_attention,
+    _attention_shapes,
+)
+_define(
+    "windowed_variance_(Tensor x0, Tensor(a!) history, Tensor step, *, Tensor? weight=None) -> Tensor",
+    reference.windowed_variance_,
+    _variance_shape,
+)
+_define(
+    "lock_schedule(Tensor variance, Tensor guidance_scale, *, float tau, float boost, float alpha_min)"
+    " -> (Tensor, Tensor)",
+    reference.lock_schedule,
+    _schedule_shapes,
+)
+_define(
+    "guided_velocity(Tensor cond, Tensor? uncond, Tensor guidance_scale, Tensor x, Tensor sigma, *, "
+    "Tensor? mask=None, float? background_guidance=None, bool optimized_scale=True, Tensor? x_scale=None, "
+    "float eps=1e-8) -> (Tensor, Tensor, Tensor)",
+    reference.guided_velocity,
+    _velocity_shapes,
+)
+_define(
+    "pack_kv(Tensor x, Tensor index, ScalarType dtype, *, Tensor? mean=None) -> (Tensor, Tensor)",
+    reference.pack_kv,
+    _packed_shapes,
+)
+_define(
+    "unpack_kv(Tensor data, Tensor? scale, *, Tensor? mean=None, ScalarType dtype) -> Tensor",
+    reference.unpack_kv,
+    _unpacked_shape,
+)
+
+ops = getattr(torch.ops, NAMESPACE)
