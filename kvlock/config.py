@@ -22,13 +22,13 @@ class KVLockConfig:
         alpha = clamp(var / tau, alpha_min, 1)          omega = guidance_scale * clamp(var / tau, 1, boost)
 
     Attributes:
-        fusion: source of alpha: ``"variance"`` (the formula above), ``"full"`` (1), ``"off"`` (no lock, no source pass) or
-            a fixed number in [0, 1].
+        fusion: source of alpha: ``"variance"`` (the formula above), ``"full"`` (1), ``"off"`` (no lock, no source
+            pass) or a fixed number in [0, 1].
         alpha_min: lower end of alpha in [0, 1]; only with ``fusion="variance"``.
         tau: variance, in units of the normalised latent, at which the lock is complete; > 0.
         boost: upper end of omega / guidance_scale; >= 1 (the paper's b).
-        kappa: length of the window at the end of the run in which alpha and omega act: an int is a number of steps, a float
-            in (0, 1] a share of the steps, rounded up. ``1`` is one step, ``1.0`` all of them.
+        kappa: length of the window at the end of the run in which alpha and omega act: an int is a number of steps,
+            a float in (0, 1] a share of the steps, rounded up. ``1`` is one step, ``1.0`` all of them.
         kappa_sigma: the same window as a noise level: act while sigma <= kappa_sigma, in (0, 1]. It takes the place of
             `kappa`, which becomes None; giving it together with a `kappa` other than the default is refused.
         window: number of predictions the variance looks back on, int >= 2 or a share like `kappa` (at least 2 steps).
@@ -47,7 +47,8 @@ class KVLockConfig:
         composite: paste the source background back: ``"none"``, in ``"latent"`` space or in ``"pixel"`` space.
 
     Raises:
-        ValueError: a setting is outside its range or contradicts another one; the message names it, the value and the range.
+        ValueError: a setting is outside its range or contradicts another one; the message names it, the value found and
+            the value wanted.
     """
 
     fusion: float | str = "variance"
@@ -104,7 +105,7 @@ class KVLockConfig:
     def _settle_kappa(self) -> None:
         if self.kappa_sigma is None:
             if self.kappa is None:
-                raise ValueError("kappa=None leaves the lock without a window: give kappa (steps or share) or kappa_sigma")
+                raise ValueError("kappa=None leaves no window to act in; wanted kappa (steps or share) or kappa_sigma")
             _check_extent("kappa", self.kappa, smallest=1)
             return
         _check_real("kappa_sigma", self.kappa_sigma, 0.0, 1.0, open_low=True)
@@ -122,7 +123,7 @@ class KVLockConfig:
 
     @property
     def passthrough(self) -> bool:
-        """Whether denoising is exactly the pipeline's own, so that nothing has to be attached; `composite` comes after it."""
+        """Whether denoising is exactly the pipeline's own, with nothing to attach; says nothing of `composite`."""
         return (
             not self.locks
             and not self.optimized_scale
@@ -138,14 +139,14 @@ class KVLockConfig:
         The window is counted from the end of the table, so that a video-to-video run that starts part-way (`start` > 0)
         is locked at the same noise levels as a full one. It always reaches the last step::
 
-            num_steps=10, kappa=0.4          0 1 2 3 4 5 6 7 8 9
-                                             . . . . . . L L L L
-            num_steps=10, kappa=1.0          . . L L L L L L L L     fusion="variance" or "off"
-                                             L L L L L L L L L L     fusion="full" or a number
+            num_steps=10               0 1 2 3 4 5 6 7 8 9
+            kappa=0.4                  . . . . . . L L L L
+            kappa=1.0                  . . L L L L L L L L     fusion="variance" or "off"
+            kappa=1.0                  L L L L L L L L L L     fusion="full" or a number
 
-        The variance that steers step k comes from steps before k and needs two of them, so the first two steps of the run
-        never belong to the window unless the ratio is fixed. A run too short for that, or a `kappa_sigma` below its last
-        sigma, gives an empty range.
+        The variance that steers step k comes from steps before k and needs two of them, so the first two steps of the
+        run never belong to the window unless the ratio is fixed. A run too short for that, or a `kappa_sigma` below its
+        last sigma, gives an empty range.
 
         Args:
             num_steps: length of the scheduler's table, >= 1.
@@ -172,7 +173,7 @@ class KVLockConfig:
         return range(min(num_steps, max(first, start + history)), num_steps)
 
     def window_steps(self, num_steps: int) -> int:
-        """Number of clean predictions W the variance looks back on: at least 2, at most the run (or 2 in a shorter one).
+        """Number of clean predictions W the variance looks back on: at least 2, otherwise at most `num_steps`.
 
         Raises:
             ValueError: `num_steps` is not a positive int.
@@ -181,7 +182,7 @@ class KVLockConfig:
         return max(MIN_HISTORY, min(num_steps, _resolve_extent(self.window, num_steps)))
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as JSON types (`layers` as a list); ``KVLockConfig(**config.to_dict())`` gives an equal object."""
+        """The settings as JSON types; ``KVLockConfig(**config.to_dict())`` gives an equal object."""
         values = asdict(self)
         values["layers"] = None if self.layers is None else list(self.layers)
         return values
@@ -263,7 +264,7 @@ def preset(name: str, **overrides: Any) -> KVLockConfig:
     """The preset `name` with single settings replaced.
 
     Raises:
-        ValueError: no such preset or setting (the message lists the known ones), or a setting is refused by `KVLockConfig`.
+        ValueError: no such preset or setting (the message lists the known ones), or `KVLockConfig` refuses a value.
     """
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}; known presets: {', '.join(PRESETS)}")

@@ -1,4 +1,4 @@
-"""A scheduler's schedule as plain numbers: noising, the clean prediction and step lookup, without importing diffusers."""
+"""A scheduler's schedule as plain numbers: noising, the clean prediction and step lookup."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor
 
 
 class Coefficients(NamedTuple):
-    """The four numbers of every step as fp32 tensors [K] on one device; row k is a 0-dim tensor without synchronisation.
+    """The numbers of every step as fp32 tensors [K] on one device; entry k is a 0-dim tensor, read without a copy.
 
-    ``noisy = signal * z0 + noise * eps`` and ``x0 = sample * x - output * model_output``.
+    ``noisy = a * z0 + b * eps`` and ``x0 = x_scale * x - v_scale * model_output``, as in `Flow`.
     """
 
-    signal: Tensor
-    noise: Tensor
-    sample: Tensor
-    output: Tensor
+    a: Tensor
+    b: Tensor
+    x_scale: Tensor
+    v_scale: Tensor
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Flow:
     Attributes:
         kind: ``"flow"``, ``"flow_inverted"`` or ``"v_prediction"``.
         timesteps: what the pipeline hands to the model at each step.
-        sigmas: noise share b / (a + b) of each step, falling from 1 towards 0; the scheduler's own sigma for ``"flow"``.
+        sigmas: noise share b / (a + b) of each step, falling towards 0; the scheduler's own sigma for ``"flow"``.
         a, b, x_scale, v_scale: the coefficients above.
         begin_index: the step the run begins with where it is known beforehand, else None (the scheduler looks it up).
     """
@@ -54,15 +54,15 @@ class Flow:
 
     @classmethod
     def from_scheduler(cls, scheduler: Any, *, start: int | None = None) -> Flow:
-        """Read the schedule of `scheduler`, whose ``set_timesteps`` has been called (one copy to the host, no device work).
+        """Read the schedule of `scheduler` after its ``set_timesteps``; copies it to the host once.
 
         Args:
             scheduler: a diffusers scheduler of a class named in `SCHEDULERS`, or of a subclass.
             start: index of the first step of the run; None takes ``scheduler.begin_index``.
 
         Raises:
-            ValueError: the class, its prediction type or one of its options is not supported (the message lists what is),
-                ``set_timesteps`` has not been called, or `start` lies outside the table.
+            ValueError: the class, its prediction type or one of its options is not supported (the message says what
+                is), ``set_timesteps`` has not been called, or `start` lies outside the table.
         """
         read = _reader(scheduler)
         if getattr(scheduler, "num_inference_steps", None) is None:
@@ -94,8 +94,8 @@ class Flow:
     def step_of(self, timestep: float | Tensor) -> int:
         """Index of the first step of a run, found by the value of its timestep; afterwards count steps instead.
 
-        The rule is the scheduler's own: where large shifts round several entries to one value, a run that begins at a known
-        index begins there, any other at the second of them. Synchronises once if `timestep` is a device tensor.
+        The rule is the scheduler's own: where a large shift rounds several entries to one value, a run that begins at a
+        known index begins there, any other at the second of them. Synchronises if `timestep` is a device tensor.
 
         Args:
             timestep: a number, or a tensor of any shape whose elements are all equal.
@@ -108,7 +108,8 @@ class Flow:
         if not found:
             nearest = min(self.timesteps, key=lambda known: abs(known - value))
             raise ValueError(
-                f"timestep {value!r} is not one of the scheduler's {len(self.timesteps)} timesteps; nearest is {nearest!r}"
+                f"timestep {value!r} is not one of the scheduler's {len(self.timesteps)} timesteps; "
+                f"the nearest is {nearest!r}"
             )
         if self.begin_index in found:
             return self.start
@@ -124,7 +125,7 @@ class Flow:
         return self.a[step] * z0.float() + self.b[step] * eps.float()
 
     def x0(self, x: Tensor, model_output: Tensor, step: int) -> Tensor:
-        """Clean prediction of the sample `x` of `step`: ``x_scale * x - v_scale * model_output`` in fp32, shapes broadcast.
+        """Clean prediction from the sample `x` of `step`: ``x_scale * x - v_scale * model_output`` in fp32.
 
         Raises:
             ValueError: `step` lies outside the table.
@@ -133,7 +134,7 @@ class Flow:
         return self.x_scale[step] * x.float() - self.v_scale[step] * model_output.float()
 
     def eps_from(self, x: Tensor, z0: Tensor, step: int) -> Tensor:
-        """The noise that turns `z0` into the sample `x` of `step`: ``(x - a * z0) / b`` in fp32, the inverse of `noise`.
+        """The noise that turns `z0` into the sample `x` of `step`: ``(x - a * z0) / b`` in fp32; undoes `noise`.
 
         Raises:
             ValueError: `step` lies outside the table, or holds no noise.
@@ -180,22 +181,22 @@ def _table(scheduler: Any, kind: str, a: Tensor, b: Tensor, x_scale: Tensor, v_s
 
 
 def _sigmas_of_steps(scheduler: Any) -> Tensor:
-    # The table ends with the sigma reached after the last step; t / 1000 is no substitute, since it is rounded to an int
-    # by UniPC and differs from sigma where the two are given separately.
+    # One more sigma follows, the one reached after the last step. t / 1000 is no substitute: UniPC rounds t to an int.
     return scheduler.sigmas[: len(scheduler.timesteps)].detach().cpu()
 
 
 def _flow_table(scheduler: Any) -> Flow:
     sigma = _sigmas_of_steps(scheduler)
-    return _table(scheduler, "flow", a=1.0 - sigma, b=sigma, x_scale=torch.ones_like(sigma), v_scale=sigma, sigmas=sigma)
+    ones = torch.ones_like(sigma)
+    return _table(scheduler, "flow", a=1.0 - sigma, b=sigma, x_scale=ones, v_scale=sigma, sigmas=sigma)
 
 
 def _read_flow_match(scheduler: Any) -> Flow:
     if not scheduler.config.invert_sigmas:
         return _flow_table(scheduler)
     signal = _sigmas_of_steps(scheduler)
-    noise = 1.0 - signal
-    return _table(scheduler, "flow_inverted", a=signal, b=noise, x_scale=torch.ones_like(signal), v_scale=-noise, sigmas=noise)
+    noise, ones = 1.0 - signal, torch.ones_like(signal)
+    return _table(scheduler, "flow_inverted", a=signal, b=noise, x_scale=ones, v_scale=-noise, sigmas=noise)
 
 
 def _read_multistep_flow(scheduler: Any) -> Flow:

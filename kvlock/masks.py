@@ -38,8 +38,8 @@ class Geometry:
     def of(cls, pipe: Any) -> Geometry:
         """Read the geometry of a pipeline from ``pipe.vae`` and ``pipe.transformer`` (or ``transformer_2``).
 
-        The VAE's configuration decides, never the pipeline's own attributes: some pipelines count downsampling levels and
-        miss the pixels a patchified VAE folds into channels.
+        The VAE's configuration decides, never the pipeline's own attributes: some pipelines count downsampling levels
+        and miss the pixels a patchified VAE folds into channels.
 
         Raises:
             ValueError: the VAE or the transformer is missing, or does not say its stride or patch.
@@ -64,20 +64,11 @@ def _transformer(pipe: Any) -> Any:
 
 
 def _vae_strides(vae: Any) -> tuple[int, int]:
-    config = vae.config
-    levels = getattr(config, "block_out_channels", None)
-    # Named ratios first; CogVideoX's VAE names only the temporal one and halves the picture between its levels.
-    temporal = _first_int(
-        getattr(config, "scale_factor_temporal", None),
-        getattr(config, "temporal_compression_ratio", None),
-        getattr(vae, "temporal_compression_ratio", None),
-    )
-    spatial = _first_int(
-        getattr(config, "scale_factor_spatial", None),
-        getattr(config, "spatial_compression_ratio", None),
-        getattr(vae, "spatial_compression_ratio", None),
-        2 ** (len(levels) - 1) if levels and temporal is not None else None,
-    )
+    temporal = _named_int(vae, "scale_factor_temporal", "temporal_compression_ratio")
+    spatial = _named_int(vae, "scale_factor_spatial", "spatial_compression_ratio")
+    levels = getattr(vae.config, "block_out_channels", None)
+    if spatial is None and levels:
+        spatial = 2 ** (len(levels) - 1)  # CogVideoX's VAE names no spatial ratio; it halves the picture between levels
     if temporal is None or spatial is None:
         raise ValueError(
             f"the strides of {type(vae).__name__} are unknown; wanted scale_factor_temporal and scale_factor_spatial "
@@ -86,8 +77,13 @@ def _vae_strides(vae: Any) -> tuple[int, int]:
     return temporal, spatial
 
 
-def _first_int(*values: Any) -> int | None:
-    return next((value for value in values if isinstance(value, int)), None)
+def _named_int(vae: Any, *names: str) -> int | None:
+    for owner in (vae.config, vae):
+        for name in names:
+            value = getattr(owner, name, None)
+            if isinstance(value, int):
+                return value
+    return None
 
 
 def _patch(transformer: Any) -> tuple[int, int, int]:
@@ -97,7 +93,8 @@ def _patch(transformer: Any) -> tuple[int, int, int]:
     if isinstance(size, tuple | list) and len(size) == 3:
         return size[0], size[1], size[2]
     raise ValueError(
-        f"the patch of {type(transformer).__name__} is unknown: its config says patch_size={size!r}; wanted an int or three ints"
+        f"the patch of {type(transformer).__name__} is unknown: its config has patch_size={size!r}; "
+        "wanted an int or three ints"
     )
 
 
@@ -116,18 +113,24 @@ def latent_frames(num_frames: int, temporal_stride: int = 4) -> int:
     return 1 + (num_frames - 1) // temporal_stride
 
 
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
 def binarize(mask: Tensor) -> Tensor:
     """Threshold a mask video at one half: bool [F, H, W], True = edit.
 
     A value counts as masked when it is above 0.5 (uint8: 128 and more), exactly where VACE draws the line.
 
     Args:
-        mask: [F, H, W], or the same with one more axis of length 1 in front of F or of H, or both; bool, uint8 in 0..255, or
-            floating point in 0..1.
+        mask: [F, H, W], [1, F, H, W] or [F, 1, H, W], or five axes with batch and channel of length 1; bool, uint8 in
+            0..255, or floating point in 0..1.
 
     Raises:
         ValueError: another dtype or shape, an empty video, values outside the range, or a uint8 mask of zeros and ones.
     """
+    dtype = getattr(mask, "dtype", type(mask).__name__)
+    if dtype not in (torch.bool, torch.uint8) and dtype not in _FLOATING:
+        raise ValueError(f"mask has dtype {dtype}; wanted a tensor of bool, uint8 in 0..255 or floating point in 0..1")
     frames = _as_frames(mask)
     if frames.numel() == 0:
         raise ValueError(f"mask is empty: its shape is {list(mask.shape)}; wanted at least one pixel")
@@ -137,8 +140,6 @@ def binarize(mask: Tensor) -> Tensor:
         if frames.max() == 1:
             raise ValueError("mask is uint8 with largest value 1; wanted 0..255, or a bool mask for zeros and ones")
         return frames > 127
-    if not frames.dtype.is_floating_point:
-        raise ValueError(f"mask has dtype {frames.dtype}; wanted bool, uint8 in 0..255 or floating point in 0..1")
     # Written as "not all inside", so that NaN is refused as well.
     if not bool(((frames >= 0) & (frames <= 1)).all()):
         low, high = float(frames.min()), float(frames.max())
@@ -178,9 +179,9 @@ def latent_mask(mask: Tensor, geometry: Geometry) -> Tensor:
 
 
 def vace_mask(mask: Tensor, geometry: Geometry) -> Tensor:
-    """The latents VACE itself takes for masked: bool [F, H, W] -> bool [T, h, w], True where any folded pixel is masked.
+    """The latents VACE itself takes for masked: bool [F, H, W] -> bool [T, h, w], True where any pixel it reads is.
 
-    VACE keeps every pixel of a latent as a channel but looks at one frame per latent: frame ``floor((t + 1/2) * F / T)``, which
+    VACE keeps every pixel of a latent as a channel but reads one frame per latent, ``floor((t + 1/2) * F / T)``, which
     for some t lies in the next latent's window.
 
     Raises:
@@ -234,13 +235,14 @@ def dilate(tokens: Tensor, steps: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Masks:
-    """All masks of one edit, from one binarised pixel mask; T counts latent frames, R reference frames in front of them.
+    """All masks of one edit, from one pixel mask; T counts its latent frames, R the reference frames in front of them.
 
     Attributes:
         tokens: bool [T/pt, gh, gw], True = edit, dilated; without reference frames.
         latent: fp32 [1, 1, R+T, h, w], 1 = inside (guided as the edit); not dilated; reference frames are 1.
         weight: fp32 [1, 1, R+T, h, w], 1 = measured by the variance: `latent` with reference frames 0.
-        index: int32 [rows], the rows to lock, ascending, in the flattened token grid ((R+T)/pt, gh, gw); no reference token.
+        index: int32 [rows], the rows to lock, ascending, in the flattened token grid ((R+T)/pt, gh, gw); never a
+            reference token.
         reference_frames: R.
         geometry: strides and patch the masks were made with.
     """
@@ -363,7 +365,7 @@ class Masks:
         return everywhere
 
     def pixels(self) -> Tensor:
-        """The pixels that belong to locked tokens: bool [F, H, W], True = locked, for an overlay on the source video."""
+        """The pixels of locked tokens: bool [F, H, W], True = locked, for an overlay on the source video."""
         pt, ph, pw = self.geometry.patch
         locked = (~self.tokens).repeat_interleave(pt, dim=0)
         rest = locked[1:].repeat_interleave(self.geometry.temporal_stride, dim=0)
@@ -389,7 +391,7 @@ def _nothing_left(touched: Tensor, dilate_tokens: int) -> str:
     free = int((~touched).sum())
     total = touched.numel()
     if free == 0:
-        return f"nothing to lock: the mask touches every one of the {total} tokens, even before dilation; wanted a smaller mask"
+        return f"nothing to lock: the mask touches all {total} tokens even before dilation; wanted a smaller mask"
     return (
         f"nothing left to lock: dilation by {dilate_tokens} took the last {free} of {total} tokens; "
         "wanted a smaller mask, a smaller dilate_tokens or a larger picture"
