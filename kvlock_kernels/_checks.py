@@ -67,9 +67,12 @@ def check_number(
     name: str, value: float, wanted: str, low: float = -math.inf, high: float = math.inf, *, above: bool = False
 ) -> None:
     """Wants a finite Python number in [low, high], or in (low, high] when `above`."""
-    if not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise refuse(name, repr(value), wanted)
-    if value > high or value < low or (above and value == low):
+    # Chained comparisons refuse NaN and, unlike math.isfinite, trace when the compiler makes the number symbolic.
+    if (
+        not isinstance(value, (int, float))
+        or not (-math.inf < value < math.inf and low <= value <= high)
+        or (above and value == low)
+    ):
         raise refuse(name, repr(value), wanted)
 
 

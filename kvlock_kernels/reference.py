@@ -124,11 +124,10 @@ def windowed_variance_(
 
     n = (step + 1).clamp(max=slots)
     written = per_sample(torch.arange(slots, device=history.device) < n, history.ndim)
-    mean = torch.where(written, history, 0).sum(0) / n
-    deviation = torch.where(written, history - mean, 0)
-    # The second term is zero but for the rounding of the mean, which matters where mean / std is large.
-    variance = (deviation.square().sum(0) - deviation.sum(0).square() / n) / (n - 1).clamp(min=1)
-    variance = torch.where(n < 2, 0, variance)
+    # Seen from x0, entries near it are exact in fp32, however large mean / std is; equal entries give exactly 0.
+    shifted = torch.where(written, history - x0.float(), 0)
+    deviation = torch.where(written, shifted - shifted.sum(0) / n, 0)
+    variance = torch.where(n < 2, 0, deviation.square().sum(0) / (n - 1).clamp(min=1))
 
     w = (history.new_ones(()) if weight is None else weight.float()).expand_as(variance)
     total = sum_per_sample(w)

@@ -1,0 +1,157 @@
+"""What every operator owes the dispatcher, the compiler, the device queue and the importing process."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from samples import CALLS, Call
+from tolerance import assert_bit_identical
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+import kvlock_kernels
+from kvlock_kernels import reference
+
+each_call = pytest.mark.parametrize(("name", "make"), CALLS.values(), ids=CALLS.keys())
+
+OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
+class RecordCalls(TorchDispatchMode):
+    """Keeps the arguments with which a public function calls its operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "kvlock_kernels":
+            self.calls.append((func, args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+class RefuseSynchronisation(TorchDispatchMode):
+    """Raises where the host would wait for a value, looking into the operators' implementation too."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "kvlock_kernels":
+            with self:
+                return getattr(reference, func._opname)(*args, **(kwargs or {}))
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            raise RuntimeError(f"{func} waits for the device")
+        return func(*args, **(kwargs or {}))
+
+
+def tensors(*values: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_flatten(values)[0] if isinstance(leaf, torch.Tensor)]
+
+
+def test_the_table_of_calls_covers_every_public_function() -> None:
+    functions = {name for name in kvlock_kernels.__all__ if name[0].islower()}
+    assert functions == {name for name, _ in CALLS.values()}
+
+
+@each_call
+def test_opcheck_accepts_the_contract(name: str, make: Callable[[], Call]) -> None:
+    call = make()
+    with RecordCalls() as record:
+        getattr(kvlock_kernels, name)(*call.args, **call.kwargs)
+    ((func, args, kwargs),) = record.calls
+    # torch's schema test compares the arguments before and after with allclose, which fp8 lacks.
+    fp8 = any(tensor.dtype == torch.float8_e4m3fn for tensor in tensors(args, kwargs, call))
+    torch.library.opcheck(func, args, kwargs, test_utils=OPCHECKS[1:] if fp8 else OPCHECKS)
+
+
+@each_call
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_a_fullgraph_compile_gives_the_bits_of_eager(name: str, make: Callable[[], Call], dynamic: bool) -> None:
+    torch.compiler.reset()
+    function, eager, compiled = getattr(kvlock_kernels, name), make(), make()
+    expected = function(*eager.args, **eager.kwargs)
+    actual = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)(
+        *compiled.args, **compiled.kwargs
+    )
+    assert type(actual) is type(expected)
+    for a, b in zip(tensors(actual, *compiled), tensors(expected, *eager), strict=True):
+        assert_bit_identical(a, b)
+
+
+@each_call
+def test_nothing_waits_for_the_device(name: str, make: Callable[[], Call]) -> None:
+    call = make()
+    with RefuseSynchronisation():
+        getattr(kvlock_kernels, name)(*call.args, **call.kwargs)
+
+
+@each_call
+def test_results_are_contiguous_and_share_no_memory_with_arguments(name: str, make: Callable[[], Call]) -> None:
+    call = make()
+    arguments = tensors(*call)
+    results = tensors(getattr(kvlock_kernels, name)(*call.args, **call.kwargs))
+    changed_in_place = name in ("kv_lerp_", "kv_lerp_pair_")
+    for result in results:
+        assert result.is_contiguous()
+        shared = any(result.untyped_storage().data_ptr() == other.untyped_storage().data_ptr() for other in arguments)
+        assert shared == changed_in_place
+
+
+@each_call
+def test_only_the_tensors_named_in_the_schema_change(name: str, make: Callable[[], Call]) -> None:
+    mutated = {"kv_lerp_": [0], "kv_lerp_pair_": [0, 1], "windowed_variance_": [1]}.get(name, [])
+    call, before = make(), make()
+    getattr(kvlock_kernels, name)(*call.args, **call.kwargs)
+    for i, (argument, original) in enumerate(zip(tensors(*call), tensors(*before), strict=True)):
+        if i in mutated:
+            assert not torch.equal(argument, original)
+        else:
+            assert_bit_identical(argument, original)
+
+
+def test_source_rows_may_be_a_view_of_the_tensor_that_is_changed() -> None:
+    """The source row of a [source, edit] batch serves the edit rows, in eager mode and compiled."""
+    torch.compiler.reset()
+
+    def lock(x: torch.Tensor, index: torch.Tensor, ratio: torch.Tensor) -> torch.Tensor:
+        kvlock_kernels.kv_lerp_(x[1:], x[:1, 2:4], index, ratio)
+        return x * 1
+
+    index, ratio = torch.tensor([2, 3], dtype=torch.int32), torch.tensor([0.25, 1.0])
+    x = torch.arange(3 * 5 * 4, dtype=torch.float32).reshape(3, 5, 4)
+    expected = x.clone()
+    expected[1, 2:4] = 0.75 * x[1, 2:4] + 0.25 * x[0, 2:4]
+    expected[2, 2:4] = x[0, 2:4]
+    assert_bit_identical(lock(x.clone(), index, ratio), expected)
+    assert_bit_identical(torch.compile(lock, fullgraph=True, backend="aot_eager")(x.clone(), index, ratio), expected)
+
+
+def test_a_fresh_process_imports_silently_and_runs_every_operator(tmp_path: Path) -> None:
+    script = """
+import json, sys
+import kvlock_kernels, torch
+after_import = sorted(sys.modules)
+ops, rows, one = torch.ops.kvlock_kernels, torch.tensor([0, 2], dtype=torch.int32), torch.ones(1)
+x, source = torch.ones(1, 3, 1, 2), torch.zeros(1, 2, 1, 2)
+ops.kv_lerp_(x, source, rows, one)
+ops.kv_lerp_pair_(x, x.clone(), source, source, rows, one)
+out, _ = ops.kv_lerp_attention(x, x, x, source, source, rows, one, scale=1.0)
+variance = ops.windowed_variance_(x, torch.zeros(3, *x.shape), torch.tensor(1))
+ops.lock_schedule(variance, one, tau=0.01, boost=2.0, alpha_min=0.0)
+ops.guided_velocity(x, x, one, x, one)
+data, scale = ops.pack_kv(x, rows, torch.int8)
+ops.unpack_kv(data, scale, dtype=torch.float32)
+json.dump({"import": after_import, "run": sorted(sys.modules), "x": x.flatten().tolist()}, open(sys.argv[1], "w"))
+"""
+    report = tmp_path / "report.json"
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(report)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    seen = json.loads(report.read_text())
+    assert seen["x"] == [0.0, 0.0, 1.0, 1.0, 0.0, 0.0]
+    for moment in ("import", "run"):
+        assert not {"triton", "diffusers", "transformers", "kvlock"} & {name.split(".")[0] for name in seen[moment]}

@@ -1,0 +1,31 @@
+"""The one author of tolerances: as accurate as torch itself in the dtype of the result."""
+
+import torch
+from torch import Tensor
+
+
+def assert_as_accurate_as_torch(actual: Tensor, native: Tensor, exact: Tensor) -> None:
+    """Wants the error of `actual` to be at most twice that of `native`, plus the rounding floor of the dtype.
+
+    `native` is the same formula by plain torch in the dtype of `actual`, `exact` the same in float64 from the same
+    inputs. Errors are largest absolute differences; the floor is eps times the largest exact value.
+    """
+    assert actual.shape == exact.shape, f"shape {tuple(actual.shape)} instead of {tuple(exact.shape)}"
+    assert actual.dtype == native.dtype
+    if actual.numel() == 0:
+        return
+    error = (actual.double() - exact).abs().max().item()
+    allowed = 2 * (native.double() - exact).abs().max().item()
+    allowed += torch.finfo(actual.dtype).eps * exact.abs().max().item()
+    assert error <= allowed, f"error {error:.3e}, allowed {allowed:.3e}"
+
+
+def assert_bit_identical(actual: Tensor, expected: Tensor) -> None:
+    """Wants the same shape, dtype and bits, the sign of zero and the payload of NaN included."""
+    assert actual.shape == expected.shape and actual.dtype == expected.dtype
+    assert torch.equal(bits(actual), bits(expected))
+
+
+def bits(x: Tensor) -> Tensor:
+    """The bytes of x, row-major."""
+    return x.clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
