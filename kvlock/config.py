@@ -170,7 +170,7 @@ class KVLockConfig:
             above = [step for step, sigma in enumerate(sigmas) if sigma > self.kappa_sigma]
             first = above[-1] + 1 if above else 0
         history = MIN_HISTORY if self.fusion in ("variance", "off") else 0
-        return range(min(num_steps, max(first, start + history)), num_steps)
+        return range(max(first, start + history), num_steps)
 
     def window_steps(self, num_steps: int) -> int:
         """Number of clean predictions W the variance looks back on: at least 2, otherwise at most `num_steps`.

@@ -178,7 +178,8 @@ def test_everything_is_computed_in_fp32():
     x, z0 = sample(0).bfloat16(), sample(1).bfloat16()
     for result in (flow.noise(z0, x, 3), flow.x0(x, z0, 3), flow.eps_from(x, z0, 3)):
         assert result.dtype == torch.float32
-    assert torch.equal(flow.x0(x, z0, 3), flow.x0(x.float(), z0.float(), 3))
+    for method in (flow.noise, flow.x0, flow.eps_from):
+        assert torch.equal(method(x, z0, 3), method(x.float(), z0.float(), 3))
 
 
 @pytest.mark.parametrize("name", MAKERS)

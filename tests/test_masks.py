@@ -187,6 +187,13 @@ def test_a_size_that_does_not_divide_into_tokens_is_refused(height, width, reaso
         Masks.build(torch.ones(5, height, width), WAN)
 
 
+@pytest.mark.parametrize("pool", [latent_mask, vace_mask])
+@pytest.mark.parametrize("shape", [(5, 96, 100), (5, 100, 96), (6, 96, 96)], ids=str)
+def test_a_mask_that_does_not_divide_into_latents_is_refused(pool, shape):
+    with pytest.raises(ValueError, match="mask height is 100|mask width is 100|6 frames"):
+        pool(torch.zeros(shape, dtype=torch.bool), WAN)
+
+
 def test_latent_frames_that_do_not_divide_into_patches_are_refused():
     with pytest.raises(ValueError, match="latent frames is 5; wanted a multiple of 2, such as 4 or 6"):
         Masks.build(box(), Geometry(4, 8, (2, 2, 2)))
@@ -298,6 +305,15 @@ def test_the_union_is_taken_for_vace_transformers_or_when_asked(vace_pipe):
     assert not Masks.from_pixels(mask, vace_pipe, dilate_tokens=0, vace=False).tokens[1, 0, 0]
 
 
+def test_masks_for_a_pipeline_are_the_masks_of_its_geometry(vace_pipe):
+    settings = {"reference_frames": 2, "dilate_tokens": 2, "trim": True}
+    for_pipe = Masks.from_pixels(box(num_frames=18), vace_pipe, **settings)
+    built = Masks.build(box(num_frames=18), WAN, vace=True, **settings)
+    assert (for_pipe.reference_frames, for_pipe.geometry) == (2, WAN)
+    for name in ("tokens", "latent", "weight", "index"):
+        assert torch.equal(getattr(for_pipe, name), getattr(built, name))
+
+
 # The rows to lock
 
 
@@ -339,7 +355,7 @@ def test_reference_frames_fill_whole_temporal_patches():
     geometry = GEOMETRIES["stride8-patch222"]
     masks = Masks.build(box(num_frames=13), geometry, reference_frames=2)
     assert masks.num_tokens == (2 + 4) // 2 * 6 * 8
-    assert masks.index.min() >= 6 * 8
+    assert torch.equal(masks.index, Masks.build(box(num_frames=13), geometry).index + 6 * 8)
     with pytest.raises(ValueError, match="reference_frames=1 do not divide into patches of 2"):
         Masks.build(box(num_frames=13), geometry, reference_frames=1)
 
@@ -373,6 +389,13 @@ def test_the_overlay_shows_whole_locked_tokens(name):
     assert torch.equal(locked, expected)
 
 
+def test_a_single_frame_is_a_video_of_one_latent():
+    masks = Masks.build(box(num_frames=1), WAN, vace=True)
+    assert (masks.tokens.shape, masks.latent.shape) == ((1, 6, 8), (1, 1, 1, 12, 16))
+    assert masks.pixels().shape == (1, 96, 128)
+    assert 0 < masks.background_rows < 48
+
+
 def test_moving_the_masks_moves_every_tensor():
     masks = Masks.build(box(), WAN, reference_frames=1).to("meta")
     assert {masks.tokens.device.type, masks.latent.device.type, masks.weight.device.type, masks.index.device.type} == {
@@ -384,12 +407,8 @@ def test_moving_the_masks_moves_every_tensor():
 # Geometry of a pipeline
 
 
-class _Config(SimpleNamespace):
-    pass
-
-
 def _pipe(vae, **transformer):
-    return SimpleNamespace(vae=vae, transformer=SimpleNamespace(config=_Config(**transformer)))
+    return SimpleNamespace(vae=vae, transformer=SimpleNamespace(config=SimpleNamespace(**transformer)))
 
 
 SMALL = {"latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 2}
@@ -423,7 +442,7 @@ def test_the_geometry_is_read_from_the_vae_and_the_patch(make_vae, transformer, 
 
 
 def test_the_second_transformer_stands_in_for_a_missing_first():
-    pipe = SimpleNamespace(vae=wan_vae(), transformer=None, transformer_2=SimpleNamespace(config=_Config(patch_size=2)))
+    pipe = SimpleNamespace(vae=wan_vae(), transformer=None, transformer_2=SimpleNamespace(config=SimpleNamespace(patch_size=2)))
     assert Geometry.of(pipe) == WAN
 
 
@@ -431,11 +450,11 @@ def test_the_second_transformer_stands_in_for_a_missing_first():
     ("pipe", "reason"),
     [
         (SimpleNamespace(), r"SimpleNamespace has not a VAE \(pipe.vae\)"),
-        (SimpleNamespace(vae=SimpleNamespace(config=_Config())), "has not a transformer"),
-        (_pipe(SimpleNamespace(config=_Config()), patch_size=2), "strides of SimpleNamespace are unknown"),
-        (_pipe(SimpleNamespace(config=_Config(scale_factor_temporal=4)), patch_size=2), "strides .* are unknown"),
+        (SimpleNamespace(vae=SimpleNamespace(config=SimpleNamespace())), "has not a transformer"),
+        (_pipe(SimpleNamespace(config=SimpleNamespace()), patch_size=2), "strides of SimpleNamespace are unknown"),
+        (_pipe(SimpleNamespace(config=SimpleNamespace(scale_factor_temporal=4)), patch_size=2), "strides .* are unknown"),
         (
-            _pipe(SimpleNamespace(config=_Config(scale_factor_temporal=4, scale_factor_spatial=8)), patch_size=(2, 2)),
+            _pipe(SimpleNamespace(config=SimpleNamespace(scale_factor_temporal=4, scale_factor_spatial=8)), patch_size=(2, 2)),
             r"patch_size=\(2, 2\); wanted an int or three ints",
         ),
     ],
