@@ -201,7 +201,8 @@ def windowed_variance_(
         raise refuse("x0", "shape []", "[B, ...]")
     check_tensor("history", history, (torch.float32,), x0)
     if history.ndim != x0.ndim + 1 or history.shape[0] == 0 or history.shape[1:] != x0.shape:
-        raise refuse("history", f"shape {list(history.shape)}", f"[W, B, ...] = [W >= 1, *{list(x0.shape)}]")
+        wanted = ", ".join(str(size) for size in x0.shape)
+        raise refuse("history", f"shape {list(history.shape)}", f"[W, B, ...] = [W >= 1, {wanted}]")
     check_writable("history", history)
     check_tensor("step", step, (torch.int64,), x0)
     check_shape("step", step, "[] or [1]", (), (1,))

@@ -1,0 +1,194 @@
+"""windowed_variance_: variance over the last W clean samples, from a ring that is rewritten in place."""
+
+from typing import Any
+
+import pytest
+import torch
+from refusals import Bad, assert_refused, bad_inputs
+from samples import DTYPES, NAN, normal
+from tolerance import assert_as_accurate_as_torch, assert_bit_identical
+from torch import Tensor
+
+from kvlock_kernels import windowed_variance_
+
+# W, shape of x0
+RINGS = {
+    "W2-B1-N5": (2, (1, 5)),
+    "W10-B2-C3-T5-h4-w6": (10, (2, 3, 5, 4, 6)),
+    "W3-B3-scalars": (3, (3,)),
+    "W1-B2-N5-never-two-entries": (1, (2, 5)),
+}
+each_ring = pytest.mark.parametrize("ring", RINGS.values(), ids=RINGS.keys())
+
+
+def empty_ring(slots: int, *shape: int) -> Tensor:
+    return torch.full((slots, *shape), NAN)
+
+
+def expected_variance(seen: list[Tensor], slots: int, weight: Tensor | None = None) -> Tensor:
+    """The definition by torch.var in the dtype of `seen`, over the last `slots` entries."""
+    window = torch.stack(seen[-slots:])
+    per_element = window.var(0) if len(window) > 1 else torch.zeros_like(window[0])
+    w = torch.ones_like(per_element) if weight is None else weight.to(per_element.dtype).expand_as(per_element)
+    return torch.stack([(a * b).sum() / b.sum() for a, b in zip(per_element, w, strict=True)])
+
+
+@each_ring
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_step_of_two_turns_of_the_ring_is_as_accurate_as_torch_var(ring: Any, dtype: torch.dtype) -> None:
+    slots, shape = ring
+    history, seen = empty_ring(slots, *shape), []
+    for step in range(2 * slots + 2):
+        x0 = normal(*shape, seed=step, dtype=dtype)
+        seen.append(x0)
+        actual = windowed_variance_(x0, history, torch.tensor(step))
+        native = expected_variance([x.float() for x in seen], slots)
+        assert_as_accurate_as_torch(actual, native, expected_variance([x.double() for x in seen], slots))
+
+
+@pytest.mark.parametrize("ratio", [1.0, 1e2, 1e4])
+def test_a_mean_far_above_the_deviation_costs_no_accuracy(ratio: float) -> None:
+    history, seen = empty_ring(10, 2, 500), []
+    for step in range(13):
+        seen.append(ratio + normal(2, 500, seed=step))
+        actual = windowed_variance_(seen[-1], history, torch.tensor(step))
+    exact = expected_variance([x.double() for x in seen], 10)
+    assert ((actual - exact) / exact).abs().max() < 1e-6
+
+
+def test_a_constant_history_has_a_variance_of_exactly_zero() -> None:
+    history, x0 = empty_ring(7, 2, 50), normal(2, 50) * 1e4
+    for step in range(9):
+        assert windowed_variance_(x0, history, torch.tensor(step)).tolist() == [0.0, 0.0]
+
+
+def test_less_than_two_entries_give_zero_by_definition() -> None:
+    history = empty_ring(4, 2, 5)
+    assert windowed_variance_(normal(2, 5), history, torch.tensor(0)).tolist() == [0.0, 0.0]
+    assert (windowed_variance_(normal(2, 5, seed=1), history, torch.tensor(1)) > 0).all()
+
+
+def test_slots_not_written_yet_are_never_read_nor_touched() -> None:
+    history = empty_ring(4, 1, 3)
+    for step in range(3):
+        assert windowed_variance_(normal(1, 3, seed=step), history, torch.tensor(step)).isfinite().all()
+        assert history[step + 1 :].isnan().all() and history[: step + 1].isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(), (1,)], ids=["scalar", "one"])
+def test_x0_is_written_to_slot_step_modulo_w_and_the_step_stays(shape: tuple[int, ...]) -> None:
+    history, step = torch.zeros(3, 1, 2), torch.full(shape, 5)
+    windowed_variance_(torch.tensor([[1.5, 2.5]]), history, step)
+    assert history.flatten().tolist() == [0, 0, 0, 0, 1.5, 2.5]
+    assert step.shape == shape and step.tolist() in (5, [5])
+
+
+def test_a_second_call_at_the_same_step_changes_nothing() -> None:
+    """A masked and a global variance share one ring."""
+    history, weight = empty_ring(3, 1, 4), torch.tensor([[0.0, 1.0, 0.0, 1.0]])
+    for step in range(5):
+        x0 = normal(1, 4, seed=step)
+        masked = windowed_variance_(x0, history, torch.tensor(step), weight=weight)
+        before = history.clone()
+        everywhere = windowed_variance_(x0, history, torch.tensor(step))
+        assert_bit_identical(history, before)
+        assert_bit_identical(windowed_variance_(x0, history, torch.tensor(step), weight=weight), masked)
+    assert everywhere != masked
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 5, 4, 6), (2, 1, 5, 4, 6), (4, 6)], ids=["shared", "per-sample", "frame"])
+@pytest.mark.parametrize("dtype", [torch.bool, *DTYPES], ids=str)
+def test_the_weight_selects_the_elements_that_count(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    weight = normal(*shape, seed=99).clamp(min=0).to(dtype)
+    history, seen = empty_ring(4, 2, 3, 5, 4, 6), []
+    for step in range(6):
+        seen.append(normal(2, 3, 5, 4, 6, seed=step))
+        actual = windowed_variance_(seen[-1], history, torch.tensor(step), weight=weight)
+    native = expected_variance(seen, 4, weight)
+    assert_as_accurate_as_torch(actual, native, expected_variance([x.double() for x in seen], 4, weight))
+
+
+def test_the_weighted_mean_divides_by_the_weights_of_all_channels() -> None:
+    history = torch.zeros(2, 1, 2, 2)
+    x0 = torch.tensor([[[2.0, 100.0], [4.0, 100.0]]])  # two channels of two tokens
+    weight = torch.tensor([[[1.0, 0.0]]])
+    assert windowed_variance_(x0, history, torch.tensor(1), weight=weight).tolist() == [(2.0 + 8.0) / 2]
+
+
+def test_weights_that_sum_to_zero_give_zero_in_their_own_sample() -> None:
+    history = normal(3, 2, 4)
+    actual = windowed_variance_(normal(2, 4, seed=1), history, torch.tensor(5), weight=torch.tensor([[0.0], [1.0]]))
+    assert actual[0] == 0 and actual[1] > 0
+
+
+def test_an_element_of_weight_zero_does_not_count_even_where_it_is_nan() -> None:
+    x0, history, weight = normal(1, 4), normal(3, 1, 4, seed=1), torch.tensor([[1.0, 1.0, 0.0, 1.0]])
+    expected = windowed_variance_(x0, history.clone(), torch.tensor(5), weight=weight)
+    x0[0, 2] = NAN
+    assert_bit_identical(windowed_variance_(x0, history, torch.tensor(5), weight=weight), expected)
+
+
+def test_a_nan_stays_in_its_sample_and_leaves_with_its_slot() -> None:
+    history = empty_ring(3, 2, 4)
+    for step in range(8):
+        x0 = normal(2, 4, seed=step)
+        if step == 2:
+            x0[1, 3] = NAN
+        actual = windowed_variance_(x0, history, torch.tensor(step))
+        assert actual.isnan().tolist() == [False, step in (2, 3, 4)]
+
+
+def test_samples_are_not_mixed() -> None:
+    history, alone = empty_ring(4, 2, 6), empty_ring(4, 1, 6)
+    for step in range(6):
+        x0 = torch.stack([torch.full((6,), 3.0), normal(6, seed=step)])
+        both = windowed_variance_(x0, history, torch.tensor(step))
+        one = windowed_variance_(x0[1:], alone, torch.tensor(step))
+    assert both[0] == 0
+    assert_bit_identical(both[1:], one)
+
+
+def test_half_precision_input_is_kept_and_measured_in_fp32() -> None:
+    history = empty_ring(2, 1, 1)
+    for step, value in enumerate([1000.0, 1004.0]):
+        actual = windowed_variance_(torch.full((1, 1), value, dtype=torch.bfloat16), history, torch.tensor(step))
+    assert actual.dtype == torch.float32 and actual.item() == 8.0
+    assert history.flatten().tolist() == [1000.0, 1004.0]
+
+
+def test_strided_tensors_give_the_bits_of_contiguous_ones() -> None:
+    ring = normal(2, 4, 3, 5)
+    history, x0 = ring.transpose(0, 1), normal(5, 3, 2, seed=1).permute(2, 1, 0)
+    weight = normal(5, 3, seed=2).abs().t()
+    dense = history.contiguous()
+    expected = windowed_variance_(x0.contiguous(), dense, torch.tensor(6), weight=weight.contiguous())
+    assert_bit_identical(windowed_variance_(x0, history, torch.tensor(6), weight=weight), expected)
+    assert_bit_identical(history, dense)
+    assert_bit_identical(history[2], x0)
+
+
+def test_an_empty_sample_gives_zero_and_no_samples_give_an_empty_result() -> None:
+    assert windowed_variance_(torch.empty(2, 0), torch.empty(3, 2, 0), torch.tensor(4)).tolist() == [0.0, 0.0]
+    assert windowed_variance_(torch.empty(0, 5), torch.empty(3, 0, 5), torch.tensor(4)).shape == (0,)
+
+
+@bad_inputs(
+    Bad({"x0": 1.0}, "x0", "float 1.0", "a tensor"),
+    Bad({"x0": torch.zeros(2, 4).double()}, "x0", "dtype float64", "dtype float32"),
+    Bad({"x0": torch.tensor(1.0)}, "x0", "shape []", "[B, ...]"),
+    Bad({"history": torch.zeros(3, 2, 4).half()}, "history", "dtype float16", "dtype float32"),
+    Bad({"history": torch.zeros(3, 1, 4)}, "history", "shape [3, 1, 4]", "[W >= 1, 2, 4]"),
+    Bad({"history": torch.zeros(2, 4)}, "history", "shape [2, 4]", "[W >= 1, 2, 4]"),
+    Bad({"history": torch.zeros(0, 2, 4)}, "history", "shape [0, 2, 4]", "[W >= 1, 2, 4]"),
+    Bad({"history": torch.zeros(1, 2, 4).expand(3, 2, 4)}, "history", "expanded", "can be written"),
+    Bad({"history": torch.zeros(3, 2, 4, device="meta")}, "history", "device meta", "device cpu"),
+    Bad({"step": 3}, "step", "int 3", "a tensor"),
+    Bad({"step": torch.tensor(3, dtype=torch.int32)}, "step", "dtype int32", "dtype int64"),
+    Bad({"step": torch.tensor([3, 3])}, "step", "shape [2]", "[] or [1]"),
+    Bad({"weight": torch.ones(2, 4, dtype=torch.int64)}, "weight", "dtype int64", "dtype bool or float32"),
+    Bad({"weight": torch.ones(2, 3)}, "weight", "shape [2, 3]", "broadcasts to [2, 4]"),
+    Bad({"weight": torch.ones(1, 2, 4)}, "weight", "shape [1, 2, 4]", "broadcasts to [2, 4]"),
+)
+def test_bad_inputs_are_named(bad: Bad) -> None:
+    good = {"x0": torch.zeros(2, 4), "history": torch.zeros(3, 2, 4), "step": torch.tensor(1), "weight": None}
+    assert_refused(windowed_variance_, good, bad)
