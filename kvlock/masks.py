@@ -47,8 +47,8 @@ class Geometry:
         vae = getattr(pipe, "vae", None)
         transformer = _transformer(pipe)
         if vae is None or transformer is None:
-            missing = "a VAE (pipe.vae)" if vae is None else "a transformer (pipe.transformer)"
-            raise ValueError(f"{type(pipe).__name__} has not {missing}; the mask needs its stride")
+            missing = "VAE (pipe.vae)" if vae is None else "transformer (pipe.transformer)"
+            raise ValueError(f"{type(pipe).__name__} has no {missing}; the masks are made from its sizes")
         temporal, spatial = _vae_strides(vae)
         return cls(temporal, spatial, _patch(transformer))
 

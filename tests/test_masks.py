@@ -407,6 +407,10 @@ def test_moving_the_masks_moves_every_tensor():
 # Geometry of a pipeline
 
 
+def _vae(**config):
+    return SimpleNamespace(config=SimpleNamespace(**config))
+
+
 def _pipe(vae, **transformer):
     return SimpleNamespace(vae=vae, transformer=SimpleNamespace(config=SimpleNamespace(**transformer)))
 
@@ -442,19 +446,20 @@ def test_the_geometry_is_read_from_the_vae_and_the_patch(make_vae, transformer, 
 
 
 def test_the_second_transformer_stands_in_for_a_missing_first():
-    pipe = SimpleNamespace(vae=wan_vae(), transformer=None, transformer_2=SimpleNamespace(config=SimpleNamespace(patch_size=2)))
+    second = SimpleNamespace(config=SimpleNamespace(patch_size=2))
+    pipe = SimpleNamespace(vae=wan_vae(), transformer=None, transformer_2=second)
     assert Geometry.of(pipe) == WAN
 
 
 @pytest.mark.parametrize(
     ("pipe", "reason"),
     [
-        (SimpleNamespace(), r"SimpleNamespace has not a VAE \(pipe.vae\)"),
-        (SimpleNamespace(vae=SimpleNamespace(config=SimpleNamespace())), "has not a transformer"),
-        (_pipe(SimpleNamespace(config=SimpleNamespace()), patch_size=2), "strides of SimpleNamespace are unknown"),
-        (_pipe(SimpleNamespace(config=SimpleNamespace(scale_factor_temporal=4)), patch_size=2), "strides .* are unknown"),
+        (SimpleNamespace(), r"SimpleNamespace has no VAE \(pipe.vae\)"),
+        (SimpleNamespace(vae=_vae()), "has no transformer"),
+        (_pipe(_vae(), patch_size=2), "strides of SimpleNamespace are unknown"),
+        (_pipe(_vae(scale_factor_temporal=4), patch_size=2), "strides .* are unknown"),
         (
-            _pipe(SimpleNamespace(config=SimpleNamespace(scale_factor_temporal=4, scale_factor_spatial=8)), patch_size=(2, 2)),
+            _pipe(_vae(scale_factor_temporal=4, scale_factor_spatial=8), patch_size=(2, 2)),
             r"patch_size=\(2, 2\); wanted an int or three ints",
         ),
     ],
