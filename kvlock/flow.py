@@ -244,3 +244,12 @@ def _require(scheduler: Any, option: str, wanted: object) -> None:
         raise ValueError(
             f"{type(scheduler).__name__} with {option}={found!r} is not supported; wanted {option}={wanted!r}"
         )
+
+
+def check_scheduler(scheduler: Any) -> None:
+    """Refuse a scheduler whose class is not in `SCHEDULERS`; its options are checked once it has a schedule.
+
+    Raises:
+        ValueError: names the class and the supported ones.
+    """
+    _reader(scheduler)

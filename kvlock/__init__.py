@@ -1,0 +1,10 @@
+"""KV-Lock: training-free video editing that locks the background's attention keys and values to the source."""
+
+from kvlock.adapters.attach import attach
+from kvlock.config import PRESETS, KVLockConfig, preset
+from kvlock.masks import Geometry, Masks
+from kvlock.session import Session
+from kvlock.trace import Trace
+
+__version__ = "0.1.0"
+__all__ = ["PRESETS", "Geometry", "KVLockConfig", "Masks", "Session", "Trace", "attach", "preset"]

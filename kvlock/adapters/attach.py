@@ -1,0 +1,91 @@
+"""Putting a session on a pipeline and taking it off again."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvlock.adapters import root, shim
+from kvlock.adapters.families import STARTS_FROM_VIDEO, family_of, tapped_modules
+from kvlock.adapters.taps import Taps, TapState
+from kvlock.config import KVLockConfig
+from kvlock.masks import Masks
+from kvlock.session import Session
+
+
+@contextlib.contextmanager
+def attach(
+    pipe: Any,
+    source_latents: Tensor,
+    masks: Masks,
+    *,
+    config: KVLockConfig | None = None,
+    source_prompt_embeds: Tensor | None = None,
+) -> Iterator[Session]:
+    """Lock the background of every call of `pipe` inside the `with` block; leaving it restores the pipeline exactly.
+
+    Args:
+        pipe: an unmodified diffusers pipeline whose transformer and scheduler are supported.
+        source_latents: [1 or B, C, T, h, w], the source video's latents, normalised as the pipeline does
+            (``(z - latents_mean) / latents_std``); with reference images their own clean latents come first on T.
+        masks: what to lock, measure and guide, for the same size.
+        config: settings; None is `KVLockConfig()`.
+        source_prompt_embeds: [1 or B, L, C] as ``pipe.encode_prompt`` gives them; None encodes "" and says so.
+
+    Yields:
+        The session; ``session.trace`` records each step, also after the block.
+
+    Raises:
+        ValueError: the pipeline, its transformer, its scheduler or a setting is not supported, or `pipe` is attached
+            already.
+    """
+    config = config or KVLockConfig()
+    if config.composite == "pixel":
+        raise ValueError('composite="pixel" needs the decoded video; use KVLockPipeline, or "latent" or "none" here')
+    transformers = [getattr(pipe, name, None) for name in ("transformer", "transformer_2")]
+    experts = [(i, module) for i, module in enumerate(transformers) if module is not None]
+    if not experts:
+        raise ValueError(f"{type(pipe).__name__} has no transformer; wanted a video diffusion transformer pipeline")
+    families = {i: family_of(module) for i, module in experts}
+    if config.locks and source_prompt_embeds is None:
+        source_prompt_embeds = _empty_prompt(pipe)
+
+    taps = Taps(TapState(masks.index, masks.num_tokens))
+    session = Session(
+        config,
+        masks,
+        source_latents,
+        source_prompt_embeds,
+        rows=taps,
+        guidance_of=lambda expert: _guidance(pipe, expert),
+        starts_from_video=type(pipe).__name__ in STARTS_FROM_VIDEO,
+    )
+    with contextlib.ExitStack() as undo:
+        shim.install(pipe.scheduler, session)
+        undo.callback(shim.remove, pipe.scheduler)
+        undo.callback(taps.remove)
+        undo.callback(session.release)
+        for i, module in experts:
+            if config.locks:
+                taps.install(tapped_modules(module, config))
+            for handle in root.install(module, families[i], session, i):
+                undo.callback(handle.remove)
+        yield session
+
+
+def _guidance(pipe: Any, expert: int) -> float:
+    second = getattr(pipe, "_guidance_scale_2", None)
+    return float(second if expert == 1 and second is not None else pipe.guidance_scale)
+
+
+@torch.no_grad()
+def _empty_prompt(pipe: Any) -> Tensor:
+    if getattr(pipe, "text_encoder", None) is None:
+        raise ValueError("source_prompt_embeds is None and the pipeline has no text encoder; pass source_prompt_embeds")
+    warnings.warn('no source prompt: the source runs with "" (a description of the source locks better)', stacklevel=4)
+    return pipe.encode_prompt("", do_classifier_free_guidance=False)[0]

@@ -1,0 +1,95 @@
+"""What is known of each supported transformer and pipeline: where its self-attention is and how it is called."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from kvlock.adapters.taps import LayerKey
+from kvlock.config import KVLockConfig
+
+
+@dataclass(frozen=True)
+class Family:
+    """One transformer class.
+
+    Attributes:
+        blocks: name of the main blocks' list.
+        control_blocks: name of the control blocks' list, or None.
+        attention: name of the video self-attention inside a block.
+        key, value: names inside the attention whose outputs are K (after its norm, before RoPE) and V.
+        batched: keyword arguments of the forward with a sample axis, beside hidden_states, timestep and the prompt.
+    """
+
+    blocks: str
+    control_blocks: str | None
+    attention: str
+    key: str
+    value: str
+    batched: tuple[str, ...]
+
+
+FAMILIES = {
+    "WanTransformer3DModel": Family("blocks", None, "attn1", "norm_k", "to_v", ("encoder_hidden_states_image",)),
+    "WanVACETransformer3DModel": Family(
+        "blocks", "vace_blocks", "attn1", "norm_k", "to_v", ("encoder_hidden_states_image", "control_hidden_states")
+    ),
+}
+
+# Pipelines whose first latents are the noised video, not pure noise.
+STARTS_FROM_VIDEO = ("WanVideoToVideoPipeline",)
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The module behind `torch.compile`'s wrapper."""
+    return getattr(module, "_orig_mod", module)
+
+
+def family_of(transformer: nn.Module) -> Family:
+    """The table's row for this transformer.
+
+    Raises:
+        ValueError: the class is not in the table, or the module is set up in a way the taps cannot follow.
+    """
+    module: Any = unwrap(transformer)
+    name = type(module).__name__
+    if name not in FAMILIES:
+        raise ValueError(f"transformer {name} is not supported; supported transformers: {', '.join(FAMILIES)}")
+    if getattr(transformer, "_compiled_call_impl", None) is not None:
+        raise ValueError(
+            f"{name}.compile() in place also compiles the hook that runs the source; "
+            "use pipe.transformer = torch.compile(pipe.transformer) or compile_repeated_blocks() instead"
+        )
+    if getattr(module, "is_cache_enabled", False):
+        raise ValueError(f"{name} has a block cache enabled, which skips the blocks to lock; call disable_cache() first")
+    family = FAMILIES[name]
+    for block in getattr(module, family.blocks):
+        if getattr(getattr(block, family.attention), "fused_projections", False):
+            raise ValueError(f"{name} has fused QKV projections, which bypass to_v; call unfuse_qkv_projections() first")
+    return family
+
+
+def tapped_modules(transformer: nn.Module, config: KVLockConfig) -> Iterator[tuple[LayerKey, nn.Module]]:
+    """The modules to tap, with their keys, in order of execution within each list of blocks.
+
+    Raises:
+        ValueError: `config` names a layer that is not there, or control blocks where there are none.
+    """
+    family = family_of(transformer)
+    module: Any = unwrap(transformer)
+    main = getattr(module, family.blocks)
+    for layer in config.layers or ():
+        if layer >= len(main):
+            raise ValueError(f"layers names block {layer}; {type(module).__name__} has {len(main)}, numbered from 0")
+    chosen = [(family.blocks, i) for i in config.layers or range(len(main))]
+    if config.control_blocks:
+        if family.control_blocks is None:
+            raise ValueError(f"control_blocks=True, but {type(module).__name__} has no control blocks; wanted False")
+        chosen += [(family.control_blocks, i) for i in range(len(getattr(module, family.control_blocks)))]
+    for stack, i in chosen:
+        attention = getattr(getattr(module, stack)[i], family.attention)
+        yield LayerKey(stack, i, "k"), getattr(attention, family.key)
+        yield LayerKey(stack, i, "v"), getattr(attention, family.value)

@@ -1,0 +1,61 @@
+"""Hooks around one call of the transformer: they bring the source in before it and hand its prediction to the session."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvlock.adapters.families import Family, unwrap
+from kvlock.session import Session
+
+
+def install(transformer: nn.Module, family: Family, session: Session, expert: int) -> list[Any]:
+    """Hook the module the pipeline calls; returns the handles to remove. `expert` numbers pipelines' transformers."""
+    names = tuple(inspect.signature(type(unwrap(transformer)).forward).parameters)[1:]
+    before = functools.partial(_before, names=names, family=family, session=session, expert=expert)
+    after = functools.partial(_after, session=session)
+    return [
+        transformer.register_forward_pre_hook(before, with_kwargs=True),
+        transformer.register_forward_hook(after),
+    ]
+
+
+def _before(module: nn.Module, args: tuple, kwargs: dict[str, Any], *, names, family: Family, session: Session, expert: int):
+    if session.in_source_pass:
+        return None
+    call = dict(zip(names, args, strict=False)) | kwargs
+    x = session.begin_call(expert, call["hidden_states"], call["timestep"])
+    if x is None:  # nothing of the source is needed for this call
+        return None
+    source = call | _source_rows(call, x, family, session)
+    if session.config.source == "store":
+        with session.source_pass():
+            module(**source)
+        return None
+    joined = {name: torch.cat([source[name], call[name]]) for name in _source_rows(call, x, family, session)}
+    return (), call | joined
+
+
+def _source_rows(call: dict[str, Any], x: Tensor, family: Family, session: Session) -> dict[str, Tensor]:
+    """The call's batched arguments for the source: its latents and prompt, everything else as the edit has it."""
+    batch, edit = len(x), call["hidden_states"]
+    prompt = call["encoder_hidden_states"]
+    rows = {
+        "hidden_states": x.to(edit.dtype),
+        "timestep": call["timestep"][:batch],
+        "encoder_hidden_states": session.source_prompt(prompt, batch),
+    }
+    return rows | {name: call[name][:batch] for name in family.batched if call.get(name) is not None}
+
+
+def _after(module: nn.Module, args: tuple, output: Any, *, session: Session) -> Any:
+    if session.in_source_pass:
+        return None
+    if isinstance(output, tuple):
+        return (session.end_call(output[0]), *output[1:])
+    output.sample = session.end_call(output.sample)
+    return output

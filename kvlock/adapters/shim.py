@@ -1,0 +1,57 @@
+"""The scheduler of one pipeline, patched on the instance: it tells the session of a new schedule and asks it for v."""
+
+from __future__ import annotations
+
+import functools
+import types
+from typing import Any
+
+from kvlock.flow import Flow, check_scheduler
+from kvlock.session import Session
+
+
+def install(scheduler: Any, session: Session) -> None:
+    """Patch `set_timesteps` and `step` of this scheduler object.
+
+    The new methods hold only the class's own function and find the rest on `self`, so that a deep copy of the scheduler
+    works on its own state.
+
+    Raises:
+        ValueError: the scheduler is not supported, or is patched already.
+    """
+    check_scheduler(scheduler)
+    for name in ("set_timesteps", "step"):
+        if name in vars(scheduler):
+            raise ValueError(f"{type(scheduler).__name__}.{name} is patched on this object already; detach that first")
+    scheduler.kvlock_session = session
+    scheduler.set_timesteps = types.MethodType(_set_timesteps(type(scheduler).set_timesteps), scheduler)
+    scheduler.step = types.MethodType(_step(type(scheduler).step), scheduler)
+
+
+def remove(scheduler: Any) -> None:
+    """Undo `install`."""
+    for name in ("set_timesteps", "step", "kvlock_session"):
+        vars(scheduler).pop(name, None)
+
+
+def _set_timesteps(original: Any) -> Any:
+    @functools.wraps(original)  # pipelines read the signature
+    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        self.kvlock_session.set_schedule(Flow.from_scheduler(self))
+
+    return set_timesteps
+
+
+def _step(original: Any) -> Any:
+    @functools.wraps(original)
+    def step(self: Any, model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
+        session: Session = self.kvlock_session
+        velocity = session.guide(model_output, sample)
+        result = original(self, velocity, timestep, sample, *args, **kwargs)
+        if isinstance(result, tuple):
+            return (session.finish_step(result[0]), *result[1:])
+        result.prev_sample = session.finish_step(result.prev_sample)
+        return result
+
+    return step

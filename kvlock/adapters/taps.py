@@ -1,0 +1,123 @@
+"""Forward hooks on the key norm and the value projection of self-attention: they record source rows and lerp them in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from kvlock_kernels import kv_lerp_
+
+OFF, RECORD, LERP, BATCH = range(4)
+
+
+class LayerKey(NamedTuple):
+    """Which tensor of which layer a tap watches."""
+
+    stack: str  # name of the transformer's block list
+    block: int
+    tensor: str  # "k" or "v"
+
+
+class TapState:
+    """What all taps of a session share. A change of `mode` is one more graph for a compiled block, never one a layer."""
+
+    def __init__(self, index: Tensor, num_tokens: int) -> None:
+        self.mode = OFF
+        self.index = index  # [rows] int32, background rows of the token axis
+        self.num_tokens = num_tokens
+        self.ratio = torch.empty(0)  # [B] fp32, refilled in place between steps
+        self.source_batch = 1  # samples at the front of a batch in BATCH mode
+
+
+class Tap:
+    """The state of one tapped module; hooks find it there, so that one function serves every layer."""
+
+    def __init__(self, key: LayerKey, shared: TapState) -> None:
+        self.key = key
+        self.shared = shared
+        self.source: Tensor | None = None  # [Bs, rows, C] (or [Bs, rows, H, D]), in the dtype of the model
+
+
+def tap_hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+    """Record the background rows of `output`, or lerp the recorded ones into it in place, as the session says."""
+    tap: Tap = module.kvlock_tap
+    shared = tap.shared
+    if shared.mode == OFF:
+        return None
+    rows = _token_rows(output, shared.num_tokens, tap.key)
+    if shared.mode == RECORD:
+        tap.source = rows.index_select(1, shared.index)
+        return None
+    if shared.mode == BATCH:
+        edit, source = rows[shared.source_batch :], rows[: shared.source_batch].index_select(1, shared.index)
+        kv_lerp_(edit, source, shared.index, shared.ratio)
+    else:
+        kv_lerp_(rows, tap.source, shared.index, shared.ratio)
+    return output
+
+
+def _token_rows(output: Tensor, num_tokens: int, key: LayerKey) -> Tensor:
+    """`output` as a view with tokens on axis 1: families differ between [B, N, C], [B, N, H, D] and [B, H, N, D]."""
+    if output.ndim in (3, 4) and output.shape[1] == num_tokens:
+        return output
+    if output.ndim == 4 and output.shape[2] == num_tokens:
+        return output.transpose(1, 2)
+    raise ValueError(
+        f"{key.stack}[{key.block}] gives {key.tensor} of shape {list(output.shape)}, "
+        f"which has no axis of {num_tokens} tokens; the mask was made for another size"
+    )
+
+
+class Taps:
+    """All taps of a session, put on by `install` and taken off by `remove`."""
+
+    def __init__(self, shared: TapState) -> None:
+        self.shared = shared
+        self._modules: list[nn.Module] = []
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def install(self, modules: Iterable[tuple[LayerKey, nn.Module]]) -> None:
+        for key, module in modules:
+            module.kvlock_tap = Tap(key, self.shared)
+            self._modules.append(module)
+            self._handles.append(module.register_forward_hook(tap_hook))
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        for module in self._modules:
+            del module.kvlock_tap
+        self._handles.clear()
+        self._modules.clear()
+
+    def to(self, device: torch.device) -> None:
+        self.shared.index = self.shared.index.to(device)
+
+    def off(self) -> None:
+        self.shared.mode = OFF
+
+    def record(self) -> None:
+        self.shared.mode = RECORD
+
+    def lerp(self, ratio: Tensor) -> None:
+        self.shared.mode, self.shared.ratio = LERP, ratio
+
+    def lerp_batch(self, ratio: Tensor, source_batch: int) -> None:
+        self.shared.mode, self.shared.ratio, self.shared.source_batch = BATCH, ratio, source_batch
+
+    def free(self) -> None:
+        """Forget the recorded rows."""
+        for module in self._modules:
+            module.kvlock_tap.source = None
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes of the recorded rows."""
+        sources = [module.kvlock_tap.source for module in self._modules]
+        return sum(source.nbytes for source in sources if source is not None)

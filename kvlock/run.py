@@ -1,0 +1,193 @@
+"""One denoising run: the tensors that steer it, from the clean predictions to the next step's lock and guidance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvlock.config import KVLockConfig
+from kvlock.flow import Flow
+from kvlock.masks import Masks
+from kvlock_kernels import guided_velocity, lock_schedule, windowed_variance_
+
+
+class Guided(NamedTuple):
+    """A step's guided prediction."""
+
+    velocity: Tensor  # [B, ...] in the model's dtype
+    s_star: Tensor  # [B] fp32
+    x0: Tensor  # [B, ...] fp32
+    x0_cond: Tensor  # [B, ...] fp32, of the conditional branch
+
+
+class Run:
+    """Made at a run's first call of the transformer, from its latents `x` [B, C, T, h, w].
+
+    Steps count through the scheduler's full table, from `flow.start` to its end.
+
+    Raises:
+        ValueError: source latents or masks do not fit `x`.
+    """
+
+    def __init__(
+        self,
+        config: KVLockConfig,
+        flow: Flow,
+        masks: Masks,
+        source_latents: Tensor,
+        x: Tensor,
+        *,
+        expert: int,
+        guidance: float,
+        starts_from_video: bool,
+    ) -> None:
+        _check_fit(masks, source_latents, x)
+        device, batch, steps = x.device, len(x), len(flow.timesteps)
+        self.config = config
+        self.flow = flow
+        self.step = flow.start
+        self.expert = expert
+        self.forwards = 0
+        self.extra_rows = 0  # of the source, in front of the edit's in the call under way
+        self.outputs: list[Tensor] = []  # of this step: conditional, then unconditional
+        self.recorded_step = -1
+        self._window = config.locked_steps(steps, flow.sigmas, start=flow.start)
+        self._masks = masks.to(device)
+        self._source = source_latents.to(device, torch.float32)
+        self._starts_from_video = starts_from_video
+        self._eps: Tensor | None = None
+        self._coefficients = flow.coefficients(device)
+        self._base_guidance = torch.full((batch,), _base(config, guidance), device=device)
+        self._boosted = self._base_guidance.clone()
+        self._seen = torch.zeros(1, dtype=torch.int64, device=device)  # clean predictions since the window was reset
+        ring = (config.window_steps(steps), *x.shape)
+        self._guided_history = torch.empty(ring, device=device)
+        self._cond_history = torch.empty(ring, device=device)
+        fixed = {"variance": 0.0, "off": 0.0, "full": 1.0}.get(config.fusion, config.fusion)  # type: ignore[call-overload]
+        self.fusion_ratio = torch.full((batch,), float(fixed), device=device)
+
+    @property
+    def locked(self) -> bool:
+        """Whether this step is inside the window in which the lock and a boosted guidance act."""
+        return self.step in self._window
+
+    @property
+    def finished(self) -> bool:
+        return self.step >= len(self.flow.timesteps)
+
+    @property
+    def guidance_scale(self) -> Tensor:
+        """omega of this step inside the mask, [B] fp32."""
+        return self._boosted if self.locked and self.config.dynamic_guidance else self._base_guidance
+
+    @property
+    def keeps_pipeline_velocity(self) -> bool:
+        """Whether the pipeline's own combination of the branches stands at this step."""
+        config = self.config
+        changed = config.optimized_scale or config.background_guidance is not None or config.guidance_scale is not None
+        changed = changed or (config.dynamic_guidance and self.locked)
+        zeroed = self.step - self.flow.start < config.zero_init_steps
+        return not zeroed and (not changed or len(self.outputs) < 2)
+
+    def use_expert(self, expert: int, guidance_of: Callable[[int], float]) -> None:
+        """Another transformer takes over: its predictions start a new window, with its own guidance scale."""
+        if expert == self.expert:
+            return
+        self.expert = expert
+        self._seen.zero_()
+        self._base_guidance.fill_(_base(self.config, guidance_of(expert)))
+        self._boosted.copy_(self._base_guidance)
+        if self.config.fusion == "variance":
+            self.fusion_ratio.zero_()
+
+    def noised_source(self, x: Tensor) -> Tensor:
+        """The source at this step's noise level, with the edit's own initial noise: [Bs, C, T, h, w] fp32."""
+        if self._eps is None:
+            self._eps = self._initial_noise(x)
+        return self.flow.noise(self._source, self._eps[: len(self._source)], self.step)
+
+    def guided_velocity(self, sample: Tensor, *, zero: bool) -> Guided:
+        """Combine this step's branches (eqs. 10 and 13); `zero` replaces the velocity, not the clean prediction."""
+        if self._eps is None and self.step == self.flow.start:
+            self._eps = self._initial_noise(sample)  # in the scheduler's precision, which the model's input may not have
+        cond, uncond = self.outputs[0], self.outputs[1] if len(self.outputs) > 1 else None
+        k, c = self.step, self._coefficients
+        background = self.config.background_guidance if uncond is not None else None
+        out = guided_velocity(
+            cond,
+            uncond,
+            self.guidance_scale,
+            sample,
+            c.v_scale[k],
+            mask=self._masks.latent if background is not None else None,
+            background_guidance=background,
+            optimized_scale=self.config.optimized_scale,
+            x_scale=c.x_scale[k],
+        )
+        x0_cond = out.x0 if uncond is None else c.x_scale[k] * sample.float() - c.v_scale[k] * cond.float()
+        velocity = torch.zeros_like(out.velocity) if zero else out.velocity
+        return Guided(velocity, out.s_star, out.x0, x0_cond)
+
+    def observe(self, guided: Guided, sample: Tensor) -> dict[str, Tensor]:
+        """Add this step's clean predictions to the window and steer the next step by their variance (eq. 14).
+
+        Returns:
+            The variances [B] after this step, by their names in `StepRecord`.
+        """
+        masked, everywhere = self._masks.weight, self._masks.global_weight
+        chosen = "guided" if self.config.x0 == "guided" else "cond"
+        rings = {"guided": (guided.x0, self._guided_history), "cond": (guided.x0_cond, self._cond_history)}
+        inside = {name: windowed_variance_(*ring, self._seen, weight=masked) for name, ring in rings.items()}
+        whole = windowed_variance_(*rings[chosen], self._seen, weight=everywhere)
+        self._seen.add_(1)
+        steering = inside[chosen] if self.config.variance == "masked" else whole
+        plan = lock_schedule(
+            steering,
+            self._base_guidance,
+            tau=self.config.tau,
+            boost=self.config.boost,
+            alpha_min=self.config.alpha_min,
+        )
+        self._planned = plan
+        return {
+            "variance_masked": inside[chosen],
+            "variance_global": whole,
+            "variance_guided": inside["guided"],
+            "variance_cond": inside["cond"],
+        }
+
+    def advance(self) -> None:
+        """Go to the next step, with the lock and the guidance planned for it."""
+        if self.config.fusion == "variance":
+            self.fusion_ratio.copy_(self._planned.fusion_ratio)
+        self._boosted.copy_(self._planned.guidance_scale)
+        self.step += 1
+        self.forwards = 0
+        self.outputs.clear()
+
+    def composite(self, latents: Tensor) -> Tensor:
+        """The edit inside the latent mask, the source outside it."""
+        return torch.where(self._masks.latent > 0, latents, self._source.to(latents))
+
+    def _initial_noise(self, x: Tensor) -> Tensor:
+        return self.flow.eps_from(x, self._source, self.step) if self._starts_from_video else x.float()
+
+
+def _base(config: KVLockConfig, guidance: float) -> float:
+    return float(guidance if config.guidance_scale is None else config.guidance_scale)
+
+
+def _check_fit(masks: Masks, source_latents: Tensor, x: Tensor) -> None:
+    if source_latents.shape[1:] != x.shape[1:] or len(source_latents) not in (1, len(x)):
+        raise ValueError(
+            f"source_latents has shape {list(source_latents.shape)}; wanted [1 or {len(x)}, "
+            f"{', '.join(map(str, x.shape[1:]))}] as the edit's latents have"
+        )
+    if masks.latent.shape[2:] != x.shape[2:]:
+        raise ValueError(
+            f"masks were made for latents of [T, h, w] = {list(masks.latent.shape[2:])}; "
+            f"the edit's latents have {list(x.shape[2:])}"
+        )

@@ -1,0 +1,214 @@
+"""One edit's state: it decides what each call of the transformer needs and what each step of the scheduler gets."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from kvlock.config import KVLockConfig
+from kvlock.flow import Flow
+from kvlock.masks import Masks
+from kvlock.run import Run
+from kvlock.trace import StepRecord, Trace
+
+
+class SourceRows(Protocol):
+    """Where source K and V are recorded and lerped in; `kvlock.adapters.taps.Taps` is one."""
+
+    @property
+    def source_bytes(self) -> int: ...
+    def to(self, device: torch.device) -> None: ...
+    def off(self) -> None: ...
+    def record(self) -> None: ...
+    def lerp(self, ratio: Tensor) -> None: ...
+    def lerp_batch(self, ratio: Tensor, source_batch: int) -> None: ...
+    def free(self) -> None: ...
+
+
+class Session:
+    """The state behind `kvlock.attach`, driven by its hooks in this order, K times a run::
+
+        set_schedule                                    once, when the pipeline sets its timesteps
+        begin_call [source_pass] end_call               conditional branch
+        begin_call               end_call               unconditional branch, if there is one
+        guide, finish_step                              around scheduler.step
+
+    Nothing in this loop reads a device tensor on the host, except the first timestep of a run.
+
+    Attributes:
+        config: the settings.
+        trace: what the latest run did.
+        in_source_pass: whether the transformer is running on the source right now.
+    """
+
+    def __init__(
+        self,
+        config: KVLockConfig,
+        masks: Masks,
+        source_latents: Tensor,
+        source_prompt_embeds: Tensor | None,
+        *,
+        rows: SourceRows,
+        guidance_of: Callable[[int], float],
+        starts_from_video: bool,
+    ) -> None:
+        self.config = config
+        self.trace = Trace(config)
+        self.in_source_pass = False
+        self._masks = masks
+        self._source_latents = source_latents
+        self._source_prompt_embeds = source_prompt_embeds
+        self._rows = rows
+        self._guidance_of = guidance_of
+        self._starts_from_video = starts_from_video
+        self._flow: Flow | None = None
+        self._run: Run | None = None
+
+    def __deepcopy__(self, memo: dict) -> Session:
+        return self  # a copied scheduler belongs to the same edit
+
+    def set_schedule(self, flow: Flow) -> None:
+        """A new run begins with this schedule."""
+        self._flow, self._run = flow, None
+        self.trace.clear()
+        self.release()
+
+    def begin_call(self, expert: int, x: Tensor, timestep: Tensor) -> Tensor | None:
+        """The transformer is about to run on latents `x` [B, ...].
+
+        Returns:
+            The noised source [Bs, ...] fp32 that must run before this call (`source="store"`) or beside it
+            (`source="batch"`), or None where this call needs no source.
+        """
+        if self._run is None:
+            self._run = self._new_run(expert, x, timestep)
+        run = self._run
+        run.use_expert(expert, self._guidance_of)
+        branch = ("cond", "uncond")[len(run.outputs)] if len(run.outputs) < 2 else "extra"
+        if branch == "extra":
+            raise ValueError("the transformer ran more than twice in one step; wanted one or two guidance branches")
+        run.forwards += len(x)
+        mixes = run.locked and self.config.locks and self.config.branches in ("both", branch)
+        run.extra_rows = 0
+        if not mixes:
+            self._rows.off()
+            return None
+        if self.config.source == "batch":
+            source = run.noised_source(x)
+            run.forwards += len(source)
+            run.extra_rows = len(source)
+            self._rows.lerp_batch(run.fusion_ratio, len(source))
+            return source
+        if run.recorded_step == run.step:
+            self._rows.lerp(run.fusion_ratio)
+            return None
+        source = run.noised_source(x)
+        run.forwards += len(source)
+        return source
+
+    @contextlib.contextmanager
+    def source_pass(self) -> Iterator[None]:
+        """Around the forward on the source: its K and V are recorded, then the taps are ready to lerp."""
+        run = self._require_run()
+        self.in_source_pass = True
+        self._rows.record()
+        try:
+            yield
+        finally:
+            self.in_source_pass = False
+            self._rows.off()
+        run.recorded_step = run.step
+        self._rows.lerp(run.fusion_ratio)
+
+    def source_prompt(self, prompt: Tensor, batch: int) -> Tensor:
+        """The source prompt's embeddings [batch, L, C], where and as the edit's `prompt` [B, L, C] is."""
+        embeds = self._source_prompt_embeds
+        if embeds is None:
+            raise ValueError("the lock needs source_prompt_embeds and has none; pass them to attach")
+        if embeds.shape[1:] != prompt.shape[1:]:
+            raise ValueError(
+                f"source_prompt_embeds has shape {list(embeds.shape)}; "
+                f"wanted [1 or B, {prompt.shape[1]}, {prompt.shape[2]}] as the prompt has"
+            )
+        return embeds.to(prompt).expand(batch, -1, -1)
+
+    def end_call(self, output: Tensor) -> Tensor:
+        """The transformer has run; returns the edit's part of its prediction."""
+        run = self._require_run()
+        output = output[run.extra_rows :]
+        run.outputs.append(output)
+        return output
+
+    def guide(self, model_output: Tensor, sample: Tensor) -> Tensor:
+        """The velocity the scheduler gets in place of the pipeline's `model_output`, both [B, ...].
+
+        Where the settings do not touch guidance it is that very tensor.
+        """
+        run = self._require_run()
+        guided = run.guided_velocity(sample, zero=run.step - run.flow.start < self.config.zero_init_steps)
+        variances = run.observe(guided, sample)
+        locks = run.locked and self.config.locks
+        self.trace.append(
+            StepRecord(
+                step=run.step - run.flow.start,
+                timestep=run.flow.timesteps[run.step],
+                sigma=run.flow.sigmas[run.step],
+                locked=run.locked,
+                forwards=run.forwards,
+                source_bytes=self._rows.source_bytes if run.recorded_step == run.step else 0,
+                fusion_ratio=run.fusion_ratio.clone() if locks else torch.zeros_like(run.fusion_ratio),
+                guidance_scale=run.guidance_scale.clone(),
+                s_star=guided.s_star,
+                **variances,
+            )
+        )
+        return model_output if run.keeps_pipeline_velocity else guided.velocity
+
+    def finish_step(self, latents: Tensor) -> Tensor:
+        """The latents [B, ...] the scheduler arrived at; returns those the pipeline goes on with."""
+        run = self._require_run()
+        run.advance()
+        if not run.finished:
+            return latents
+        self.release()
+        return run.composite(latents) if self.config.composite == "latent" else latents
+
+    def release(self) -> None:
+        """Put the taps to rest and free the recorded rows."""
+        self._rows.off()
+        self._rows.free()
+
+    def _new_run(self, expert: int, x: Tensor, timestep: Tensor) -> Run:
+        if self._flow is None:
+            raise ValueError("the scheduler has set no timesteps since attach; was pipe.scheduler replaced?")
+        flow = self._flow
+        self._rows.to(x.device)
+        if flow.begin_index is None:
+            flow = flow.starting_at(flow.step_of(timestep))
+        guidance = self._guidance_of(expert)
+        if guidance <= 1 and (self.config.optimized_scale or self.config.dynamic_guidance):
+            warnings.warn(
+                f"guidance_scale={guidance:g} means no unconditional branch: s*, the guidance schedule and "
+                "background_guidance have no effect in this run; the lock still acts",
+                stacklevel=2,
+            )
+        return Run(
+            self.config,
+            flow,
+            self._masks,
+            self._source_latents,
+            x,
+            expert=expert,
+            guidance=guidance,
+            starts_from_video=self._starts_from_video,
+        )
+
+    def _require_run(self) -> Run:
+        if self._run is None:
+            raise ValueError("scheduler.step was called before the transformer ran; wanted a whole pipeline call")
+        return self._run

@@ -1,0 +1,115 @@
+"""Tiny random Wan and VACE pipelines, 96x96 px and 17 frames, built from config."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKLWan,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+    WanVACEPipeline,
+    WanVACETransformer3DModel,
+    WanVideoToVideoPipeline,
+)
+
+from kvlock import Masks
+
+SIZE, FRAMES, TEXT = 96, 17, 8
+LATENT = (16, 5, 12, 12)
+
+
+def transformer(kind: type = WanTransformer3DModel, *, layers: int = 2, **extra: Any):
+    """A random transformer whose weights are large enough for every part of it to matter."""
+    torch.manual_seed(0)
+    if kind is WanVACETransformer3DModel:
+        extra = {"vace_layers": [0, 1], "vace_in_channels": 96} | extra
+    model = kind(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=16,
+        out_channels=16,
+        text_dim=32,
+        freq_dim=256,
+        ffn_dim=32,
+        num_layers=layers,
+        cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads",
+        rope_max_seq_len=32,
+        **extra,
+    )
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() >= 2:
+                p.mul_(1.5)
+    return model.eval()
+
+
+def scheduler(name: str = "euler", shift: float = 3.0):
+    if name == "euler":
+        return FlowMatchEulerDiscreteScheduler(shift=shift)
+    return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+
+
+def vae() -> AutoencoderKLWan:
+    torch.manual_seed(1)
+    model = AutoencoderKLWan(
+        base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+    )
+    return model.eval()
+
+
+def pipeline(kind: type = WanPipeline, schedule: str = "euler", *, layers: int = 2, **extra: Any):
+    model = transformer(WanVACETransformer3DModel if kind is WanVACEPipeline else WanTransformer3DModel, layers=layers, **extra)
+    pipe = kind(tokenizer=None, text_encoder=None, vae=vae(), scheduler=scheduler(schedule), transformer=model)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def rand(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def pixel_mask() -> torch.Tensor:
+    """A box in the middle, [F, H, W] bool; dilated it leaves the outer ring of tokens to lock."""
+    mask = torch.zeros(FRAMES, SIZE, SIZE, dtype=torch.bool)
+    mask[:, 36:60, 36:60] = True
+    return mask
+
+
+def masks(pipe: Any, **kwargs: Any) -> Masks:
+    found = Masks.from_pixels(pixel_mask(), pipe, **kwargs)
+    assert 0 < found.background_rows < found.num_tokens
+    return found
+
+
+def source_latents() -> torch.Tensor:
+    return rand(1, *LATENT, seed=5)
+
+
+PROMPT = {"prompt_embeds": rand(1, TEXT, 32, seed=2), "negative_prompt_embeds": rand(1, TEXT, 32, seed=3)}
+SOURCE_PROMPT = rand(1, TEXT, 32, seed=4)
+
+
+def call(pipe: Any, *, steps: int = 6, guidance_scale: float = 5.0, seed: int = 0, **extra: Any) -> torch.Tensor:
+    """One pipeline call; returns the final latents."""
+    kwargs: dict[str, Any] = PROMPT | {
+        "height": SIZE,
+        "width": SIZE,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance_scale,
+        "generator": torch.Generator().manual_seed(seed),
+        "output_type": "latent",
+    }
+    if isinstance(pipe, WanVideoToVideoPipeline):
+        kwargs["video"] = torch.rand(1, FRAMES, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(7))
+    else:
+        kwargs["num_frames"] = FRAMES
+    if isinstance(pipe, WanVACEPipeline):
+        kwargs["video"] = torch.rand(1, FRAMES, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(7))
+        kwargs["mask"] = pixel_mask()[None, :, None].float()
+    return pipe(**(kwargs | extra)).frames
