@@ -24,6 +24,7 @@ LUMA = (0.299, 0.587, 0.114)  # Rec. 601
 LOCK_TINT = (0.10, 0.45, 0.95)
 EDIT_TINT = (1.00, 0.35, 0.10)
 
+_ACCURATE = "accurate_rnd+full_chroma_int"
 _CRF = 10  # 0 is lossless, 18 is called visually lossless; 10 keeps the codec below the model's own error
 
 
@@ -71,7 +72,7 @@ def read_mask(path: str | os.PathLike[str], num_frames: int, height: int, width:
     if len(frames) == 1 and is_picture:
         frames = frames.expand(num_frames, -1, -1, -1)
     if len(frames) != num_frames:
-        raise ValueError(f"mask {path} has {len(frames)} frames; the video has {num_frames}, and wanted is one for each")
+        raise ValueError(f"mask {path} has {len(frames)} frames; the video has {num_frames}; wanted one for each")
     luminance = (frames.float() @ torch.tensor(LUMA)).round().to(torch.uint8)
     # A picture of black and almost black is a mask drawn with labels 0 and 1, which binarize would take for a mistake
     # of dtype: from a file it is simply below one half.
@@ -114,22 +115,19 @@ def write_video(path: str | os.PathLike[str], frames: Tensor, fps: float) -> Non
     pictures = to_uint8(frames).cpu().contiguous()
     count, height, width, _ = pictures.shape
     if count == 0 or not 0 < fps < float("inf"):
-        raise ValueError(f"cannot write {count} frames at {fps} frames per second; wanted at least 1 at a positive rate")
+        raise ValueError(f"cannot write {count} frames at {fps} per second; wanted at least 1 at a positive rate")
     if not path.parent.is_dir():
         raise ValueError(f"cannot write {path}: {path.parent} is not a folder")
     subsampled = height % 2 == 0 and width % 2 == 0
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
     os.close(descriptor)
     try:
-        _run_ffmpeg(
-            ["-y", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", f"{fps:.6g}", "-i", "pipe:0"]
-            # Without the tag every player guesses the matrix from the picture's size.
-            + ["-vf", "scale=out_color_matrix=bt709:flags=accurate_rnd+full_chroma_int", "-colorspace", "bt709"]
-            + ["-color_primaries", "bt709", "-color_trc", "bt709", "-c:v", "libx264", "-crf", str(_CRF)]
-            + ["-pix_fmt", "yuv420p" if subsampled else "yuv444p", "-movflags", "+faststart", temporary],
-            path,
-            pictures.numpy().tobytes(),
-        )
+        raw = ["-y", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", f"{fps:.6g}", "-i", "pipe:0"]
+        # Without the tag every player guesses the matrix from the picture's size.
+        colour = ["-vf", f"scale=out_color_matrix=bt709:flags={_ACCURATE}", "-colorspace", "bt709"]
+        colour += ["-color_primaries", "bt709", "-color_trc", "bt709"]
+        codec = ["-c:v", "libx264", "-crf", str(_CRF), "-pix_fmt", "yuv420p" if subsampled else "yuv444p"]
+        _run_ffmpeg([*raw, *colour, *codec, "-movflags", "+faststart", temporary], path, pictures.numpy().tobytes())
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     finally:
@@ -143,9 +141,9 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         ValueError: another ending than `WRITABLE_SUFFIXES`, or a folder of that name exists.
     """
     if Path(path).suffix.lower() not in WRITABLE_SUFFIXES:
-        raise ValueError(f"cannot write a video named {path}; wanted a name that ends in {', '.join(WRITABLE_SUFFIXES)}")
+        raise ValueError(f"cannot write {path} as a video; wanted a name that ends in {', '.join(WRITABLE_SUFFIXES)}")
     if Path(path).is_dir():
-        raise ValueError(f"cannot write a video named {path}: it is a folder")
+        raise ValueError(f"cannot write {path} as a video: it is a folder")
 
 
 def to_uint8(frames: Tensor) -> Tensor:
@@ -179,7 +177,7 @@ def overlay(
     """
     pictures = to_uint8(frames)
     if marked.shape != pictures.shape[:3]:
-        raise ValueError(f"marked pixels have shape {list(marked.shape)}; wanted {list(pictures.shape[:3])} as the frames")
+        raise ValueError(f"marked pixels have shape {list(marked.shape)}; wanted {list(pictures.shape[:3])}")
     colour = torch.tensor(tint, device=pictures.device) * 255
     tinted = torch.lerp(pictures.float(), colour.expand_as(pictures), strength).round().to(torch.uint8)
     return torch.where(marked.bool()[..., None], tinted, pictures)
@@ -236,12 +234,10 @@ def _decode(path: Path) -> Video:
     except Exception as error:  # the reader raises whatever its parsing of the header ran into
         raise ValueError(f"cannot read {path} as a video") from error
     width, height = meta["size"]
-    decoded = _run_ffmpeg(
-        # Passthrough: by default frames of a variable-rate video are dropped or repeated to make the rate constant.
-        ["-xerror", "-err_detect", "explode", "-i", os.fspath(path), "-map", "0:v:0", "-fps_mode", "passthrough"]
-        + ["-sws_flags", "accurate_rnd+full_chroma_int", "-f", "rawvideo", "-pix_fmt", "rgb24", "pipe:1"],
-        path,
-    )
+    strict = ["-xerror", "-err_detect", "explode", "-i", os.fspath(path), "-map", "0:v:0"]
+    # Passthrough: by default frames of a variable-rate video are dropped or repeated to make the rate constant.
+    raw = ["-fps_mode", "passthrough", "-sws_flags", _ACCURATE, "-f", "rawvideo", "-pix_fmt", "rgb24", "pipe:1"]
+    decoded = _run_ffmpeg([*strict, *raw], path)
     if not decoded or len(decoded) % (width * height * 3):
         raise ValueError(f"cannot read {path} as a video: it has no frames of its stated size {width}x{height}")
     frames = torch.frombuffer(bytearray(decoded), dtype=torch.uint8).reshape(-1, height, width, 3)

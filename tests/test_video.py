@@ -55,6 +55,7 @@ def test_a_folder_is_read_in_natural_order(tmp_path):
     for n in (10, 2, 1):
         save(tmp_path / f"frame{n}.png", np.full((4, 6, 3), n))
     (tmp_path / "notes.txt").write_text("not a picture")
+    (tmp_path / "._frame1.png").write_text("left behind by a file browser")
     frames, fps = video.read_video(tmp_path)
     assert frames.shape == (3, 4, 6, 3)
     assert frames[:, 0, 0, 0].tolist() == [1, 2, 10]
@@ -85,6 +86,13 @@ def test_what_is_no_video_is_refused(tmp_path):
     }.items():
         with pytest.raises(ValueError, match=message):
             video.read_video(tmp_path / name)
+
+
+def test_a_photograph_on_its_side_is_read_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: turn by 90 degrees
+    Image.new("RGB", (32, 16)).save(tmp_path / "a.jpg", exif=exif)
+    assert video.read_video(tmp_path / "a.jpg").frames.shape == (1, 32, 16, 3)
 
 
 def test_a_picture_of_sixteen_bits_is_refused_rather_than_clipped(tmp_path):
@@ -215,6 +223,11 @@ def test_an_even_video_is_written_in_the_format_every_player_knows(tmp_path):
     meta = next(imageio_ffmpeg.read_frames(str(tmp_path / "a.mp4")))
     assert meta["codec"] == "h264"
     assert meta["pix_fmt"].startswith("yuv420p")
+
+
+def test_floating_point_is_rounded_to_the_nearest_level():
+    levels = torch.tensor([0.0, 0.49, 0.51, 254.4, 254.6, 255.0]).reshape(1, 1, 2, 3) / 255
+    assert video.to_uint8(levels).flatten().tolist() == [0, 0, 1, 254, 255, 255]
 
 
 def test_an_overlay_changes_the_marked_pixels_only():
