@@ -104,10 +104,10 @@ class Run:
             self.fusion_ratio.zero_()
 
     def noised_source(self, x: Tensor) -> Tensor:
-        """The source at this step's noise level, with the edit's own initial noise: [Bs, C, T, h, w] fp32."""
+        """The source at this step's noise level, with each sample's own initial noise: [B, C, T, h, w] fp32."""
         if self._eps is None:
             self._eps = self._initial_noise(x)
-        return self.flow.noise(self._source, self._eps[: len(self._source)], self.step)
+        return self.flow.noise(self._source, self._eps, self.step)
 
     def guided_velocity(self, sample: Tensor, *, zero: bool) -> Guided:
         """Combine this step's branches (eqs. 10 and 13); `zero` replaces the velocity, not the clean prediction."""

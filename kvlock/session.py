@@ -82,7 +82,7 @@ class Session:
         """The transformer is about to run on latents `x` [B, ...].
 
         Returns:
-            The noised source [Bs, ...] fp32 that must run before this call (`source="store"`) or beside it
+            The noised source [B, ...] fp32 that must run before this call (`source="store"`) or beside it
             (`source="batch"`), or None where this call needs no source.
         """
         if self._run is None:

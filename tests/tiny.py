@@ -22,18 +22,18 @@ SIZE, FRAMES, TEXT = 96, 17, 8
 LATENT = (16, 5, 12, 12)
 
 
-def transformer(kind: type = WanTransformer3DModel, *, layers: int = 2, **extra: Any):
+def transformer(kind: type = WanTransformer3DModel, *, layers: int = 2, seed: int = 0, **extra: Any):
     """A random transformer whose weights are large enough for every part of it to matter."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     if kind is WanVACETransformer3DModel:
         extra = {"vace_layers": [0, 1], "vace_in_channels": 96} | extra
+    extra = {"text_dim": 32} | extra
     model = kind(
         patch_size=(1, 2, 2),
         num_attention_heads=2,
         attention_head_dim=12,
         in_channels=16,
         out_channels=16,
-        text_dim=32,
         freq_dim=256,
         ffn_dim=32,
         num_layers=layers,
@@ -64,7 +64,8 @@ def vae() -> AutoencoderKLWan:
 
 
 def pipeline(kind: type = WanPipeline, schedule: str = "euler", *, layers: int = 2, **extra: Any):
-    model = transformer(WanVACETransformer3DModel if kind is WanVACEPipeline else WanTransformer3DModel, layers=layers, **extra)
+    of_kind = WanVACETransformer3DModel if kind is WanVACEPipeline else WanTransformer3DModel
+    model = transformer(of_kind, layers=layers, **extra)
     pipe = kind(tokenizer=None, text_encoder=None, vae=vae(), scheduler=scheduler(schedule), transformer=model)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -113,3 +114,21 @@ def call(pipe: Any, *, steps: int = 6, guidance_scale: float = 5.0, seed: int = 
         kwargs["video"] = torch.rand(1, FRAMES, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(7))
         kwargs["mask"] = pixel_mask()[None, :, None].float()
     return pipe(**(kwargs | extra)).frames
+
+
+def miniature() -> WanVACEPipeline:
+    """The embedded miniature's architecture with random weights, strides repaired."""
+    from kvlock.adapters.vae import repair_stride
+    from kvlock.mini import models
+
+    torch.manual_seed(2)
+    pipe = WanVACEPipeline(
+        tokenizer=models.build_tokenizer(),
+        text_encoder=models.build_text_encoder().eval(),
+        vae=models.build_vae().eval(),
+        scheduler=models.build_scheduler(),
+        transformer=models.build_transformer().eval(),
+    )
+    repair_stride(pipe)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
