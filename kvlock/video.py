@@ -122,12 +122,13 @@ def write_video(path: str | os.PathLike[str], frames: Tensor, fps: float) -> Non
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
     os.close(descriptor)
     try:
-        raw = ["-y", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", f"{fps:.6g}", "-i", "pipe:0"]
+        raw = ["-y", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", f"{fps:.6g}"]
         # Without the tag every player guesses the matrix from the picture's size.
         colour = ["-vf", f"scale=out_color_matrix=bt709:flags={_ACCURATE}", "-colorspace", "bt709"]
         colour += ["-color_primaries", "bt709", "-color_trc", "bt709"]
         codec = ["-c:v", "libx264", "-crf", str(_CRF), "-pix_fmt", "yuv420p" if subsampled else "yuv444p"]
-        _run_ffmpeg([*raw, *colour, *codec, "-movflags", "+faststart", temporary], path, pictures.numpy().tobytes())
+        command = [*raw, "-i", "pipe:0", *colour, *codec, "-movflags", "+faststart", temporary]
+        _run_ffmpeg(command, path, pictures.numpy().tobytes())
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     finally:

@@ -1,0 +1,106 @@
+"""What an edit will cost, from sizes alone: forward passes and the memory of source keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from kvlock.config import KVLockConfig
+
+
+class ModelSizes(NamedTuple):
+    """The sizes of a transformer that decide the memory of its keys and values."""
+
+    layers: int  # main blocks
+    heads: int
+    head_dim: int
+    control_layers: int = 0  # VACE's control blocks
+
+    @classmethod
+    def of(cls, transformer_config: Any) -> ModelSizes:
+        """Read them from a diffusers transformer's config, by attribute.
+
+        Raises:
+            ValueError: the config names no layers, heads or head dimension.
+        """
+        names = ("num_layers", "num_attention_heads", "attention_head_dim")
+        sizes = [getattr(transformer_config, name, None) for name in names]
+        for name, size in zip(names, sizes, strict=True):
+            if not isinstance(size, int):
+                raise ValueError(f"the transformer's config has {name}={size!r}; wanted an int")
+        layers, heads, head_dim = sizes
+        return cls(layers, heads, head_dim, len(getattr(transformer_config, "vace_layers", None) or ()))
+
+
+class Cost(NamedTuple):
+    """The cost of one edit of one video; bytes count K and V of all locked layers for one step."""
+
+    tokens: int
+    background_rows: int  # tokens whose K and V are locked
+    steps: int
+    locked_steps: int  # steps on which the source runs as well
+    forwards_plain: int  # rows through the transformer without KV-Lock
+    forwards: int  # the same with the source
+    bytes_full: int  # of all tokens
+    bytes_background: int  # of background rows
+    bytes_kept: int  # what the run holds: bytes_background, or 0 where nothing is stored
+
+
+def estimate(
+    model: ModelSizes,
+    config: KVLockConfig,
+    *,
+    tokens: int,
+    background_rows: int,
+    num_steps: int = 50,
+    sigmas: Sequence[float] | None = None,
+    guidance_scale: float = 5.0,
+    bytes_per_value: int = 2,
+) -> Cost:
+    """The cost of one edit, for a pipeline that runs the guidance branches one after the other.
+
+    With K steps of which L are locked, and both branches guided and locked::
+
+        forwards = 2 K                 without KV-Lock
+        forwards = 2 K + L             source="store": the source runs once and serves both branches
+        forwards = 2 K + 2 L           source="batch": the source runs beside each branch and is never stored
+        bytes    = layers * 2 * rows * heads * head_dim * bytes_per_value
+
+    Args:
+        tokens: video tokens the transformer sees, reference frames included.
+        background_rows: how many of them are locked.
+        num_steps: denoising steps K.
+        sigmas: noise share of each step; needed where the config gives its window as `kappa_sigma`.
+        guidance_scale: the pipeline's own; at most 1 means that there is no unconditional branch.
+        bytes_per_value: 2 for bfloat16 and float16, 4 for float32.
+
+    Raises:
+        ValueError: the rows exceed the tokens, the config locks blocks that are not there, or as
+            `KVLockConfig.locked_steps`.
+    """
+    if not 0 <= background_rows <= tokens:
+        raise ValueError(f"background_rows={background_rows} is out of range; wanted 0 to {tokens}, the tokens")
+    beyond = [layer for layer in config.layers or () if layer >= model.layers]
+    if beyond:
+        raise ValueError(f"layers names block {beyond[0]}; the transformer has {model.layers}, numbered from 0")
+    locked = len(config.locked_steps(num_steps, sigmas)) if config.locks else 0
+    branches = 2 if guidance_scale > 1 else 1
+    locked_branches = 1 if config.branches != "both" else branches
+    if config.branches == "uncond" and branches == 1:
+        locked = 0
+    plain = branches * num_steps
+    layers = len(config.layers) if config.layers is not None else model.layers
+    layers += model.control_layers if config.control_blocks else 0
+    per_row = layers * 2 * model.heads * model.head_dim * bytes_per_value
+    stores = config.source == "store" and locked > 0
+    return Cost(
+        tokens=tokens,
+        background_rows=background_rows,
+        steps=num_steps,
+        locked_steps=locked,
+        forwards_plain=plain,
+        forwards=plain + locked * (1 if config.source == "store" else locked_branches),
+        bytes_full=per_row * tokens,
+        bytes_background=per_row * background_rows,
+        bytes_kept=per_row * background_rows if stores else 0,
+    )

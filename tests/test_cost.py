@@ -1,0 +1,85 @@
+"""Tests of the estimate against numbers that are known."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from kvlock.config import KVLockConfig, preset
+from kvlock.cost import ModelSizes, estimate
+
+WAN_1_3B = ModelSizes(layers=30, heads=12, head_dim=128, control_layers=15)
+WAN_14B = ModelSizes(layers=40, heads=40, head_dim=128)
+LOCK = KVLockConfig()
+
+
+def cost(config=LOCK, model=WAN_1_3B, *, tokens=32760, rows=20000, **options):
+    return estimate(model, config, tokens=tokens, background_rows=rows, **options)
+
+
+@pytest.mark.parametrize(
+    "model, tokens, gibibytes", [(WAN_1_3B, 32760, 5.6), (WAN_14B, 32760, 25.0), (WAN_14B, 75600, 57.7)]
+)
+def test_one_step_of_a_wan_model_takes_the_published_bytes(model, tokens, gibibytes):
+    assert cost(model=model, tokens=tokens).bytes_full / 2**30 == pytest.approx(gibibytes, abs=0.05)
+
+
+def test_bytes_follow_the_formula():
+    assert cost().bytes_full == 30 * 2 * 32760 * 1536 * 2
+    assert cost().bytes_background == 30 * 2 * 20000 * 1536 * 2
+    assert cost(bytes_per_value=4).bytes_background == 2 * cost().bytes_background
+
+
+def test_chosen_layers_and_control_blocks_change_the_bytes():
+    some = KVLockConfig(layers=(0, 4, 7))
+    assert cost(some).bytes_full * 10 == cost().bytes_full
+    assert cost(KVLockConfig(control_blocks=True)).bytes_full * 30 == cost().bytes_full * 45
+
+
+def test_fifty_steps_cost_a_hundred_and_twenty_forwards_in_store_and_a_hundred_and_forty_in_batch():
+    store, batch = cost(), cost(KVLockConfig(source="batch"))
+    assert (store.steps, store.locked_steps, store.forwards_plain) == (50, 20, 100)
+    assert (store.forwards, batch.forwards) == (120, 140)
+    assert store.bytes_kept == store.bytes_background
+    assert batch.bytes_kept == 0
+
+
+def test_without_guidance_there_is_one_branch():
+    assert (cost(guidance_scale=1.0).forwards_plain, cost(guidance_scale=1.0).forwards) == (50, 70)
+    assert cost(KVLockConfig(source="batch"), guidance_scale=1.0).forwards == 70
+
+
+def test_locking_one_branch_runs_the_source_beside_that_branch_only():
+    assert cost(KVLockConfig(source="batch", branches="cond")).forwards == 120
+    assert cost(KVLockConfig(branches="uncond")).forwards == 120
+    assert cost(KVLockConfig(branches="uncond"), guidance_scale=1.0).forwards == 50
+
+
+@pytest.mark.parametrize("name", ["plain", "s-star-omega"])
+def test_a_preset_without_a_lock_needs_no_source(name):
+    without = cost(preset(name))
+    assert (without.locked_steps, without.forwards, without.bytes_kept) == (0, 100, 0)
+    assert without.bytes_background == cost().bytes_background
+
+
+def test_a_window_by_sigma_needs_the_sigmas():
+    sigmas = [1 - k / 50 for k in range(50)]
+    assert cost(KVLockConfig(kappa_sigma=0.2), sigmas=sigmas).locked_steps == 10
+    with pytest.raises(ValueError, match="pass sigmas"):
+        cost(KVLockConfig(kappa_sigma=0.2))
+
+
+def test_sizes_are_read_from_a_transformer_config():
+    config = SimpleNamespace(num_layers=30, num_attention_heads=12, attention_head_dim=128, vace_layers=list(range(15)))
+    assert ModelSizes.of(config) == WAN_1_3B
+    config.vace_layers = None
+    assert ModelSizes.of(config).control_layers == 0
+    del config.num_layers
+    with pytest.raises(ValueError, match="num_layers=None; wanted an int"):
+        ModelSizes.of(config)
+
+
+def test_rows_and_layers_that_cannot_be_are_refused():
+    with pytest.raises(ValueError, match="wanted 0 to 100"):
+        cost(tokens=100, rows=101)
+    with pytest.raises(ValueError, match="layers names block 30; the transformer has 30"):
+        cost(KVLockConfig(layers=(0, 30)))
