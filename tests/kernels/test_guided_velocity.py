@@ -31,7 +31,8 @@ def formula(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The definition, one sample after the other, in `dtype`: velocity, s*, x0."""
     results = []
-    for c, u, w, z, s in zip(cond.to(dtype), uncond.to(dtype), guidance_scale.to(dtype), x.to(dtype), sigma.to(dtype)):
+    arguments = (argument.to(dtype) for argument in (cond, uncond, guidance_scale, x, sigma))
+    for c, u, w, z, s in zip(*arguments, strict=True):
         s_star = (c * u).sum() / ((u * u).sum() + 1e-8)
         velocity = (1 - w) * s_star * u + w * c
         results.append((velocity, s_star, z - s * velocity))
@@ -145,7 +146,8 @@ def test_x0_comes_from_the_velocity_before_it_is_rounded() -> None:
 
 def test_sigma_and_x_scale_are_shared_or_per_sample() -> None:
     args = inputs((2, 3, 4)) | {"uncond": None}
-    for sigma, x_scale in ((torch.tensor(0.4), torch.tensor(0.9)), (torch.tensor([0.4, 0.2]), torch.tensor([0.9, 0.3]))):
+    shared, each = (torch.tensor(0.4), torch.tensor(0.9)), (torch.tensor([0.4, 0.2]), torch.tensor([0.9, 0.3]))
+    for sigma, x_scale in (shared, each):
         actual = guided_velocity(**(args | {"sigma": sigma}), x_scale=x_scale).x0
         for b in range(2):
             a, s = x_scale.expand(2)[b], sigma.expand(2)[b]

@@ -30,7 +30,8 @@ def test_the_lock_fills_up_below_tau_and_the_guidance_grows_above_it(
 
 def test_the_defaults_are_those_of_the_paper() -> None:
     variance, base = torch.tensor([0.004, 0.013, 0.5]), torch.tensor(5.0)
-    default, spelt_out = lock_schedule(variance, base), lock_schedule(variance, base, tau=0.01, boost=2.0, alpha_min=0.0)
+    default = lock_schedule(variance, base)
+    spelt_out = lock_schedule(variance, base, tau=0.01, boost=2.0, alpha_min=0.0)
     assert torch.equal(default.fusion_ratio, spelt_out.fusion_ratio)
     assert torch.equal(default.guidance_scale, spelt_out.guidance_scale)
 

@@ -17,7 +17,9 @@ ROWS = [6, 0, 3]
 
 @each_dtype
 @each_packing
-def test_the_scale_maps_the_largest_element_to_the_limit(dtype: torch.dtype, packing: torch.dtype, limit: float) -> None:
+def test_the_scale_takes_the_largest_element_to_the_limit(
+    dtype: torch.dtype, packing: torch.dtype, limit: float
+) -> None:
     x = normal(2, 7, 3, 24, dtype=dtype)
     data, scale = pack_kv(x, INDEX, packing)
     assert data.dtype == packing and data.shape == (2, 3, 3, 24)
