@@ -3,8 +3,9 @@
 from kvlock.adapters.attach import attach
 from kvlock.config import PRESETS, KVLockConfig, preset
 from kvlock.masks import Geometry, Masks
+from kvlock.pipeline import KVLockOutput, KVLockPipeline
 from kvlock.session import Session
 from kvlock.trace import Trace
 
 __version__ = "0.1.0"
-__all__ = ["PRESETS", "Geometry", "KVLockConfig", "Masks", "Session", "Trace", "attach", "preset"]
+__all__ = ["PRESETS", "Geometry", "KVLockConfig", "KVLockOutput", "KVLockPipeline", "Masks", "Session", "Trace", "attach", "preset"]

@@ -1,1 +1,26 @@
 """The embedded miniature: a small trained Wan2.1-VACE pipeline and the one world it knows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+PATH = Path(__file__).with_name("weights")
+
+
+def load(path: str | Path = PATH) -> Any:
+    """The miniature as a `WanVACEPipeline`, on the CPU in fp32, its strides repaired.
+
+    Raises:
+        ValueError: there is no pipeline at `path`.
+    """
+    from diffusers import WanVACEPipeline
+
+    from kvlock.adapters.vae import repair_stride
+
+    if not (Path(path) / "model_index.json").exists():
+        raise ValueError(f"no pipeline at {path}: model_index.json is missing; wanted the folder of a saved pipeline")
+    pipe = WanVACEPipeline.from_pretrained(path)
+    repair_stride(pipe)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

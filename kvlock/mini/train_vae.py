@@ -14,7 +14,7 @@ from kvlock.mini import checkpoint, models, scenes
 
 BANK = 2000  # scenes kept in memory; seeds 0 … BANK - 1, disjoint from every held-out seed
 CROP, CROPS = 32, 8
-SHORT, LONG = 0.5, 0.83  # shares of the run after which crops have all frames, and pictures are whole
+SHORT, LONG = 0.6, 0.83  # shares of the run after which crops have all frames, and pictures are whole
 HELD_OUT = 10**6  # first seed of the held-out scenes
 
 

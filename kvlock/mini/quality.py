@@ -1,0 +1,119 @@
+"""What the miniature can do, measured on held-out scenes: VAE round trip, and whether an edit shows what was asked."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import kvlock
+from kvlock import mini
+from kvlock.mini import scenes
+
+HELD_OUT = 10**6  # first seed of the held-out scenes; training uses seeds from 0
+
+
+class Request(NamedTuple):
+    """An edit of a held-out scene: the same way, size and background, another shape in another colour."""
+
+    source: scenes.Scene
+    target: scenes.Scene
+
+
+def request(seed: int) -> Request:
+    """The edit that belongs to this held-out seed."""
+    source = scenes.sample(seed)
+    g = torch.Generator().manual_seed(seed)
+    other = lambda names, name: [n for n in names if n != name]
+    shapes, colours = other(scenes.SHAPES, source.shape), other(scenes.COLOURS, source.colour)
+    pick = lambda names: names[int(torch.randint(len(names), (), generator=g))]
+    return Request(source, dataclasses.replace(source, shape=pick(shapes), colour=pick(colours)))
+
+
+def judge(video: Tensor, mask: Tensor, scene: scenes.Scene) -> tuple[str, str]:
+    """(shape, colour) whose rendering on this scene's way is nearest to `video` inside the mask, in mean square.
+
+    Args:
+        video: [F, H, W, 3] fp32 in [0, 1].
+        mask: [F, H, W] bool.
+        scene: where the shape moves; its own shape and colour do not matter.
+    """
+    errors = {}
+    for shape in scenes.SHAPES:
+        for colour in scenes.COLOURS:
+            candidate = scenes.render(dataclasses.replace(scene, shape=shape, colour=colour))
+            errors[shape, colour] = (video - candidate)[mask].square().mean().item()
+    return min(errors, key=errors.__getitem__)
+
+
+def psnr(a: Tensor, b: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB of values in [0, 1]."""
+    return -10 * math.log10((a - b).square().mean().item() + 1e-12)
+
+
+@torch.no_grad()
+def round_trip(pipe: Any, count: int) -> float:
+    """Mean PSNR in dB of `count` whole held-out videos through the VAE."""
+    total = 0.0
+    for seed in range(HELD_OUT, HELD_OUT + count):
+        x = scenes.render(scenes.sample(seed)).permute(3, 0, 1, 2)[None]
+        y = pipe.vae.decode(pipe.vae.encode(x * 2 - 1).latent_dist.mode()).sample.clamp(-1, 1)
+        total += psnr(x, y / 2 + 0.5)
+    return total / count
+
+
+def measure(pipe: Any, preset: str, count: int, steps: int, guidance_scale: float) -> dict[str, Any]:
+    """Edit `count` held-out scenes; shares of requested colours and shapes, and PSNR in dB of what is not masked."""
+    edit = kvlock.KVLockPipeline(pipe, kvlock.preset(preset))
+    colours = shapes = 0
+    background = 0.0
+    for seed in tqdm(range(HELD_OUT, HELD_OUT + count), desc=preset, mininterval=10):
+        source, target = request(seed)
+        video, mask = scenes.render(source), scenes.box_mask(source)
+        out = edit(
+            video,
+            mask,
+            target.caption,
+            source_prompt=source.caption,
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            generator=torch.Generator().manual_seed(seed),
+        ).frames
+        shape, colour = judge(out, mask, source)
+        colours += colour == target.colour
+        shapes += shape == target.shape
+        background += psnr(out[~mask], video[~mask])
+    return {
+        "preset": preset,
+        "edits": count,
+        "steps": steps,
+        "guidance_scale": guidance_scale,
+        "colour": colours / count,
+        "shape": shapes / count,
+        "background_psnr": background / count,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m kvlock.mini.quality", description=__doc__)
+    parser.add_argument("--path", type=Path, default=mini.PATH)
+    parser.add_argument("--presets", nargs="+", default=["plain"])
+    parser.add_argument("--edits", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--guidance-scale", type=float, default=5.0)
+    args = parser.parse_args()
+    pipe = mini.load(args.path)
+    print(json.dumps({"vae_round_trip_psnr": round_trip(pipe, 16)}))
+    for name in args.presets:
+        print(json.dumps(measure(pipe, name, args.edits, args.steps, args.guidance_scale)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

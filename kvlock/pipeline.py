@@ -1,0 +1,182 @@
+"""From a video, a mask and a prompt to an edited video: a thin layer over an unmodified diffusers pipeline."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvlock.adapters.attach import attach
+from kvlock.adapters.vae import encode, repair_stride
+from kvlock.config import KVLockConfig
+from kvlock.masks import Masks, binarize, latent_frames
+from kvlock.trace import Trace
+
+
+class KVLockOutput(NamedTuple):
+    """An edited video and how it came about."""
+
+    frames: Tensor  # [F, H, W, 3] fp32 in [0, 1], on the CPU
+    trace: Trace
+    masks: Masks
+
+
+class KVLockPipeline:
+    """Edit videos with `pipe`, a Wan VACE, T2V or V2V pipeline of diffusers, under one set of settings."""
+
+    def __init__(self, pipe: Any, config: KVLockConfig | None = None) -> None:
+        self.pipe = pipe
+        self.config = config or KVLockConfig()
+        repair_stride(pipe)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        video: Tensor,
+        mask: Tensor,
+        prompt: str,
+        *,
+        source_prompt: str = "",
+        negative_prompt: str | None = None,
+        reference_images: Sequence[Any] | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 5.0,
+        generator: torch.Generator | None = None,
+        composite: str | None = None,
+        trim: bool = False,
+        progress: Callable[[int, int, Trace], None] | None = None,
+        **pipeline_arguments: Any,
+    ) -> KVLockOutput:
+        """Change what the mask marks, as the prompt says, and leave the rest alone.
+
+        Args:
+            video: [F, H, W, 3], uint8 or floating point in [0, 1]; F = 4n + 1, H and W multiples of a token's side.
+            mask: [F, H, W], bool, uint8 in 0..255 or floating point in 0..1; above one half = edit.
+            prompt: what the edited video shows.
+            source_prompt: what the source shows; "" works, a description locks better.
+            reference_images: PIL images for VACE.
+            composite: overrides the config's: "none", "latent" or "pixel" (the source's own pixels outside the mask).
+            trim: drop trailing frames down to 4n + 1 instead of refusing the video.
+            progress: called after every step with (step, steps, trace).
+            pipeline_arguments: anything else the pipeline's call takes.
+
+        Raises:
+            ValueError: video, mask or a setting cannot be used; the message says why.
+        """
+        pipe = self.pipe
+        config = self.config if composite is None else dataclasses.replace(self.config, composite=composite)
+        pixels = _pixels(video)
+        inside = binarize(mask)
+        if inside.shape != pixels.shape[:3]:
+            raise ValueError(
+                f"mask has [F, H, W] = {list(inside.shape)}, the video {list(pixels.shape[:3])}; wanted them alike"
+            )
+        if trim:
+            stride = pipe.vae_scale_factor_temporal
+            keep = 1 + (len(pixels) - 1) // stride * stride
+            pixels, inside = pixels[:keep], inside[:keep]
+        latent_frames(len(pixels), pipe.vae_scale_factor_temporal)
+        references = list(reference_images or ())
+        arguments = _accepted(pipe, pipeline_arguments)
+        masks = Masks.from_pixels(
+            inside, pipe, reference_frames=len(references), dilate_tokens=config.dilate_tokens
+        )
+        frames, height, width = inside.shape
+        source = encode(pipe, pixels.movedim(-1, 1) * 2 - 1)
+        if references:
+            source = torch.cat([*_reference_latents(pipe, references, height, width), source], dim=2)
+        arguments |= {
+            "prompt": prompt,
+            "negative_prompt": negative_prompt,
+            "height": height,
+            "width": width,
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "generator": generator,
+            "output_type": "pt",
+        }
+        arguments |= _conditions(pipe, pixels, inside, references)
+        embeds = None
+        if config.locks:
+            embeds = pipe.encode_prompt(
+                source_prompt, do_classifier_free_guidance=False, **_sequence_length(pipe, pipeline_arguments)
+            )[0]
+
+        attached = dataclasses.replace(config, composite="none" if config.composite == "pixel" else config.composite)
+        with attach(pipe, source, masks, config=attached, source_prompt_embeds=embeds) as session:
+            if progress is not None:
+                report = progress
+
+                def on_step_end(_pipe: Any, step: int, _timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+                    report(step, pipe.num_timesteps, session.trace)
+                    return kwargs
+
+                arguments["callback_on_step_end"] = on_step_end
+            result = pipe(**arguments).frames[0]
+        session.trace.config = config
+        edited = result.float().cpu().movedim(1, -1).clamp(0, 1)
+        if config.composite == "pixel":
+            edited = torch.where(inside[..., None], edited, pixels)
+        return KVLockOutput(edited, session.trace, masks)
+
+
+def _pixels(video: Tensor) -> Tensor:
+    """[F, H, W, 3] fp32 in [0, 1]."""
+    shape = list(getattr(video, "shape", ()))
+    if not isinstance(video, Tensor) or len(shape) != 4 or shape[-1] != 3 or 0 in shape:
+        found = f"shape {shape}" if shape else type(video).__name__
+        raise ValueError(f"video has {found}; wanted a tensor [F, H, W, 3]")
+    if video.dtype == torch.uint8:
+        return video.float() / 255
+    if not video.is_floating_point():
+        raise ValueError(f"video has dtype {video.dtype}; wanted uint8, or floating point in [0, 1]")
+    low, high = video.min().item(), video.max().item()
+    if not (low >= 0 and high <= 1):
+        raise ValueError(f"video has values from {low:g} to {high:g}; wanted floating point in [0, 1]")
+    return video.float()
+
+
+def _accepted(pipe: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    known = inspect.signature(type(pipe).__call__).parameters
+    unknown = sorted(set(arguments) - set(known))
+    if unknown:
+        raise ValueError(f"{type(pipe).__name__} takes no argument {', '.join(unknown)}")
+    return dict(arguments)
+
+
+def _sequence_length(pipe: Any, arguments: dict[str, Any]) -> dict[str, int]:
+    """The source prompt is padded as the pipeline pads the prompt, whose default `encode_prompt` does not share."""
+    default = inspect.signature(type(pipe).__call__).parameters["max_sequence_length"].default
+    return {"max_sequence_length": arguments.get("max_sequence_length", default)}
+
+
+def _conditions(pipe: Any, pixels: Tensor, inside: Tensor, references: list[Any]) -> dict[str, Any]:
+    """What the pipeline is told of the source: VACE gets it with the masked pixels grey, V2V as it is, T2V nothing."""
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    given: dict[str, Any] = {}
+    if "num_frames" in parameters:
+        given["num_frames"] = len(pixels)
+    if "video" in parameters:
+        filled = pixels
+        if "mask" in parameters:
+            # VACE encodes the masked pixels as "reactive" control: left in, they hand it the object to be replaced.
+            filled = torch.where(inside[..., None], 0.5, pixels)
+            given["mask"] = inside[None, :, None].float()
+        given["video"] = filled.movedim(-1, 1)[None]
+    if references:
+        if "reference_images" not in parameters:
+            raise ValueError(f"{type(pipe).__name__} takes no reference_images; wanted a VACE pipeline")
+        given["reference_images"] = references
+    return given
+
+
+def _reference_latents(pipe: Any, references: list[Any], height: int, width: int) -> list[Tensor]:
+    """Each reference image's own clean latents, [1, C, 1, h, w], fitted to the picture as the pipeline does."""
+    blank = torch.zeros(1, 1, 3, height, width)
+    device = pipe._execution_device
+    _, _, images = pipe.preprocess_conditions(blank, blank, references, 1, height, width, 1, torch.float32, device)
+    return [encode(pipe, image[None]) for image in images[0]]

@@ -1,0 +1,154 @@
+"""KVLockPipeline: what it hands to the pipeline, what it hands back, and what it refuses."""
+
+from __future__ import annotations
+
+import numpy as np
+import PIL.Image
+import pytest
+import tiny
+import torch
+from diffusers import WanPipeline, WanVideoToVideoPipeline
+from tiny import FRAMES, SIZE
+
+import kvlock
+from kvlock.adapters.vae import decode, encode, repair_stride
+
+VIDEO = torch.rand(FRAMES, SIZE, SIZE, 3, generator=torch.Generator().manual_seed(0))
+MASK = tiny.pixel_mask()
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny.miniature()
+
+
+def edit(pipe, preset="kv-lock", video=VIDEO, mask=MASK, **kwargs):
+    config = kvlock.preset(preset, **kwargs.pop("config", {}))
+    arguments = {"num_inference_steps": 5, "generator": torch.Generator().manual_seed(0)} | kwargs
+    return kvlock.KVLockPipeline(pipe, config)(video, mask, "a red circle", **arguments)
+
+
+def test_plain_is_the_pipeline_on_the_grey_filled_video(pipe):
+    filled = torch.where(MASK[..., None], 0.5, VIDEO).movedim(-1, 1)[None]
+    expected = pipe(
+        prompt="a red circle",
+        video=filled,
+        mask=MASK[None, :, None].float(),
+        height=SIZE,
+        width=SIZE,
+        num_frames=FRAMES,
+        num_inference_steps=5,
+        generator=torch.Generator().manual_seed(0),
+        output_type="pt",
+    ).frames[0]
+    assert torch.equal(edit(pipe, "plain").frames, expected.movedim(1, -1))
+
+
+def test_a_locked_edit_differs_from_the_plain_one_and_says_how_it_was_steered(pipe):
+    locked = edit(pipe, config={"kappa": 3, "tau": 10.0})
+    assert not torch.equal(locked.frames, edit(pipe, "plain").frames)
+    assert locked.frames.shape == VIDEO.shape and locked.frames.dtype == torch.float32
+    assert locked.masks.background_rows > 0
+    ratios = [row["fusion_ratio"][0] for row in locked.trace.rows()]
+    assert ratios[:2] == [0, 0] and all(0 < ratio < 1 for ratio in ratios[2:])
+
+
+def test_vace_never_sees_the_object_to_be_replaced(pipe):
+    other = VIDEO.clone()
+    other[MASK] = 0.9
+    seen = []
+    for video in (VIDEO, other):
+        handle = pipe.transformer.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(kwargs["control_hidden_states"]), with_kwargs=True
+        )
+        edit(pipe, "plain", video=video, num_inference_steps=1)
+        handle.remove()
+    assert torch.equal(seen[0], seen[2])
+
+
+def test_a_pixel_composite_is_the_source_outside_the_mask_bit_for_bit(pipe):
+    out = edit(pipe, "full-lock", composite="pixel")
+    assert torch.equal(out.frames[~MASK], VIDEO[~MASK])
+    assert not torch.equal(out.frames[MASK], VIDEO[MASK])
+    assert out.trace.to_dict()["config"]["composite"] == "pixel"
+
+
+def test_a_latent_composite_changes_the_background_only_towards_the_source(pipe):
+    free, pasted = edit(pipe, "full-lock").frames, edit(pipe, "full-lock", composite="latent").frames
+    round_trip = decode(pipe, encode(pipe, VIDEO.movedim(-1, 1) * 2 - 1)).movedim(1, -1) / 2 + 0.5
+    far = lambda frames: (frames - round_trip)[~MASK].square().mean()
+    assert far(pasted) < far(free)
+
+
+def test_reference_images_take_their_place_in_front_and_leave_the_video_length_alone(pipe):
+    image = PIL.Image.fromarray(np.full((64, 48, 3), 200, dtype=np.uint8))
+    out = edit(pipe, reference_images=[image], config={"kappa": 3})
+    assert out.frames.shape == VIDEO.shape
+    assert out.masks.reference_frames == 1
+    assert int(out.masks.index.min()) >= out.masks.tokens[0].numel()
+
+
+@pytest.mark.parametrize("kind", [WanPipeline, WanVideoToVideoPipeline])
+def test_pipelines_without_a_mask_argument_edit_too(kind):
+    mini = tiny.miniature()
+    pipe = kind(
+        tokenizer=mini.tokenizer,
+        text_encoder=mini.text_encoder,
+        vae=mini.vae,
+        scheduler=mini.scheduler,
+        transformer=tiny.transformer(text_dim=64),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    out = edit(pipe, "fixed-0.5")
+    assert out.frames.shape == VIDEO.shape
+    assert not torch.equal(out.frames, edit(pipe, "plain").frames)
+
+
+def test_progress_hears_of_every_step(pipe):
+    heard = []
+    edit(pipe, progress=lambda step, steps, trace: heard.append((step, steps, len(trace))))
+    assert heard == [(k, 5, k + 1) for k in range(5)]
+
+
+def test_trim_drops_frames_only_when_asked(pipe):
+    video, mask = torch.cat([VIDEO, VIDEO[:2]]), torch.cat([MASK, MASK[:2]])
+    with pytest.raises(ValueError, match=r"19 frames.*17 and 21"):
+        edit(pipe, video=video, mask=mask)
+    assert len(edit(pipe, "plain", video=video, mask=mask, trim=True, num_inference_steps=1).frames) == FRAMES
+
+
+def test_the_stride_of_a_patchified_vae_is_repaired():
+    mini = tiny.miniature()
+    mini.vae_scale_factor_spatial = 4
+    repair_stride(mini)
+    assert mini.vae_scale_factor_spatial == 8
+    assert mini.video_processor.config.vae_scale_factor == 8
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"video": VIDEO.numpy()}, r"video has.*wanted a tensor \[F, H, W, 3\]"),
+        ({"video": VIDEO.movedim(-1, 1)}, r"video has shape \[17, 3, 96, 96\]"),
+        ({"video": VIDEO[:0]}, r"video has shape \[0, 96, 96, 3\]"),
+        ({"video": VIDEO * 255}, r"video has values from 0 to 25\d.*\[0, 1\]"),
+        ({"video": VIDEO.long()}, r"video has dtype torch.int64"),
+        ({"mask": MASK[:5]}, r"mask has \[F, H, W\] = \[5, 96, 96\], the video \[17, 96, 96\]"),
+        ({"mask": torch.zeros_like(MASK)}, "nothing to edit"),
+        ({"mask": torch.ones_like(MASK)}, "nothing to lock"),
+        ({"composite": "paste"}, "composite='paste'"),
+        ({"video": VIDEO[:, :90, :90], "mask": MASK[:, :90, :90]}, "mask height is 90"),
+        ({"strength": 0.5}, "WanVACEPipeline takes no argument strength"),
+    ],
+)
+def test_bad_input_is_refused_by_name(pipe, change, message):
+    with pytest.raises(ValueError, match=message):
+        edit(pipe, **change)
+    assert "step" not in vars(pipe.scheduler)
+
+
+def test_references_are_refused_where_the_pipeline_takes_none():
+    pipe = tiny.pipeline(WanPipeline)
+    image = PIL.Image.new("RGB", (32, 32))
+    with pytest.raises(ValueError, match="takes no reference_images"):
+        edit(pipe, "plain", reference_images=[image])
