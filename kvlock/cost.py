@@ -23,13 +23,19 @@ class ModelSizes(NamedTuple):
         Raises:
             ValueError: the config names no layers, heads or head dimension.
         """
-        names = ("num_layers", "num_attention_heads", "attention_head_dim")
-        sizes = [getattr(transformer_config, name, None) for name in names]
-        for name, size in zip(names, sizes, strict=True):
-            if not isinstance(size, int):
-                raise ValueError(f"the transformer's config has {name}={size!r}; wanted an int")
-        layers, heads, head_dim = sizes
-        return cls(layers, heads, head_dim, len(getattr(transformer_config, "vace_layers", None) or ()))
+        return cls(
+            layers=_size(transformer_config, "num_layers"),
+            heads=_size(transformer_config, "num_attention_heads"),
+            head_dim=_size(transformer_config, "attention_head_dim"),
+            control_layers=len(getattr(transformer_config, "vace_layers", None) or ()),
+        )
+
+
+def _size(config: Any, name: str) -> int:
+    size = getattr(config, name, None)
+    if not isinstance(size, int):
+        raise ValueError(f"the transformer's config has {name}={size!r}; wanted an int")
+    return size
 
 
 class Cost(NamedTuple):

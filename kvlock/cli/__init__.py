@@ -1,0 +1,71 @@
+"""The command `kvlock`: edit a video, estimate the cost of an edit, show what an edit would lock."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from kvlock.cli import edit, estimate, mask
+
+INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line; the usage is one `--help` away."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"kvlock: error: {message} (see {self.prog} --help)\n")
+
+
+class _Version(argparse.Action):
+    """Looks the version up only when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> NoReturn:
+        from kvlock import __version__
+
+        print(f"kvlock {__version__}")
+        parser.exit()
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all subcommands; each sets `run`, a function of the parsed arguments."""
+    parser = _Parser(prog="kvlock", description="Training-free video editing that leaves the background alone.")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    commands = parser.add_subparsers(required=True, metavar="command")
+    for module in (edit, estimate, mask):
+        name = module.__name__.rsplit(".", 1)[-1]
+        summary = (module.__doc__ or "").split(": ", 1)[1]
+        command = commands.add_parser(name, help=summary, description=summary)
+        module.add_options(command)
+        command.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, 2 for bad input (one line on stderr), 130 for Ctrl-C."""
+    arguments = build_parser().parse_args(argv)
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            arguments.run(arguments)
+        except (ValueError, OSError) as error:
+            return _fail(" ".join(str(error).split()) or type(error).__name__, 2)
+        except RuntimeError as error:
+            if "out of memory" not in str(error).lower():
+                raise
+            return _fail("out of memory; try --offload model, --offload group, --dtype bfloat16 or a smaller video", 1)
+        except KeyboardInterrupt:
+            return _fail("interrupted", INTERRUPTED)
+    return 0
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"kvlock: error: {message}", file=sys.stderr)
+    return code
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"kvlock: warning: {' '.join(str(message).split())}", file=sys.stderr)

@@ -1,0 +1,109 @@
+"""kvlock estimate: print what an edit would cost in forward passes and memory, without loading weights."""
+
+from __future__ import annotations
+
+import argparse
+from typing import NamedTuple
+
+from kvlock.cli import inputs
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+class Video(NamedTuple):
+    """The sizes of the video to edit."""
+
+    frames: int
+    height: int
+    width: int
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    inputs.add_options(parser)
+    for name in ("frames", "height", "width"):
+        parser.add_argument(f"--{name}", type=int, help="of the video, in place of --video")
+    parser.add_argument(
+        "--mask-share", type=float, default=0.25, help="share of masked tokens, in place of --mask (%(default)s)"
+    )
+    parser.add_argument("--preset", default="kv-lock", help="named settings (%(default)s)")
+    parser.add_argument("--steps", type=int, default=50, help="denoising steps (%(default)s)")
+    parser.add_argument("--guidance-scale", type=float, default=5.0, help="of the pipeline (%(default)s)")
+    parser.add_argument("--dtype", choices=("auto", *BYTES), default="auto", help="of the transformer (%(default)s)")
+    parser.add_argument("--device", default="auto", help="torch device the edit will run on (%(default)s)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print the estimate.
+
+    Raises:
+        ValueError: bad input.
+    """
+    from kvlock.config import preset
+    from kvlock.cost import estimate
+
+    config = preset(args.preset)
+    model = inputs.describe(args.model)
+    video, tokens, rows = _sizes(args, model, config.dilate_tokens)
+    dtype = inputs.resolve_dtype(args.dtype, args.model, inputs.resolve_device(args.device).type)
+    stored, beside = (
+        estimate(
+            model.sizes,
+            preset(args.preset, source=source),
+            tokens=tokens,
+            background_rows=rows,
+            num_steps=args.steps,
+            guidance_scale=args.guidance_scale,
+            bytes_per_value=BYTES[dtype],
+        )
+        for source in ("store", "batch")
+    )
+    sizes, geometry = model.sizes, model.geometry
+    patch = "x".join(map(str, geometry.patch))
+    print(
+        f"model      {model.name}: {sizes.layers} blocks of {sizes.heads} heads x {sizes.head_dim}, "
+        f"VAE stride {geometry.temporal_stride} in time and {geometry.spatial_stride} in space, patch {patch}"
+    )
+    print(f"video      {video.frames} frames of {video.width}x{video.height}: {tokens} tokens, {rows} of them locked")
+    print(f"steps      {stored.steps}, the lock acts in the last {stored.locked_steps} (preset {args.preset})")
+    print(f"forwards   {stored.forwards_plain} without KV-Lock")
+    if not stored.locked_steps:
+        print("memory     no source keys and values: nothing is locked")
+        return
+    for cost, how in ((stored, "the source runs once a step"), (beside, "source='batch': it runs beside each branch")):
+        print(f"           {cost.forwards} with it ({cost.forwards / cost.forwards_plain:.2f}x), {how}")
+    print(f"memory     {_bytes(stored.bytes_background)} of source K and V at a time, background rows in {dtype}")
+    print(f"           {_bytes(stored.bytes_full)} if every row were kept; none with source='batch'")
+
+
+def _sizes(args: argparse.Namespace, model: inputs.Model, dilate_tokens: int) -> tuple[Video, int, int]:
+    """Video, tokens and background rows: of the given video and mask, or of the stated sizes."""
+    stated = [args.frames, args.height, args.width]
+    if args.video is not None or args.example is not None:
+        if any(side is not None for side in stated):
+            raise ValueError("--frames, --height and --width stand in for a video; leave them out with one")
+        source = inputs.fit(inputs.read_source(args), model.geometry, trim=args.trim)
+        masks = inputs.build_masks(source, model, dilate_tokens=dilate_tokens)
+        return Video(*source.frames.shape[:3]), masks.num_tokens, masks.background_rows
+    if any(side is None for side in stated):
+        raise ValueError("no video; wanted --video with a mask, --example, or all of --frames, --height and --width")
+    if not 0 <= args.mask_share <= 1:
+        raise ValueError(f"--mask-share {args.mask_share} is out of range; wanted 0 to 1")
+    tokens = _count_tokens(Video(*stated), model)
+    return Video(*stated), tokens, tokens - round(args.mask_share * tokens)
+
+
+def _count_tokens(video: Video, model: inputs.Model) -> int:
+    from kvlock.masks import latent_frames
+
+    geometry = model.geometry
+    tokens = latent_frames(video.frames, geometry.temporal_stride) // geometry.patch[0]
+    inputs.check_size(video.height, video.width, geometry)
+    down, across = geometry.pixels_per_token
+    return tokens * (video.height // down) * (video.width // across)
+
+
+def _bytes(count: int) -> str:
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if count >= unit:
+            return f"{count / unit:.1f} {name}"
+    return f"{count} bytes"
