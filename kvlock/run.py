@@ -112,7 +112,7 @@ class Run:
     def guided_velocity(self, sample: Tensor, *, zero: bool) -> Guided:
         """Combine this step's branches (eqs. 10 and 13); `zero` replaces the velocity, not the clean prediction."""
         if self._eps is None and self.step == self.flow.start:
-            self._eps = self._initial_noise(sample)  # in the scheduler's precision, which the model's input may not have
+            self._eps = self._initial_noise(sample)  # in the scheduler's precision; the model's input may be coarser
         cond, uncond = self.outputs[0], self.outputs[1] if len(self.outputs) > 1 else None
         k, c = self.step, self._coefficients
         background = self.config.background_guidance if uncond is not None else None

@@ -176,6 +176,7 @@ class Session:
         if not run.finished:
             return latents
         self.release()
+        self._flow = self._run = None  # the next run sets its own timesteps, or its scheduler is not the one attached
         return run.composite(latents) if self.config.composite == "latent" else latents
 
     def release(self) -> None:

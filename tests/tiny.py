@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from diffusers import (
     WanVACETransformer3DModel,
     WanVideoToVideoPipeline,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from kvlock import Masks
+from kvlock import KVLockConfig, Masks, attach
 
 SIZE, FRAMES, TEXT = 96, 17, 8
 LATENT = (16, 5, 12, 12)
@@ -114,6 +116,36 @@ def call(pipe: Any, *, steps: int = 6, guidance_scale: float = 5.0, seed: int = 
         kwargs["video"] = torch.rand(1, FRAMES, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(7))
         kwargs["mask"] = pixel_mask()[None, :, None].float()
     return pipe(**(kwargs | extra)).frames
+
+
+def locked_call(
+    pipe: Any, config: KVLockConfig, *, source: torch.Tensor | None = None, **extra: Any
+) -> tuple[torch.Tensor, list[dict[str, Any]]]:
+    """One attached pipeline call; returns the final latents and the trace."""
+    source = source_latents() if source is None else source
+    with attach(pipe, source, masks(pipe), config=config, source_prompt_embeds=SOURCE_PROMPT) as session:
+        latents = call(pipe, **extra)
+    return latents, session.trace.rows()
+
+
+def mixes(trace: list[dict[str, Any]]) -> bool:
+    """Whether some step mixed new and source rows in earnest, 0 < alpha < 1."""
+    return any(0 < ratio < 1 for row in trace for ratio in row["fusion_ratio"])
+
+
+class Lerps(TorchDispatchMode):
+    """Counts the lerps of stored rows for each tap of a pipeline, by its key."""
+
+    def __init__(self, pipe: Any) -> None:
+        super().__init__()
+        self.counts: Counter[tuple[str, int, str]] = Counter()
+        self._modules = [*pipe.transformer.modules()]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is torch.ops.kvlock_kernels.kv_lerp_.default:
+            taps = [m.kvlock_tap for m in self._modules if hasattr(m, "kvlock_tap")]
+            self.counts[next(tuple(tap.key) for tap in taps if tap.source is args[1])] += 1
+        return func(*args, **(kwargs or {}))
 
 
 def miniature() -> WanVACEPipeline:

@@ -71,10 +71,10 @@ def attach(
         undo.callback(taps.remove)
         undo.callback(session.release)
         for i, module in experts:
-            if config.locks:
-                taps.install(tapped_modules(module, config))
             for handle in root.install(module, families[i], session, i):
                 undo.callback(handle.remove)
+            if config.locks:
+                taps.install(tapped_modules(module, config))
         yield session
 
 

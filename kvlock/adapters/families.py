@@ -39,6 +39,9 @@ FAMILIES = {
     ),
 }
 
+# Parts of the names diffusers gives to hooks that skip blocks or attention.
+BLOCK_CACHES = ("cache", "fbc", "pyramid_attention_broadcast")
+
 # Pipelines whose first latents are the noised video, not pure noise.
 STARTS_FROM_VIDEO = ("WanVideoToVideoPipeline",)
 
@@ -63,13 +66,19 @@ def family_of(transformer: nn.Module) -> Family:
             f"{name}.compile() in place also compiles the hook that runs the source; "
             "use pipe.transformer = torch.compile(pipe.transformer) or compile_repeated_blocks() instead"
         )
-    if getattr(module, "is_cache_enabled", False):
-        raise ValueError(f"{name} has a block cache enabled, which skips the blocks to lock; call disable_cache() first")
+    if getattr(module, "is_cache_enabled", False) or _has_cache_hook(module):
+        raise ValueError(f"{name} has a block cache enabled, which skips the blocks to lock; disable the cache first")
     family = FAMILIES[name]
     for block in getattr(module, family.blocks):
         if getattr(getattr(block, family.attention), "fused_projections", False):
-            raise ValueError(f"{name} has fused QKV projections, which bypass to_v; call unfuse_qkv_projections() first")
+            raise ValueError(f"{name} has fused QKV projections that bypass to_v; call unfuse_qkv_projections() first")
     return family
+
+
+def _has_cache_hook(transformer: nn.Module) -> bool:
+    registries = [getattr(module, "_diffusers_hook", None) for module in transformer.modules()]
+    names = [name for registry in registries if registry is not None for name in registry.hooks]
+    return any(part in name for name in names for part in BLOCK_CACHES)
 
 
 def tapped_modules(transformer: nn.Module, config: KVLockConfig) -> Iterator[tuple[LayerKey, nn.Module]]:

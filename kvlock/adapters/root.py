@@ -1,4 +1,4 @@
-"""Hooks around one call of the transformer: they bring the source in before it and hand its prediction to the session."""
+"""Hooks around a call of the transformer: they bring the source in before it and hand its prediction to the session."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from kvlock.session import Session
 
 
 def install(transformer: nn.Module, family: Family, session: Session, expert: int) -> list[Any]:
-    """Hook the module the pipeline calls; returns the handles to remove. `expert` numbers pipelines' transformers."""
+    """Hook the module the pipeline calls; returns the handles to remove. `expert` numbers a pipeline's transformers.
+
+    Raises:
+        ValueError: another session is on this transformer, through another pipeline perhaps.
+    """
+    if any(getattr(hook, "func", None) is _before for hook in transformer._forward_pre_hooks.values()):
+        raise ValueError(f"{type(unwrap(transformer)).__name__} is attached already; leave that context first")
     names = tuple(inspect.signature(type(unwrap(transformer)).forward).parameters)[1:]
     before = functools.partial(_before, names=names, family=family, session=session, expert=expert)
     after = functools.partial(_after, session=session)
@@ -24,7 +30,16 @@ def install(transformer: nn.Module, family: Family, session: Session, expert: in
     ]
 
 
-def _before(module: nn.Module, args: tuple, kwargs: dict[str, Any], *, names, family: Family, session: Session, expert: int):
+def _before(
+    module: nn.Module,
+    args: tuple,
+    kwargs: dict[str, Any],
+    *,
+    names: tuple[str, ...],
+    family: Family,
+    session: Session,
+    expert: int,
+) -> tuple[tuple, dict[str, Any]] | None:
     if session.in_source_pass:
         return None
     call = dict(zip(names, args, strict=False)) | kwargs

@@ -1,7 +1,8 @@
-"""Forward hooks on the key norm and the value projection of self-attention: they record source rows and lerp them in."""
+"""Forward hooks on the key norm and the value projection of self-attention: they record source rows or lerp them in."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ class LayerKey(NamedTuple):
 
 
 class TapState:
-    """What all taps of a session share. A change of `mode` is one more graph for a compiled block, never one a layer."""
+    """What all taps of a session share. A new `mode` is one more graph for a compiled block, never one a layer."""
 
     def __init__(self, index: Tensor, num_tokens: int) -> None:
         self.mode = OFF
@@ -35,9 +36,10 @@ class TapState:
 class Tap:
     """The state of one tapped module; hooks find it there, so that one function serves every layer."""
 
-    def __init__(self, key: LayerKey, shared: TapState) -> None:
+    def __init__(self, key: LayerKey, shared: TapState, plain_class: type[nn.Module]) -> None:
         self.key = key
         self.shared = shared
+        self.plain_class = plain_class  # of the module
         self.source: Tensor | None = None  # [Bs, rows, C] (or [Bs, rows, H, D]), in the dtype of the model
 
 
@@ -71,6 +73,16 @@ def _token_rows(output: Tensor, num_tokens: int, key: LayerKey) -> Tensor:
     )
 
 
+@functools.cache  # one class for all sessions, so that their graphs are reused
+def _tapped_class(plain_class: type[nn.Module]) -> type[nn.Module]:
+    """The same class under another identity.
+
+    Compiled graphs are guarded on the types of modules but not on their hooks: a graph made before the hooks came would
+    go on without them. A module of this type makes it compile, and its plain type brings the old graph back.
+    """
+    return type(plain_class.__name__, (plain_class,), {"__module__": plain_class.__module__})
+
+
 class Taps:
     """All taps of a session, put on by `install` and taken off by `remove`."""
 
@@ -84,11 +96,12 @@ class Taps:
 
     def install(self, modules: Iterable[tuple[LayerKey, nn.Module]]) -> None:
         for key, module in modules:
-            module.kvlock_tap = Tap(key, self.shared)
+            module.kvlock_tap = Tap(key, self.shared, type(module))
             self._modules.append(module)
             self._handles.append(module.register_forward_hook(tap_hook))
 
     def remove(self) -> None:
+        self.off()
         for handle in self._handles:
             handle.remove()
         for module in self._modules:
@@ -100,16 +113,25 @@ class Taps:
         self.shared.index = self.shared.index.to(device)
 
     def off(self) -> None:
-        self.shared.mode = OFF
+        self._switch(OFF)
 
     def record(self) -> None:
-        self.shared.mode = RECORD
+        self._switch(RECORD)
 
     def lerp(self, ratio: Tensor) -> None:
-        self.shared.mode, self.shared.ratio = LERP, ratio
+        self._switch(LERP)
+        self.shared.ratio = ratio
 
     def lerp_batch(self, ratio: Tensor, source_batch: int) -> None:
-        self.shared.mode, self.shared.ratio, self.shared.source_batch = BATCH, ratio, source_batch
+        self._switch(BATCH)
+        self.shared.ratio, self.shared.source_batch = ratio, source_batch
+
+    def _switch(self, mode: int) -> None:
+        if (mode == OFF) != (self.shared.mode == OFF):
+            for module in self._modules:
+                plain = module.kvlock_tap.plain_class
+                module.__class__ = plain if mode == OFF else _tapped_class(plain)
+        self.shared.mode = mode
 
     def free(self) -> None:
         """Forget the recorded rows."""
