@@ -133,6 +133,17 @@ def mixes(trace: list[dict[str, Any]]) -> bool:
     return any(0 < ratio < 1 for row in trace for ratio in row["fusion_ratio"])
 
 
+def leftovers(pipe: Any) -> list[str]:
+    """Everything an attachment could leave on a pipeline."""
+    found = []
+    for path, module in pipe.transformer.named_modules():
+        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        found += [f"{path} hook {hook}" for hook in hooks]
+        found += [f"{path}.{name}" for name in vars(module) if "kvlock" in name]
+        found += [f"{path} class" for base in type(module).__mro__[1:] if base.__name__ == type(module).__name__]
+    return found + [name for name in vars(pipe.scheduler) if name in ("step", "set_timesteps") or "kvlock" in name]
+
+
 class Lerps(TorchDispatchMode):
     """Counts the lerps of stored rows for each tap of a pipeline, by its key."""
 
