@@ -8,4 +8,15 @@ from kvlock.session import Session
 from kvlock.trace import Trace
 
 __version__ = "0.1.0"
-__all__ = ["PRESETS", "Geometry", "KVLockConfig", "KVLockOutput", "KVLockPipeline", "Masks", "Session", "Trace", "attach", "preset"]
+__all__ = [
+    "PRESETS",
+    "Geometry",
+    "KVLockConfig",
+    "KVLockOutput",
+    "KVLockPipeline",
+    "Masks",
+    "Session",
+    "Trace",
+    "attach",
+    "preset",
+]

@@ -81,11 +81,9 @@ class KVLockPipeline:
             pixels, inside = pixels[:keep], inside[:keep]
         latent_frames(len(pixels), pipe.vae_scale_factor_temporal)
         references = list(reference_images or ())
-        arguments = _accepted(pipe, pipeline_arguments)
-        masks = Masks.from_pixels(
-            inside, pipe, reference_frames=len(references), dilate_tokens=config.dilate_tokens
-        )
-        frames, height, width = inside.shape
+        arguments = _accepted(pipe, pipeline_arguments) | _conditions(pipe, pixels, inside, references)
+        masks = Masks.from_pixels(inside, pipe, reference_frames=len(references), dilate_tokens=config.dilate_tokens)
+        _, height, width = inside.shape
         source = encode(pipe, pixels.movedim(-1, 1) * 2 - 1)
         if references:
             source = torch.cat([*_reference_latents(pipe, references, height, width), source], dim=2)
@@ -99,7 +97,6 @@ class KVLockPipeline:
             "generator": generator,
             "output_type": "pt",
         }
-        arguments |= _conditions(pipe, pixels, inside, references)
         embeds = None
         if config.locks:
             embeds = pipe.encode_prompt(

@@ -51,10 +51,13 @@ def load(path: Path, model: nn.Module, ema: Ema, optimizers: list[torch.optim.Op
     for name in ema.shadow:
         ema.shadow[name].copy_(tensors[f"ema.{name}"])
     for i, optimizer in enumerate(optimizers):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         state: dict[int, dict[str, Tensor]] = {}
         for name, t in tensors.items():
             if name.startswith(f"optimizer.{i}."):
                 _, _, j, key = name.split(".")
-                state.setdefault(int(j), {})[key] = t
+                # Fused optimizers walk the memory of parameter and state side by side: the layouts must agree.
+                like = parameters[int(j)].detach()
+                state.setdefault(int(j), {})[key] = torch.empty_like(like).copy_(t) if t.shape == like.shape else t
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return int(tensors["step"])

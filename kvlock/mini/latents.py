@@ -17,11 +17,12 @@ STILL_SHARE = 0.25  # of the scenes have one box around the shape's whole way in
 
 def mask_of(scene: scenes.Scene, seed: int) -> Tensor:
     """The box mask a training scene is edited with, [F, H, W] bool."""
-    return scenes.box_mask(scene, still=torch.rand((), generator=torch.Generator().manual_seed(seed + 1)).item() < STILL_SHARE)
+    g = torch.Generator().manual_seed(seed + 1)
+    return scenes.box_mask(scene, still=torch.rand((), generator=g).item() < STILL_SHARE)
 
 
 def control_mask(mask: Tensor) -> Tensor:
-    """[F, H, W] bool → [64, T, h, w] bool: the 8x8 pixels of a latent pixel as channels, frames as VACE samples them."""
+    """[F, H, W] bool → [64, T, h, w] bool: a latent pixel's 8x8 pixels as channels, frames as VACE samples them."""
     frames, height, width = mask.shape
     folded = mask.view(frames, height // 8, 8, width // 8, 8).permute(2, 4, 0, 1, 3).flatten(0, 1)
     size = ((frames + 3) // 4, height // 8, width // 8)
@@ -59,12 +60,13 @@ def build(vae: AutoencoderKLWan, out: Path, count: int, *, shard: int = 250) -> 
         save_file({name: torch.stack(items) for name, items in rows.items()}, partial)
         partial.rename(path)
     shards = [load_file(path) for path in sorted(out.glob("*.safetensors"))]
-    data = {name: torch.cat([part[name] for part in shards])[:count] for name in ("latents", "masked_latents", "control")}
+    names = ("latents", "masked_latents", "control")
+    data = {name: torch.cat([part[name] for part in shards])[:count] for name in names}
     data["grey"] = encode(vae, torch.zeros(1, 3, scenes.FRAMES, scenes.SIZE, scenes.SIZE))[0]
     return data
 
 
 def statistics(latents: Tensor) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel of [S, C, T, h, w]: `latents_mean` and `latents_std` of the VAE's config."""
+    """Mean and standard deviation of each channel of [S, C, T, h, w]: the VAE's `latents_mean` and `latents_std`."""
     flat = latents.float().transpose(0, 1).flatten(1)
     return flat.mean(1).tolist(), flat.std(1).tolist()

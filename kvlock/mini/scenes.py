@@ -44,7 +44,8 @@ class Scene:
 
     @property
     def caption(self) -> str:
-        return f"{article(self.colour)} {self.colour} {self.shape} moving {self.direction} over a {self.background} background"
+        what = f"{article(self.colour)} {self.colour} {self.shape}"
+        return f"{what} moving {self.direction} over a {self.background} background"
 
     def centres(self, frames: int = FRAMES) -> Tensor:
         """Centre of the shape in every frame, [F, 2] as (y, x)."""
@@ -92,7 +93,9 @@ def render(scene: Scene, size: int = SIZE, frames: int = FRAMES) -> Tensor:
     return inside * torch.tensor(COLOURS[scene.colour]) + (1 - inside) * _background(scene, size)
 
 
-def box_mask(scene: Scene, size: int = SIZE, frames: int = FRAMES, *, still: bool = False, margin: int = MARGIN) -> Tensor:
+def box_mask(
+    scene: Scene, size: int = SIZE, frames: int = FRAMES, *, still: bool = False, margin: int = MARGIN
+) -> Tensor:
     """The box around the shape, [F, H, W] bool, following it, or one box around its whole way (`still`).
 
     The box depends on the radius and the margin only, so it says nothing about the shape inside.
@@ -150,7 +153,8 @@ def _polygon_distance(x: Tensor, y: Tensor, points: int, outer: float, inner: fl
     """
     sector = math.pi / points
     angle = torch.atan2(x, -(y - drop))
-    folded = (angle / (2 * sector) - (angle / (2 * sector)).round()).abs() * 2 * sector  # 0 at a tip, `sector` at a notch
+    turns = angle / (2 * sector)
+    folded = (turns - turns.round()).abs() * 2 * sector  # 0 at a tip, `sector` at a notch
     reach = (x * x + (y - drop) ** 2).sqrt()
     px, py = reach * folded.cos(), reach * folded.sin()
     tip, notch = (outer, 0.0), (inner * math.cos(sector), inner * math.sin(sector))

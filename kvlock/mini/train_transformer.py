@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import torch
@@ -122,13 +121,15 @@ class Captions:
         for seed in range(count):
             scene = scenes.sample(seed)
             what = f"{scenes.article(scene.colour)} {scene.colour} {scene.shape}"
-            texts = [scene.caption, what, f"{what} moving {scene.direction}", f"{what} over a {scene.background} background", ""]
+            way, where = f"moving {scene.direction}", f"over a {scene.background} background"
+            texts = [scene.caption, what, f"{what} {way}", f"{what} {where}", ""]
             self.variants.append([tokenizer(text).input_ids for text in texts])
 
     def batch(self, scene_indices: list[int], g: torch.Generator) -> tuple[Tensor, Tensor]:
         """Token ids [B, WORDS] and lengths [B]."""
         share = (1 - DROP_CAPTION) * torch.tensor([0.70, 0.10, 0.10, 0.10])
-        kinds = torch.multinomial(torch.cat([share, torch.tensor([DROP_CAPTION])]), len(scene_indices), True, generator=g)
+        share = torch.cat([share, torch.tensor([DROP_CAPTION])])
+        kinds = torch.multinomial(share, len(scene_indices), True, generator=g)
         chosen = [self.variants[i][kind] for i, kind in zip(scene_indices, kinds.tolist(), strict=True)]
         ids = torch.zeros(len(chosen), WORDS, dtype=torch.long)
         for row, tokens in zip(ids, chosen, strict=True):

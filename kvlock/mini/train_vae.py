@@ -26,10 +26,12 @@ def render_bank(count: int, first_seed: int = 0) -> Tensor:
     return torch.stack(videos)
 
 
-def train(out: Path, steps: int, *, device: str = "cpu", learning_rate: float = 2.5e-3, save_every: int = 200) -> AutoencoderKLWan:
+def train(
+    out: Path, steps: int, *, device: str = "cpu", learning_rate: float = 2.5e-3, save_every: int = 200
+) -> AutoencoderKLWan:
     """Train for `steps` steps, going on from a checkpoint in `out`.
 
-    Five frames teach the first two latent slots at a third of the cost; the later slots need clips as long as the videos.
+    Five frames teach the first two latent slots at a third of the cost; the later ones need clips of full length.
     """
     torch.manual_seed(0)
     vae = models.build_vae().to(device)
@@ -43,12 +45,15 @@ def train(out: Path, steps: int, *, device: str = "cpu", learning_rate: float = 
     progress = tqdm(range(first, steps), initial=first, total=steps, desc="vae", mininterval=10)
     for step in progress:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * min(1, (step + 1) / 100) * (0.01 + 0.99 * (1 + math.cos(math.pi * step / steps)) / 2)
+            decay = 0.01 + 0.99 * (1 + math.cos(math.pi * step / steps)) / 2
+            group["lr"] = learning_rate * min(1, (step + 1) / 100) * decay
+        g = torch.Generator().manual_seed(step)  # of this step alone, so that a run may stop between any two
         frames = 5 if step < SHORT * steps else scenes.FRAMES
-        x = _batch(bank[:, :, :frames], step, whole=step >= LONG * steps).to(device)
+        x = _batch(bank[:, :, :frames], g, whole=step >= LONG * steps).to(device)
         with torch.autocast(torch.device(device).type, torch.bfloat16):
             posterior = vae.encode(x).latent_dist
-            y = vae.decode(posterior.mean + torch.randn_like(posterior.mean) * posterior.std).sample
+            noise = torch.randn(posterior.mean.shape, generator=g).to(device)
+            y = vae.decode(posterior.mean + noise * posterior.std).sample
         error = y.float() - x
         kl = 0.5 * (posterior.mean.float() ** 2 + posterior.var.float() - 1 - posterior.logvar.float()).sum(1).mean()
         loss = error.abs().mean() + 2 * (error**2).mean() + 1e-6 * kl
@@ -82,9 +87,8 @@ def round_trip(vae: AutoencoderKLWan, count: int = 16) -> list[float]:
     return out
 
 
-def _batch(bank: Tensor, step: int, *, whole: bool) -> Tensor:
+def _batch(bank: Tensor, g: torch.Generator, *, whole: bool) -> Tensor:
     """[B, 3, F, h, w] in [-1, 1]: one whole video, or crops of which half are centred near moving pixels."""
-    g = torch.Generator().manual_seed(step)
     pick = lambda n: int(torch.randint(n, (), generator=g))
     if whole:
         return bank[pick(len(bank))][None].float() / 127.5 - 1

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from tiny import miniature
 
 from kvlock.mini import latents, quality, scenes
 
@@ -75,10 +76,6 @@ def test_a_request_keeps_the_way_and_changes_shape_and_colour():
 
 
 def test_the_control_mask_is_the_one_the_pipeline_makes():
-    from diffusers import WanVACEPipeline
-
-    from tiny import miniature
-
     mask = scenes.box_mask(scenes.sample(5))
-    expected = WanVACEPipeline.prepare_masks(miniature(), mask[None, None].float())[0]
+    expected = miniature().prepare_masks(mask[None, None].float(), [[]])[0]
     assert torch.equal(latents.control_mask(mask).float(), expected)

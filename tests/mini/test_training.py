@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny import miniature, rand
 
 from kvlock.mini import latents, models, scenes, train_transformer, train_vae
-from tiny import miniature, rand
 
 
 @pytest.fixture(scope="module")
