@@ -7,6 +7,7 @@ import inspect
 import json
 import re
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -209,7 +210,9 @@ def _config_path(model: str | None, part: str) -> Path:
         if not (folder / file).is_file():
             raise ValueError(f"model {folder} has no {file}; wanted the folder of a diffusers pipeline")
         return folder / file
-    if model is None or not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+    if model is None:
+        raise ValueError(f"the embedded miniature is not installed: {folder} is missing; name another with --model")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
         raise ValueError(f"model {folder} does not exist; wanted the folder of a diffusers pipeline or a Hub id a/b")
     return _fetch(model, file)
 
@@ -287,7 +290,10 @@ def _from_pretrained(model: str, precision: Any) -> Any:
     from diffusers import DiffusionPipeline
 
     try:
-        return DiffusionPipeline.from_pretrained(model, torch_dtype={"default": precision, "vae": torch.float32})
+        with warnings.catch_warnings():
+            # Newer versions call it dtype and say so; the older name works in all that are supported.
+            warnings.simplefilter("ignore", FutureWarning)
+            return DiffusionPipeline.from_pretrained(model, torch_dtype={"default": precision, "vae": torch.float32})
     except Exception as error:  # missing files, parts of other libraries, the connection: all are one bad model
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"cannot load model {model}: {reason[0]}") from error
