@@ -135,7 +135,8 @@ class Session:
                 f"source_prompt_embeds has shape {list(embeds.shape)}; "
                 f"wanted [1 or B, {prompt.shape[1]}, {prompt.shape[2]}] as the prompt has"
             )
-        return embeds.to(prompt).expand(batch, -1, -1)
+        self._source_prompt_embeds = embeds = embeds.to(prompt)  # moved once: a copy at every step would wait
+        return embeds.expand(batch, -1, -1)
 
     def end_call(self, output: Tensor) -> Tensor:
         """The transformer has run; returns the edit's part of its prediction."""

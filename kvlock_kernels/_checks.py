@@ -31,9 +31,14 @@ def check_tensor(name: str, value: Tensor, dtypes: tuple[torch.dtype, ...], like
 
 def check_shape(name: str, value: Tensor, letters: str, *shapes: Shape) -> None:
     """Wants one of `shapes`, called `letters` in the message."""
-    if tuple(value.shape) not in shapes:
+    if not any(_same(value.shape, shape) for shape in shapes):
         wanted = " or ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
         raise refuse(name, f"shape {list(value.shape)}", f"{letters} = {wanted}")
+
+
+def _same(found: Shape, wanted: Shape) -> bool:
+    # Side by side, because the compiler takes any two tuples with a symbolic size in them for different ones.
+    return len(found) == len(wanted) and all(one == other for one, other in zip(found, wanted, strict=True))
 
 
 def check_ndim(name: str, value: Tensor, letters: str, *ndims: int) -> None:

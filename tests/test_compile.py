@@ -1,0 +1,119 @@
+"""Compiled transformers: few graphs, none for a layer, a step or a run, and the results of eager execution."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from diffusers import WanPipeline
+from torch._dynamo.utils import counters
+
+import kvlock
+from kvlock import KVLockConfig, preset
+
+LAYERS, STEPS = 12, 4
+STORE = KVLockConfig(kappa=2, window=3, tau=0.6)
+BATCH = KVLockConfig(kappa=2, window=3, tau=0.6, source="batch")
+
+
+@pytest.fixture(autouse=True)
+def no_graphs():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture(scope="module")
+def eager():
+    """Final latents of the uncompiled pipeline: plain, and attached in both modes."""
+    pipe = tiny.pipeline(WanPipeline, layers=LAYERS)
+    runs = [tiny.locked_call(pipe, config, steps=STEPS) for config in (STORE, BATCH)]
+    assert all(tiny.mixes(trace) for _, trace in runs)
+    return tiny.call(pipe, steps=STEPS), runs[0][0], runs[1][0]
+
+
+def compiled() -> WanPipeline:
+    pipe = tiny.pipeline(WanPipeline, layers=LAYERS)
+    pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
+    return pipe
+
+
+def graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+def new_graphs(action) -> tuple[int, torch.Tensor]:
+    before = graphs()
+    result = action()
+    return graphs() - before, result
+
+
+def attach(pipe, config: KVLockConfig):
+    return kvlock.attach(
+        pipe, tiny.source_latents(), tiny.masks(pipe), config=config, source_prompt_embeds=tiny.SOURCE_PROMPT
+    )
+
+
+def test_twelve_compiled_blocks_cost_two_graphs_more_in_store_mode_after_a_plain_run(eager):
+    pipe = compiled()
+    plain, latents = new_graphs(lambda: tiny.call(pipe, steps=STEPS))
+    assert torch.equal(latents, eager[0])
+    with attach(pipe, STORE) as session:
+        more, latents = new_graphs(lambda: tiny.call(pipe, steps=STEPS))
+        torch.testing.assert_close(latents, eager[1], rtol=1e-5, atol=1e-5)
+        again, latents = new_graphs(lambda: tiny.call(pipe, steps=STEPS + 1, seed=1))
+    assert tiny.mixes(session.trace.rows())
+    assert plain == 1
+    assert more <= 2
+    assert again == 0
+    detached, latents = new_graphs(lambda: tiny.call(pipe, steps=STEPS))
+    assert detached == 0
+    assert torch.equal(latents, eager[0])
+    attached_anew, (latents, _) = new_graphs(lambda: tiny.locked_call(pipe, STORE, steps=STEPS))
+    assert attached_anew == 0
+    torch.testing.assert_close(latents, eager[1], rtol=1e-5, atol=1e-5)
+
+
+def test_twelve_compiled_blocks_cost_one_graph_more_in_batch_mode_after_a_plain_run(eager):
+    pipe = compiled()
+    plain, _ = new_graphs(lambda: tiny.call(pipe, steps=STEPS))
+    with attach(pipe, BATCH) as session:
+        more, latents = new_graphs(lambda: tiny.call(pipe, steps=STEPS))
+        torch.testing.assert_close(latents, eager[2], rtol=1e-5, atol=1e-5)
+        again, _ = new_graphs(lambda: tiny.call(pipe, steps=STEPS + 1, seed=1))
+    assert tiny.mixes(session.trace.rows())
+    assert plain == 1
+    assert more <= 1
+    assert again == 0
+
+
+@pytest.mark.parametrize("config, most", [(STORE, 3), (BATCH, 2)], ids=["store", "batch"])
+def test_a_first_run_inside_the_block_needs_no_more_graphs(eager, config, most):
+    pipe = compiled()
+    found, (latents, _) = new_graphs(lambda: tiny.locked_call(pipe, config, steps=STEPS))
+    torch.testing.assert_close(latents, eager[1 if config is STORE else 2], rtol=1e-5, atol=1e-5)
+    assert found <= most
+    after, latents = new_graphs(lambda: tiny.call(pipe, steps=STEPS))
+    assert after <= 1
+    assert torch.equal(latents, eager[0])
+
+
+def test_preset_plain_adds_no_graph(eager):
+    pipe = compiled()
+    tiny.call(pipe, steps=2)
+    found, (latents, _) = new_graphs(lambda: tiny.locked_call(pipe, preset("plain"), steps=STEPS))
+    assert found == 0
+    assert torch.equal(latents, eager[0])
+
+
+def test_a_transformer_compiled_as_a_whole_gives_the_same_latents():
+    pipe = tiny.pipeline(WanPipeline)
+    plain = tiny.call(pipe, steps=STEPS)
+    expected, trace = tiny.locked_call(pipe, STORE, steps=STEPS)
+    assert tiny.mixes(trace)
+    pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+    for _ in range(2):  # the second time every graph is there before the taps are
+        torch.testing.assert_close(tiny.call(pipe, steps=STEPS), plain, rtol=1e-5, atol=1e-5)
+        latents, _ = tiny.locked_call(pipe, STORE, steps=STEPS)
+        torch.testing.assert_close(latents, expected, rtol=1e-5, atol=1e-5)
+    assert tiny.leftovers(pipe) == []
