@@ -36,15 +36,25 @@ class RecordCalls(TorchDispatchMode):
 
 
 class RefuseSynchronisation(TorchDispatchMode):
-    """Raises where the host would wait for a value, looking into the operators' implementation too."""
+    """Raises where the host would wait for a value, looking into the operators' implementation too.
+
+    Below the operator composite functions such as item() arrive whole; they are taken apart, so one name is enough.
+    """
+
+    waiting = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.masked_select)
+    indexing = (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "kvlock_kernels":
-            with self:
-                return getattr(reference, func._opname)(*args, **(kwargs or {}))
-        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+        kwargs = kwargs or {}
+        with self:
+            if func.namespace == "kvlock_kernels":
+                return getattr(reference, func._opname)(*args, **kwargs)
+            if (parts := func.decompose(*args, **kwargs)) is not NotImplemented:
+                return parts
+        by_mask = func.overloadpacket in self.indexing and any(i is not None and i.dtype == torch.bool for i in args[1])
+        if by_mask or func.overloadpacket in self.waiting:
             raise RuntimeError(f"{func} waits for the device")
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
 
 def tensors(*values: Any) -> list[torch.Tensor]:
