@@ -2,7 +2,8 @@
 
 from kvlock.adapters.attach import attach
 from kvlock.config import PRESETS, KVLockConfig, preset
-from kvlock.masks import Geometry, Masks
+from kvlock.geometry import Geometry
+from kvlock.masks import Masks
 from kvlock.pipeline import KVLockOutput, KVLockPipeline
 from kvlock.session import Session
 from kvlock.trace import Trace

@@ -9,109 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Geometry:
-    """How many pixels a latent and a token span: VAE strides and the transformer's patch (time, height, width).
-
-    Raises:
-        ValueError: a stride or a patch side is not a positive int, or the patch has not three sides.
-    """
-
-    temporal_stride: int
-    spatial_stride: int
-    patch: tuple[int, int, int] = (1, 2, 2)
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.patch, tuple | list) or len(self.patch) != 3:
-            raise ValueError(f"patch={self.patch!r} is not allowed; wanted three sides (time, height, width)")
-        object.__setattr__(self, "patch", tuple(self.patch))
-        for name, value in (
-            ("temporal_stride", self.temporal_stride),
-            ("spatial_stride", self.spatial_stride),
-            *(("a side of patch", side) for side in self.patch),
-        ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r} is not allowed; wanted an int >= 1")
-
-    @classmethod
-    def of(cls, pipe: Any) -> Geometry:
-        """Read the geometry of a pipeline from ``pipe.vae`` and ``pipe.transformer`` (or ``transformer_2``).
-
-        The VAE's configuration decides, never the pipeline's own attributes: some pipelines count downsampling levels
-        and miss the pixels a patchified VAE folds into channels.
-
-        Raises:
-            ValueError: the VAE or the transformer is missing, or does not say its stride or patch.
-        """
-        vae = getattr(pipe, "vae", None)
-        transformer = _transformer(pipe)
-        if vae is None or transformer is None:
-            missing = "VAE (pipe.vae)" if vae is None else "transformer (pipe.transformer)"
-            raise ValueError(f"{type(pipe).__name__} has no {missing}; the masks are made from its sizes")
-        temporal, spatial = _vae_strides(vae)
-        return cls(temporal, spatial, _patch(transformer))
-
-    @property
-    def pixels_per_token(self) -> tuple[int, int]:
-        """Height and width of a token in pixels."""
-        return self.spatial_stride * self.patch[1], self.spatial_stride * self.patch[2]
-
-
-def _transformer(pipe: Any) -> Any:
-    first = getattr(pipe, "transformer", None)
-    return first if first is not None else getattr(pipe, "transformer_2", None)
-
-
-def _vae_strides(vae: Any) -> tuple[int, int]:
-    temporal = _named_int(vae, "scale_factor_temporal", "temporal_compression_ratio")
-    spatial = _named_int(vae, "scale_factor_spatial", "spatial_compression_ratio")
-    levels = getattr(vae.config, "block_out_channels", None)
-    if spatial is None and levels:
-        spatial = 2 ** (len(levels) - 1)  # CogVideoX's VAE names no spatial ratio; it halves the picture between levels
-    if temporal is None or spatial is None:
-        raise ValueError(
-            f"the strides of {type(vae).__name__} are unknown; wanted scale_factor_temporal and scale_factor_spatial "
-            "(or temporal_compression_ratio and spatial_compression_ratio) in its config"
-        )
-    return temporal, spatial
-
-
-def _named_int(vae: Any, *names: str) -> int | None:
-    for owner in (vae.config, vae):
-        for name in names:
-            value = getattr(owner, name, None)
-            if isinstance(value, int):
-                return value
-    return None
-
-
-def _patch(transformer: Any) -> tuple[int, int, int]:
-    size = getattr(transformer.config, "patch_size", None)
-    if isinstance(size, int):
-        return getattr(transformer.config, "patch_size_t", None) or 1, size, size
-    if isinstance(size, tuple | list) and len(size) == 3:
-        return size[0], size[1], size[2]
-    raise ValueError(
-        f"the patch of {type(transformer).__name__} is unknown: its config has patch_size={size!r}; "
-        "wanted an int or three ints"
-    )
-
-
-def latent_frames(num_frames: int, temporal_stride: int = 4) -> int:
-    """Number of latent frames T = 1 + (F - 1) / stride of a video of F frames, whose first frame stands alone.
-
-    Raises:
-        ValueError: F is not a multiple of the stride plus 1; the message names the two nearest counts that are.
-    """
-    if num_frames < 1 or (num_frames - 1) % temporal_stride:
-        below = 1 + max(0, num_frames - 1) // temporal_stride * temporal_stride
-        raise ValueError(
-            f"{num_frames} frames do not fit {temporal_stride}n+1; "
-            f"the nearest counts that do are {below} and {below + temporal_stride}"
-        )
-    return 1 + (num_frames - 1) // temporal_stride
-
+from kvlock.geometry import Geometry, check_multiple, latent_frames, transformer_of
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -196,15 +94,9 @@ def vace_mask(mask: Tensor, geometry: Geometry) -> Tensor:
 def _pool_space(mask: Tensor, geometry: Geometry) -> Tensor:
     stride = geometry.spatial_stride
     num_frames, height, width = mask.shape
-    _check_multiple("mask height", height, stride)
-    _check_multiple("mask width", width, stride)
+    check_multiple("mask height", height, stride)
+    check_multiple("mask width", width, stride)
     return mask.reshape(num_frames, height // stride, stride, width // stride, stride).any(dim=4).any(dim=2)
-
-
-def _check_multiple(name: str, value: int, base: int) -> None:
-    if value < base or value % base:
-        below = max(1, value // base) * base
-        raise ValueError(f"{name} is {value}; wanted a multiple of {base}, such as {below} or {below + base}")
 
 
 def token_mask(latent: Tensor, patch: tuple[int, int, int]) -> Tensor:
@@ -214,7 +106,7 @@ def token_mask(latent: Tensor, patch: tuple[int, int, int]) -> Tensor:
         ValueError: a side of the latent is not a multiple of the patch.
     """
     for name, size, side in zip(("latent frames", "latent height", "latent width"), latent.shape, patch, strict=True):
-        _check_multiple(name, size, side)
+        check_multiple(name, size, side)
     (frames, height, width), (pt, ph, pw) = latent.shape, patch
     patches = latent.reshape(frames // pt, pt, height // ph, ph, width // pw, pw)
     return patches.any(dim=5).any(dim=3).any(dim=1)
@@ -274,7 +166,7 @@ class Masks:
             ValueError: as `build` and `Geometry.of`.
         """
         if vace is None:
-            config = getattr(_transformer(pipe), "config", None)
+            config = getattr(transformer_of(pipe), "config", None)
             vace = getattr(config, "vace_layers", None) is not None
         return cls.build(
             mask,
@@ -317,7 +209,7 @@ class Masks:
         if trim:
             pixels = pixels[: 1 + (pixels.shape[0] - 1) // geometry.temporal_stride * geometry.temporal_stride]
         for name, size, base in zip(("height", "width"), pixels.shape[1:], geometry.pixels_per_token, strict=True):
-            _check_multiple(f"mask {name}", size, base)
+            check_multiple(f"mask {name}", size, base)
         if not bool(pixels.any()):
             raise ValueError("nothing to edit: no pixel of the mask is set (white, above one half)")
         if bool(pixels.all()):

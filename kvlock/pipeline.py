@@ -13,7 +13,8 @@ from torch import Tensor
 from kvlock.adapters.attach import attach
 from kvlock.adapters.vae import encode, repair_stride
 from kvlock.config import KVLockConfig
-from kvlock.masks import Masks, binarize, latent_frames
+from kvlock.geometry import latent_frames
+from kvlock.masks import Masks, binarize
 from kvlock.trace import Trace
 
 

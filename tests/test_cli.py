@@ -12,7 +12,7 @@ from PIL import Image
 
 from kvlock import cli, mini, video
 from kvlock.cli import edit, inputs, outputs
-from kvlock.masks import Geometry
+from kvlock.geometry import Geometry
 from kvlock.mini import models, scenes
 
 

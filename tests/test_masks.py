@@ -14,7 +14,8 @@ from diffusers import (
     WanVACETransformer3DModel,
 )
 
-from kvlock.masks import Geometry, Masks, binarize, dilate, latent_frames, latent_mask, token_mask, vace_mask
+from kvlock.geometry import Geometry, latent_frames
+from kvlock.masks import Masks, binarize, dilate, latent_mask, token_mask, vace_mask
 
 WAN = Geometry(4, 8)
 GEOMETRIES = {
@@ -190,7 +191,7 @@ def test_a_size_that_does_not_divide_into_tokens_is_refused(height, width, reaso
 @pytest.mark.parametrize("pool", [latent_mask, vace_mask])
 @pytest.mark.parametrize("shape", [(5, 96, 100), (5, 100, 96), (6, 96, 96)], ids=str)
 def test_a_mask_that_does_not_divide_into_latents_is_refused(pool, shape):
-    with pytest.raises(ValueError, match="mask height is 100|mask width is 100|6 frames"):
+    with pytest.raises(ValueError, match=r"mask height is 100|mask width is 100|6 frames"):
         pool(torch.zeros(shape, dtype=torch.bool), WAN)
 
 

@@ -8,7 +8,7 @@ import torch
 from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 
-from kvlock.masks import Geometry
+from kvlock.geometry import Geometry
 
 
 def repair_stride(pipe: Any) -> None:

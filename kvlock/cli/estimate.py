@@ -93,7 +93,7 @@ def _sizes(args: argparse.Namespace, model: inputs.Model, dilate_tokens: int) ->
 
 
 def _count_tokens(video: Video, model: inputs.Model) -> int:
-    from kvlock.masks import latent_frames
+    from kvlock.geometry import latent_frames
 
     geometry = model.geometry
     tokens = latent_frames(video.frames, geometry.temporal_stride) // geometry.patch[0]

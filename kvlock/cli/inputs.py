@@ -16,7 +16,8 @@ if TYPE_CHECKING:  # torch takes seconds to import, and --help needs none of it
     from torch import Tensor
 
     from kvlock.cost import ModelSizes
-    from kvlock.masks import Geometry, Masks
+    from kvlock.geometry import Geometry
+    from kvlock.masks import Masks
     from kvlock.mini.scenes import Scene
 
 HELD_OUT = 10**6  # the miniature was trained on the scenes of smaller seeds
@@ -113,7 +114,7 @@ def fit(source: Source, geometry: Geometry, *, trim: bool) -> Source:
     Raises:
         ValueError: the size or the length does not fit; the message names those that do.
     """
-    from kvlock.masks import latent_frames
+    from kvlock.geometry import latent_frames
 
     count, height, width, _ = source.frames.shape
     check_size(height, width, geometry)
@@ -169,7 +170,7 @@ def describe(model: str | None) -> Model:
     """
     from kvlock.adapters.families import FAMILIES
     from kvlock.cost import ModelSizes
-    from kvlock.masks import Geometry
+    from kvlock.geometry import Geometry
 
     transformer, vae = (_read_config(model, part) for part in ("transformer", "vae"))
     name = transformer._class_name
