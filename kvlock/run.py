@@ -66,8 +66,8 @@ class Run:
         ring = (config.window_steps(steps), *x.shape)
         self._guided_history = torch.empty(ring, device=device)
         self._cond_history = torch.empty(ring, device=device)
-        fixed = {"variance": 0.0, "off": 0.0, "full": 1.0}.get(config.fusion, config.fusion)  # type: ignore[call-overload]
-        self.fusion_ratio = torch.full((batch,), float(fixed), device=device)
+        fixed = float(config.fusion == "full") if isinstance(config.fusion, str) else float(config.fusion)
+        self.fusion_ratio = torch.full((batch,), fixed, device=device)
 
     @property
     def locked(self) -> bool:

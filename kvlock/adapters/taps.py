@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,7 @@ class Tap:
         self.source: Tensor | None = None  # [Bs, rows, C] (or [Bs, rows, H, D]), in the dtype of the model
 
 
-def tap_hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+def tap_hook(module: Any, args: tuple, output: Tensor) -> Tensor | None:
     """Record the background rows of `output`, or lerp the recorded ones into it in place, as the session says."""
     tap: Tap = module.kvlock_tap
     shared = tap.shared
@@ -56,6 +56,8 @@ def tap_hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
     if shared.mode == BATCH:
         edit, source = rows[shared.source_batch :], rows[: shared.source_batch].index_select(1, shared.index)
         kv_lerp_(edit, source, shared.index, shared.ratio)
+    elif tap.source is None:
+        raise ValueError(f"{tap.key.stack}[{tap.key.block}] has no source rows for {tap.key.tensor}; record them first")
     else:
         kv_lerp_(rows, tap.source, shared.index, shared.ratio)
     return output
@@ -88,13 +90,13 @@ class Taps:
 
     def __init__(self, shared: TapState) -> None:
         self.shared = shared
-        self._modules: list[nn.Module] = []
+        self._modules: list[Any] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __len__(self) -> int:
         return len(self._modules)
 
-    def install(self, modules: Iterable[tuple[LayerKey, nn.Module]]) -> None:
+    def install(self, modules: Iterable[tuple[LayerKey, Any]]) -> None:
         for key, module in modules:
             module.kvlock_tap = Tap(key, self.shared, type(module))
             self._modules.append(module)

@@ -103,7 +103,8 @@ def train(
 
 def _optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the blocks, AdamW for everything else."""
-    matrices, rest = [], []
+    matrices: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, p in model.named_parameters():
         (matrices if p.dim() == 2 and "blocks." in name else rest).append(p)
     return [
