@@ -69,7 +69,7 @@ def plot_source_bytes(trace: Mapping[str, Any], path: str | os.PathLike[str]) ->
     axes.bar(steps, kept / unit, width=0.8, color=BLUE, label="kept for the step")
     if kept.any():
         mean = kept[kept > 0].mean() / unit
-        axes.axhline(mean, color=DARK_RED, linewidth=1.4, label=f"mean of the steps that keep any: {mean:.3g} {name}")
+        axes.axhline(mean, color=DARK_RED, linewidth=1.4, label=f"mean {mean:.3g} {name}")
     axes.set_ylim(bottom=0, top=None if kept.any() else 1)
     axes.set_ylabel(f"source K and V ({name})")
     _finish(axes, trace)
@@ -127,7 +127,7 @@ def contact_sheet(
             _error_scale(last, largest)
         else:
             last.imshow(errors[label].numpy(), cmap="magma", vmin=0, vmax=largest)
-    sheet.figure.savefig(path, dpi=150)
+    sheet.figure.savefig(path, dpi=120)
 
 
 class _Sheet:
@@ -206,7 +206,8 @@ def _finish(axes: Axes, trace: Mapping[str, Any], *, label_steps: bool = True, l
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
     if legend and axes.get_legend_handles_labels()[1]:
-        axes.legend(frameon=False, fontsize=8)
+        # Above the axes, where it covers no line and the shade's swatch does not sit on the shade.
+        axes.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=4, borderaxespad=0.2)
 
 
 def _byte_unit(largest: float) -> tuple[int, str]:

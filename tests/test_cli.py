@@ -104,7 +104,7 @@ def test_the_example_needs_no_file_and_writes_everything(kvlock, here, model):
     code, out, _ = kvlock("edit", "--example", "--model", model, "--steps", 5)
     assert code == 0
     assert written(here) == sorted(f"kvlock-out/{name}" for name in [*EDIT_FILES, *edit.BESIDE_EXAMPLE])
-    scene = scenes.sample(10**6)
+    scene = scenes.sample(10**6 + inputs.EXAMPLE_SCENE)
     trace = json.loads((here / "kvlock-out/trace.json").read_text())
     assert trace["input"]["source_prompt"] == scene.caption
     assert trace["input"]["prompt"] == edit.another(scene).caption

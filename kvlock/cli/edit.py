@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
     measures = measure(pipe, source, {name: edit.frames for name, edit in edits.items()})
     trace = _trace_dict(args, config, edits[args.preset], measures, prompts, source, started)
     with outputs.staged(args.out.parent) as folder:
-        _write(folder, args, source, edits, measures, trace)
+        _write(folder, args, config, source, edits, measures, trace)
     _print_summary(args, trace, measures)
 
 
@@ -206,6 +206,7 @@ def _trace_dict(
 def _write(
     folder: Path,
     args: argparse.Namespace,
+    config: KVLockConfig,
     source: inputs.Source,
     edits: dict[str, KVLockOutput],
     measures: dict[str, BackgroundReport],
@@ -228,13 +229,17 @@ def _write(
     video.write_video(folder / "source.mp4", source.frames, source.fps)
     video.write_video(folder / "mask.mp4", source.mask[..., None].expand_as(source.frames).float(), source.fps)
     video.write_video(folder / "plain.mp4", frames["plain"], source.fps)
-    rows = {f"{_title(name)}: background {_decibels(measures[name])}": frames[name] for name in ("plain", args.preset)}
+    labels = {args.preset: _title(args, config), "plain": "plain edit"}
+    rows = {f"{labels[name]}: background {_decibels(measures[name])}": frames[name] for name in ("plain", args.preset)}
     title = f"source: {trace['input']['source_prompt']}      →      {trace['input']['prompt']}"
     plots.contact_sheet(source.frames, rows, source.mask, folder / "comparison.png", title=title)
 
 
-def _title(preset: str) -> str:
-    return {"plain": "plain edit", "kv-lock": "KV-Lock edit"}.get(preset, f"edit with preset {preset}")
+def _title(args: argparse.Namespace, config: KVLockConfig) -> str:
+    title = "KV-Lock edit" if args.preset == "kv-lock" else f"edit with preset {args.preset}"
+    if config.background_guidance is not None:
+        title += f", background guidance {config.background_guidance:g}"
+    return title if config.composite == "none" else f"{title}, {config.composite} composite"
 
 
 def _decibels(report: BackgroundReport) -> str:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and --help needs none of it
 
 HELD_OUT = 10**6  # the miniature was trained on the scenes of smaller seeds
 EXAMPLE_FPS = 8.0
+EXAMPLE_SCENE = 16  # a red square over stripes, which the edit turns into a purple circle
 
 
 class Source(NamedTuple):
@@ -55,8 +56,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         type=_count,
         nargs="?",
-        const=0,
-        help="use held-out scene N (default 0) of the miniature's world instead of --video and --mask",
+        const=EXAMPLE_SCENE,
+        help="use held-out scene N (default %(const)s) of the miniature's world instead of --video and --mask",
     )
 
 
@@ -246,9 +247,8 @@ def load_pipeline(model: str | None, *, dtype: str, device: str, offload: str) -
     if model is None:
         from kvlock import mini
 
-        pipe = mini.load()
-        for part in (pipe.transformer, pipe.text_encoder):
-            part.to(precision)
+        # Loading in another precision keeps the layers that need float32 in it, which a later cast would not.
+        pipe = mini.load() if precision is torch.float32 else _from_pretrained(str(mini.PATH), precision)
     else:
         pipe = _from_pretrained(model, precision)
     pipe.set_progress_bar_config(disable=True)
