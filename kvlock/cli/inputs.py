@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and --help needs none of it
 
 HELD_OUT = 10**6  # the miniature was trained on the scenes of smaller seeds
 EXAMPLE_FPS = 8.0
-EXAMPLE_SCENE = 16  # a red square over stripes, which the edit turns into a purple circle
+EXAMPLE_SCENE = 15  # a green square over stripes, which the edit turns into an orange circle
 
 
 class Source(NamedTuple):
