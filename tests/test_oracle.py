@@ -16,6 +16,7 @@ import kvlock
 from kvlock import KVLockConfig, Masks
 
 STEPS, TAU = 6, 0.6
+AMID = {"tau": 0.1}  # among the variances of the runs of Wan below: a partial alpha and a boosted omega both occur
 KINDS = {"wan": WanPipeline, "vace": WanVACEPipeline, "v2v": WanVideoToVideoPipeline}
 WINDOW = {"kappa": 4, "window": 3, "tau": TAU}
 BASE = Recipe(first_locked=2, window=3, tau=TAU)
@@ -32,11 +33,11 @@ SETTINGS = {
     "layer-1-only": ({"layers": (1,)}, {"blocks": (1,)}),
     "cond-branch-only": ({"branches": "cond"}, {"branches": ("cond",)}),
     "uncond-branch-only": ({"branches": "uncond"}, {"branches": ("uncond",)}),
-    "kappa-sigma": ({"kappa": None, "kappa_sigma": 0.7}, {"first_locked": None}),
+    "kappa-sigma": ({"kappa": None, "kappa_sigma": 0.7, "tau": TAU}, {"first_locked": None, "tau": TAU}),
     "zero-init": ({"zero_init_steps": 1}, {"silent_steps": 1}),
     "no-s-star": ({"optimized_scale": False}, {"s_star": False}),
     "no-dynamic-guidance": ({"dynamic_guidance": False}, {"follow": False}),
-    "boost-3": ({"boost": 3.0, "tau": 0.2}, {"boost": 3.0, "tau": 0.2}),
+    "boost-1.2": ({"boost": 1.2}, {"boost": 1.2}),
     "lock-alone": ({"optimized_scale": False, "dynamic_guidance": False}, {"s_star": False, "follow": False}),
 }
 
@@ -110,20 +111,15 @@ def assert_agree(result: Result, latents: torch.Tensor, trace: list[dict]) -> No
         torch.testing.assert_close(found, values, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def partial(trace: list[dict]) -> bool:
-    """Whether some step mixes new and source rows in earnest."""
-    return any(0 < ratio < 1 for row in trace for ratio in row["fusion_ratio"])
-
-
 @pytest.mark.parametrize("schedule", ["euler", "unipc"])
 @pytest.mark.parametrize("name", SETTINGS)
 def test_wan_agrees_with_two_passes_written_by_hand(pipes, name, schedule):
     ours, theirs = SETTINGS[name]
-    pipe, config = pipes["wan", schedule], KVLockConfig(**(WINDOW | ours))
+    pipe, config = pipes["wan", schedule], KVLockConfig(**(WINDOW | AMID | ours))
     masks = tiny.masks(pipe)
     work = job(masks)
     latents, trace = attached(pipe, work, masks, config)
-    recipe = replace(BASE, **theirs)
+    recipe = replace(BASE, **(AMID | theirs))
     if recipe.first_locked is None:
         pipe.scheduler.set_timesteps(STEPS)
         recipe.first_locked = next(k for k, sigma in enumerate(pipe.scheduler.sigmas) if sigma <= 0.7)
@@ -131,7 +127,9 @@ def test_wan_agrees_with_two_passes_written_by_hand(pipes, name, schedule):
     result = edit([pipe.transformer], pipe.scheduler, STEPS, work, recipe)
     assert_agree(result, latents, trace)
     if config.fusion == "variance":
-        assert partial(trace)
+        assert tiny.mixes(trace)
+    if name in ("default", "full-lock", "no-s-star"):
+        assert any(row["guidance_scale"][0] > 5 for row in trace)
     plain = tiny.call(pipe, steps=STEPS, latents=work.start, prompt_embeds=work.cond)
     assert (latents - plain).abs().max() > 0.1
 
@@ -152,7 +150,7 @@ def test_vace_agrees_with_two_passes_written_by_hand(pipes, schedule, ours, thei
     work = job(masks, known=control_of(pipe))
     latents, trace = attached(pipe, work, masks, config)
     assert_agree(edit([pipe.transformer], pipe.scheduler, STEPS, work, replace(BASE, **theirs)), latents, trace)
-    assert config.fusion != "variance" or partial(trace)
+    assert config.fusion != "variance" or tiny.mixes(trace)
 
 
 @pytest.mark.parametrize("outside", [None, 1.0], ids=["guided-alike", "background-guidance-1"])
@@ -165,7 +163,7 @@ def test_vace_with_a_reference_image_agrees_with_two_passes_written_by_hand(pipe
     latents, trace = attached(pipe, work, masks, KVLockConfig(**WINDOW, background_guidance=outside), **image)
     recipe = replace(BASE, outside=outside)
     assert_agree(edit([pipe.transformer], pipe.scheduler, STEPS, work, recipe), latents, trace)
-    assert partial(trace)
+    assert tiny.mixes(trace)
 
 
 @pytest.mark.parametrize("schedule", ["euler", "unipc"])
@@ -179,7 +177,7 @@ def test_video_to_video_recovers_its_noise_and_agrees_with_two_passes_written_by
     assert len(trace) == STEPS - 2
     recipe = replace(BASE, ratio=ratio, first_locked=4 if ratio is None else 2)
     assert_agree(edit([pipe.transformer], pipe.scheduler, STEPS, work, recipe), latents, trace)
-    assert ratio is not None or partial(trace)
+    assert ratio is not None or tiny.mixes(trace)
 
 
 def test_without_an_unconditional_branch_the_fusion_still_agrees(pipes):
@@ -191,7 +189,7 @@ def test_without_an_unconditional_branch_the_fusion_still_agrees(pipes):
             pipe, work, masks, KVLockConfig(**WINDOW), guidance_scale=1.0, negative_prompt_embeds=None
         )
     assert_agree(edit([pipe.transformer], pipe.scheduler, STEPS, work, BASE), latents, trace)
-    assert partial(trace)
+    assert tiny.mixes(trace)
 
 
 @pytest.mark.parametrize("sources", [1, 2])
@@ -201,7 +199,7 @@ def test_two_samples_of_one_call_are_each_steered_by_their_own_variance(pipes, s
     work = job(masks, batch=2, source=tiny.rand(sources, *tiny.LATENT, seed=5))
     latents, trace = attached(pipe, work, masks, KVLockConfig(**WINDOW))
     assert_agree(edit([pipe.transformer], pipe.scheduler, STEPS, work, BASE), latents, trace)
-    assert partial(trace)
+    assert tiny.mixes(trace)
     assert trace[-1]["fusion_ratio"][0] != trace[-1]["fusion_ratio"][1]
 
 
@@ -218,7 +216,7 @@ def test_two_experts_have_a_window_and_a_guidance_scale_each():
     assert_agree(edit(experts, pipe.scheduler, STEPS, work, BASE), latents, trace)
     assert [row["guidance_scale"][0] for row in trace][:4] == [5.0, 5.0, 3.0, 3.0]
     assert [row["fusion_ratio"][0] for row in trace][:4] == [0.0] * 4
-    assert partial(trace)
+    assert tiny.mixes(trace)
 
 
 @pytest.mark.parametrize("kind, batch", [("wan", 1), ("wan", 2), ("vace", 1)])
@@ -230,4 +228,4 @@ def test_the_source_beside_the_edit_gives_what_the_stored_source_gives(pipes, ki
     stored, trace = attached(pipe, work, masks, config)
     beside, _ = attached(pipe, work, masks, replace(config, source="batch"))
     torch.testing.assert_close(beside, stored, rtol=1e-5, atol=1e-5)
-    assert partial(trace)
+    assert tiny.mixes(trace)
