@@ -1,5 +1,7 @@
 """Tests of the pictures: what they show is read back from the axes, and every run can be drawn."""
 
+import math
+
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -53,6 +55,7 @@ def test_the_variance_plot_shows_both_variances_tau_and_the_window(tmp_path, dra
     masked, whole, tau = (lines(axes)[name] for name in ("inside the mask", "whole video", "τ = 0.01"))
     assert masked.get_ydata()[1:].tolist() == pytest.approx([0.04 / k for k in range(1, 10)])
     assert whole.get_ydata()[1:].tolist() == pytest.approx([0.01 / k for k in range(1, 10)])
+    assert math.isnan(masked.get_ydata()[0]) and math.isnan(whole.get_ydata()[0])  # no variance of one entry
     assert masked.get_linewidth() > whole.get_linewidth()
     assert list(tau.get_ydata()) == [0.01, 0.01]
     (shade,) = axes.patches

@@ -123,3 +123,7 @@ def test_the_reported_similarity_is_the_mean_over_windows_clear_of_the_mask():
 def test_videos_and_masks_that_do_not_fit_are_refused(source, edit, mask, message):
     with pytest.raises(ValueError, match=message):
         background_report(source, edit, mask)
+
+
+def test_a_map_of_a_picture_smaller_than_the_window_is_empty():
+    assert ssim_map(noise(10, 30, 3), noise(10, 30, 3)).shape == (0, 20, 3)
