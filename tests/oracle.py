@@ -59,7 +59,7 @@ class Result:
     alpha: list[Tensor]
     omega: list[Tensor]
     s_star: list[Tensor]
-    variance: list[Tensor]
+    locked: list[bool]
 
 
 class Desk:
@@ -177,13 +177,12 @@ def _loop(transformers, scheduler, steps: int, job: Edit, recipe: Recipe, desk: 
             su = s[:, None, None, None, None] * u
             v = su + w * (c - su)
         history.append(x - sigma * (c if recipe.from_branch == "cond" else v))
-        after = torch.stack([_variance(history[-recipe.window :], b, job, recipe) for b in range(batch)])
         if k - job.first_step < recipe.silent_steps:
             v = torch.zeros_like(v)
-        for kept, value in zip(
-            (result.alpha, result.omega, result.s_star, result.variance), (alpha, omega, s, after), strict=True
-        ):
-            kept.append(value)
+        result.alpha.append(alpha)
+        result.omega.append(omega)
+        result.s_star.append(s)
+        result.locked.append(locked)
         x = scheduler.step(v, t, x, return_dict=False)[0]
     result.latents = x
     return result

@@ -34,6 +34,7 @@ SETTINGS = {
     "cond-branch-only": ({"branches": "cond"}, {"branches": ("cond",)}),
     "uncond-branch-only": ({"branches": "uncond"}, {"branches": ("uncond",)}),
     "kappa-sigma": ({"kappa": None, "kappa_sigma": 0.7, "tau": TAU}, {"first_locked": None, "tau": TAU}),
+    "last-two-steps": ({"kappa": 2, "fusion": 0.5}, {"first_locked": 4, "ratio": 0.5}),
     "zero-init": ({"zero_init_steps": 1}, {"silent_steps": 1}),
     "no-s-star": ({"optimized_scale": False}, {"s_star": False}),
     "no-dynamic-guidance": ({"dynamic_guidance": False}, {"follow": False}),
@@ -100,7 +101,8 @@ def control_of(pipe, **extra) -> dict:
 
 def assert_agree(result: Result, latents: torch.Tensor, trace: list[dict]) -> None:
     torch.testing.assert_close(latents, result.latents, rtol=1e-5, atol=1e-5)
-    locked = torch.tensor([row["locked"] for row in trace])[:, None]
+    assert [row["locked"] for row in trace] == result.locked
+    locked = torch.tensor(result.locked)[:, None]
     wanted = {
         "fusion_ratio": torch.stack(result.alpha) * locked,
         "guidance_scale": torch.stack(result.omega),

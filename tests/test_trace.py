@@ -79,8 +79,3 @@ def test_appending_reads_no_value_and_reading_stacks_before_it_copies(trace):
         trace.rows()
     assert seen.count("stack") == len(trace) + 1
     assert "_local_scalar_dense" not in seen
-
-
-def test_a_record_of_another_dtype_is_read_as_fp32(trace):
-    trace.append(record(3, s_star=torch.tensor([0.5, 0.25], dtype=torch.bfloat16)))
-    assert trace.latest()["s_star"] == [0.5, 0.25]
