@@ -9,6 +9,7 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import diffusers
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -69,12 +70,12 @@ def round_trip(pipe: Any, count: int) -> float:
     return total / count
 
 
-def measure(pipe: Any, preset: str, count: int, steps: int, guidance_scale: float) -> dict[str, Any]:
+def measure(pipe: Any, config: kvlock.KVLockConfig, count: int, steps: int, guidance_scale: float) -> dict[str, Any]:
     """Edit `count` held-out scenes; shares of requested colours and shapes, and PSNR in dB of what is not masked."""
-    edit = kvlock.KVLockPipeline(pipe, kvlock.preset(preset))
+    edit = kvlock.KVLockPipeline(pipe, config)
     colours = shapes = 0
     background = 0.0
-    for seed in tqdm(range(HELD_OUT, HELD_OUT + count), desc=preset, mininterval=10):
+    for seed in tqdm(range(HELD_OUT, HELD_OUT + count), desc="edits", mininterval=10):
         source, target = request(seed)
         video, mask = scenes.render(source), scenes.box_mask(source)
         out = edit(
@@ -91,13 +92,12 @@ def measure(pipe: Any, preset: str, count: int, steps: int, guidance_scale: floa
         shapes += shape == target.shape
         background += psnr(out[~mask], video[~mask])
     return {
-        "preset": preset,
         "edits": count,
         "steps": steps,
         "guidance_scale": guidance_scale,
         "colour": colours / count,
         "shape": shapes / count,
-        "background_psnr": background / count,
+        "background_psnr": round(background / count, 2),
     }
 
 
@@ -108,11 +108,16 @@ def main() -> None:
     parser.add_argument("--edits", type=int, default=64)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--guidance-scale", type=float, default=5.0)
+    parser.add_argument("--background-guidance", type=float, help="guidance outside the mask")
     args = parser.parse_args()
     pipe = mini.load(args.path)
-    print(json.dumps({"vae_round_trip_psnr": round_trip(pipe, 16)}))
+    versions = {"torch": torch.__version__, "diffusers": diffusers.__version__}
+    print(json.dumps({"vae_round_trip_psnr": round(round_trip(pipe, 16), 2), "videos": 16} | versions), flush=True)
     for name in args.presets:
-        print(json.dumps(measure(pipe, name, args.edits, args.steps, args.guidance_scale)), flush=True)
+        config = kvlock.preset(name, background_guidance=args.background_guidance)
+        row = {"preset": name, "background_guidance": args.background_guidance}
+        row |= measure(pipe, config, args.edits, args.steps, args.guidance_scale)
+        print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

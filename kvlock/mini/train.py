@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints, latents and the result")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--vae-steps", type=int, default=5000)
-    parser.add_argument("--steps", type=int, default=5000, help="of the transformer")
+    parser.add_argument("--steps", type=int, default=4000, help="of the transformer")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     vae = train_vae.train(args.out, args.vae_steps, device=args.device)
