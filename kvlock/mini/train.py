@@ -26,6 +26,10 @@ def assemble(vae: AutoencoderKLWan, miniature: train_transformer.Miniature, stat
         transformer=miniature.transformer.half(),
     )
     pipe.save_pretrained(out)
+    for file in ("model_index.json", "tokenizer/tokenizer_config.json"):
+        text = (out / file).read_text(encoding="utf-8")
+        # transformers 5 writes its new name for the class and reads the old one, transformers 4 knows the old one only.
+        (out / file).write_text(text.replace("TokenizersBackend", "PreTrainedTokenizerFast"), encoding="utf-8")
 
 
 def main() -> None:
