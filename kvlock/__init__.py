@@ -4,7 +4,7 @@ from kvlock.adapters.attach import attach
 from kvlock.config import PRESETS, KVLockConfig, preset
 from kvlock.geometry import Geometry
 from kvlock.masks import Masks
-from kvlock.pipeline import KVLockOutput, KVLockPipeline
+from kvlock.pipeline import KVLockOutput, KVLockPipeline, encode_source
 from kvlock.session import Session
 from kvlock.trace import Trace
 
@@ -19,5 +19,6 @@ __all__ = [
     "Session",
     "Trace",
     "attach",
+    "encode_source",
     "preset",
 ]

@@ -9,6 +9,8 @@ from types import MappingProxyType
 from typing import Any
 
 DEFAULT_KAPPA = 0.4  # the last 20 of 50 steps, the paper's setting, as a share of the run
+FP32_MAX = 3.4e38  # every number ends in an fp32 tensor
+MIN_TAU = 1e-30  # far below any variance, and far enough from 0 in fp32 for var / tau to be a number
 MIN_HISTORY = 2  # a sample variance needs two clean predictions; both come from earlier steps
 
 
@@ -25,7 +27,7 @@ class KVLockConfig:
         fusion: source of alpha: ``"variance"`` (the formula above), ``"full"`` (1), ``"off"`` (no lock, no source
             pass) or a fixed number in [0, 1].
         alpha_min: lower end of alpha in [0, 1]; only with ``fusion="variance"``.
-        tau: variance, in units of the normalised latent, at which the lock is complete; > 0.
+        tau: variance, in units of the normalised latent, at which the lock is complete; >= 1e-30.
         boost: upper end of omega / guidance_scale; >= 1 (the paper's b).
         kappa: length of the window at the end of the run in which alpha and omega act: an int is a number of steps,
             a float in (0, 1] a share of the steps, rounded up. ``1`` is one step, ``1.0`` all of them.
@@ -83,7 +85,7 @@ class KVLockConfig:
                 f"alpha_min={self.alpha_min!r} has no effect with fusion={self.fusion!r}: "
                 "it bounds the ratio of fusion='variance' only; leave it at 0"
             )
-        _check_real("tau", self.tau, 0.0, math.inf, open_low=True)
+        _check_real("tau", self.tau, MIN_TAU, math.inf)
         _check_real("boost", self.boost, 1.0, math.inf)
         self._settle_kappa()
         _check_extent("window", self.window, smallest=MIN_HISTORY)
@@ -123,7 +125,7 @@ class KVLockConfig:
 
     @property
     def passthrough(self) -> bool:
-        """Whether denoising is exactly the pipeline's own, with nothing to attach; says nothing of `composite`."""
+        """Whether denoising is exactly the pipeline's own, only traced; says nothing of `composite`."""
         return (
             not self.locks
             and not self.optimized_scale
@@ -197,10 +199,10 @@ def _resolve_extent(extent: float, num_steps: int) -> int:
 
 def _check_real(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
     above = f"> {low:g}" if open_low else f">= {low:g}"
-    wanted = f"a finite number {above}" + ("" if math.isinf(high) else f" and <= {high:g}")
+    wanted = f"a finite number {above} and <= {min(high, FP32_MAX):g}"
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"{name}={value!r} is not allowed; wanted {wanted}")
-    if value < low or value > high or (open_low and value == low):
+    if value < low or value > min(high, FP32_MAX) or (open_low and value == low):
         raise ValueError(f"{name}={value!r} is out of range; wanted {wanted}")
 
 

@@ -95,6 +95,11 @@ def _patch(transformer: Any) -> tuple[int, int, int]:
     )
 
 
+def legal_frames(num_frames: int, temporal_stride: int) -> int:
+    """The largest count of the form stride * n + 1 that is not above `num_frames` (>= 1)."""
+    return 1 + (num_frames - 1) // temporal_stride * temporal_stride
+
+
 def latent_frames(num_frames: int, temporal_stride: int = 4) -> int:
     """Number of latent frames T = 1 + (F - 1) / stride of a video of F frames, whose first frame stands alone.
 
@@ -102,7 +107,7 @@ def latent_frames(num_frames: int, temporal_stride: int = 4) -> int:
         ValueError: F is not a multiple of the stride plus 1; the message names the two nearest counts that are.
     """
     if num_frames < 1 or (num_frames - 1) % temporal_stride:
-        below = 1 + max(0, num_frames - 1) // temporal_stride * temporal_stride
+        below = legal_frames(max(1, num_frames), temporal_stride)
         raise ValueError(
             f"{num_frames} frames do not fit {temporal_stride}n+1; "
             f"the nearest counts that do are {below} and {below + temporal_stride}"

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvlock.geometry import Geometry, check_multiple, latent_frames, transformer_of
+from kvlock.geometry import Geometry, check_multiple, latent_frames, legal_frames, transformer_of
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -136,6 +136,7 @@ class Masks:
         index: int32 [rows], the rows to lock, ascending, in the flattened token grid ((R+T)/pt, gh, gw); never a
             reference token.
         reference_frames: R.
+        dilate_tokens: by how many tokens the edit was grown.
         geometry: strides and patch the masks were made with.
     """
 
@@ -144,6 +145,7 @@ class Masks:
     weight: Tensor
     index: Tensor
     reference_frames: int
+    dilate_tokens: int
     geometry: Geometry
 
     @classmethod
@@ -207,7 +209,7 @@ class Masks:
         _check_reference_patch(reference_frames, geometry.patch[0])
         pixels = binarize(mask)
         if trim:
-            pixels = pixels[: 1 + (pixels.shape[0] - 1) // geometry.temporal_stride * geometry.temporal_stride]
+            pixels = pixels[: legal_frames(len(pixels), geometry.temporal_stride)]
         for name, size, base in zip(("height", "width"), pixels.shape[1:], geometry.pixels_per_token, strict=True):
             check_multiple(f"mask {name}", size, base)
         if not bool(pixels.any()):
@@ -231,6 +233,7 @@ class Masks:
             weight=torch.cat([~prefix, inside]).float()[None, None],
             index=_background_index(tokens, reference_frames // geometry.patch[0]),
             reference_frames=reference_frames,
+            dilate_tokens=dilate_tokens,
             geometry=geometry,
         )
 

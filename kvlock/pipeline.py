@@ -11,11 +11,15 @@ import torch
 from torch import Tensor
 
 from kvlock.adapters.attach import attach
+from kvlock.adapters.families import check_pipeline
 from kvlock.adapters.vae import encode, repair_stride
 from kvlock.config import KVLockConfig
-from kvlock.geometry import latent_frames
+from kvlock.geometry import latent_frames, legal_frames
 from kvlock.masks import Masks, binarize
 from kvlock.trace import Trace
+
+# Of the pipeline's call: they follow from the video and from what KVLockPipeline returns.
+OWN_ARGUMENTS = {"height", "width", "num_frames", "output_type", "return_dict"}
 
 
 class KVLockOutput(NamedTuple):
@@ -32,6 +36,7 @@ class KVLockPipeline:
     def __init__(self, pipe: Any, config: KVLockConfig | None = None) -> None:
         self.pipe = pipe
         self.config = config or KVLockConfig()
+        check_pipeline(pipe)
         repair_stride(pipe)
 
     @torch.no_grad()
@@ -66,26 +71,29 @@ class KVLockPipeline:
             pipeline_arguments: anything else the pipeline's call takes.
 
         Raises:
-            ValueError: video, mask or a setting cannot be used; the message says why.
+            ValueError: video, mask, prompt or a setting cannot be used; the message says why.
         """
         pipe = self.pipe
         config = self.config if composite is None else dataclasses.replace(self.config, composite=composite)
         pixels = _pixels(video)
-        inside = binarize(mask)
+        inside = binarize(mask).cpu()
         if inside.shape != pixels.shape[:3]:
             raise ValueError(
                 f"mask has [F, H, W] = {list(inside.shape)}, the video {list(pixels.shape[:3])}; wanted them alike"
             )
         if trim:
-            stride = pipe.vae_scale_factor_temporal
-            keep = 1 + (len(pixels) - 1) // stride * stride
+            keep = legal_frames(len(pixels), pipe.vae_scale_factor_temporal)
             pixels, inside = pixels[:keep], inside[:keep]
         latent_frames(len(pixels), pipe.vae_scale_factor_temporal)
-        references = list(reference_images or ())
+        if not isinstance(prompt, str):
+            raise ValueError(f"prompt is a {type(prompt).__name__}; wanted one str")
+        references = _as_list(reference_images)
+        if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, int) or num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps={num_inference_steps!r} is not allowed; wanted an int >= 1")
         arguments = _accepted(pipe, pipeline_arguments) | _conditions(pipe, pixels, inside, references)
         masks = Masks.from_pixels(inside, pipe, reference_frames=len(references), dilate_tokens=config.dilate_tokens)
         _, height, width = inside.shape
-        source = encode(pipe, pixels.movedim(-1, 1) * 2 - 1)
+        source = encode_source(pipe, pixels)
         if references:
             source = torch.cat([*_reference_latents(pipe, references, height, width), source], dim=2)
         arguments |= {
@@ -107,11 +115,11 @@ class KVLockPipeline:
         attached = dataclasses.replace(config, composite="none" if config.composite == "pixel" else config.composite)
         with attach(pipe, source, masks, config=attached, source_prompt_embeds=embeds) as session:
             if progress is not None:
-                report = progress
+                report, callback = progress, arguments.get("callback_on_step_end")
 
-                def on_step_end(_pipe: Any, step: int, _timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+                def on_step_end(_pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
                     report(step, pipe.num_timesteps, session.trace)
-                    return kwargs
+                    return kwargs if callback is None else callback(_pipe, step, timestep, kwargs)
 
                 arguments["callback_on_step_end"] = on_step_end
             result = pipe(**arguments).frames[0]
@@ -122,20 +130,38 @@ class KVLockPipeline:
         return KVLockOutput(edited, session.trace, masks)
 
 
+def encode_source(pipe: Any, video: Tensor) -> Tensor:
+    """The latents that `kvlock.attach` takes for a source video: [1, C, T, h, w] fp32, normalised as the pipeline does.
+
+    Args:
+        video: [F, H, W, 3], uint8 or floating point in [0, 1]; F = 4n + 1.
+
+    Raises:
+        ValueError: the video has another shape, dtype or range.
+    """
+    return encode(pipe, _pixels(video).movedim(-1, 1) * 2 - 1)
+
+
 def _pixels(video: Tensor) -> Tensor:
-    """[F, H, W, 3] fp32 in [0, 1]."""
+    """[F, H, W, 3] fp32 in [0, 1], on the CPU."""
     shape = list(getattr(video, "shape", ()))
     if not isinstance(video, Tensor) or len(shape) != 4 or shape[-1] != 3 or 0 in shape:
         found = f"shape {shape}" if shape else type(video).__name__
         raise ValueError(f"video has {found}; wanted a tensor [F, H, W, 3]")
     if video.dtype == torch.uint8:
-        return video.float() / 255
+        return video.cpu().float() / 255
     if not video.is_floating_point():
         raise ValueError(f"video has dtype {video.dtype}; wanted uint8, or floating point in [0, 1]")
     low, high = video.min().item(), video.max().item()
     if not (low >= 0 and high <= 1):
         raise ValueError(f"video has values from {low:g} to {high:g}; wanted floating point in [0, 1]")
-    return video.float()
+    return video.cpu().float()
+
+
+def _as_list(images: Any) -> list[Any]:
+    if images is None:
+        return []
+    return list(images) if isinstance(images, list | tuple) else [images]
 
 
 def _accepted(pipe: Any, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -143,6 +169,9 @@ def _accepted(pipe: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     unknown = sorted(set(arguments) - set(known))
     if unknown:
         raise ValueError(f"{type(pipe).__name__} takes no argument {', '.join(unknown)}")
+    taken = sorted(set(arguments) & OWN_ARGUMENTS)
+    if taken:
+        raise ValueError(f"{', '.join(taken)} cannot be given: KVLockPipeline decides it")
     return dict(arguments)
 
 

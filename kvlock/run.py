@@ -11,7 +11,7 @@ from torch import Tensor
 from kvlock.config import KVLockConfig
 from kvlock.flow import Flow
 from kvlock.masks import Masks
-from kvlock_kernels import guided_velocity, lock_schedule, windowed_variance_
+from kvlock_kernels import LockSchedule, guided_velocity, lock_schedule, windowed_variance_
 
 
 class Guided(NamedTuple):
@@ -54,6 +54,7 @@ class Run:
         self.extra_rows = 0  # of the source, in front of the edit's in the call under way
         self.outputs: list[Tensor] = []  # of this step: conditional, then unconditional
         self.recorded_step = -1
+        self.mixed = False  # whether the lock acted on a branch of this step
         self._window = config.locked_steps(steps, flow.sigmas, start=flow.start)
         self._masks = masks.to(device)
         self._source = source_latents.to(device, torch.float32)
@@ -64,6 +65,7 @@ class Run:
         self._boosted = self._base_guidance.clone()
         self._seen = torch.zeros(1, dtype=torch.int64, device=device)  # clean predictions since the window was reset
         ring = (config.window_steps(steps), *x.shape)
+        self._planned: LockSchedule  # for the next step
         self._guided_history = torch.empty(ring, device=device)
         self._cond_history = torch.empty(ring, device=device)
         fixed = float(config.fusion == "full") if isinstance(config.fusion, str) else float(config.fusion)
@@ -73,6 +75,11 @@ class Run:
     def locked(self) -> bool:
         """Whether this step is inside the window in which the lock and a boosted guidance act."""
         return self.step in self._window
+
+    @property
+    def locked_steps(self) -> int:
+        """Number of steps in that window."""
+        return len(self._window)
 
     @property
     def finished(self) -> bool:
@@ -89,19 +96,27 @@ class Run:
         config = self.config
         changed = config.optimized_scale or config.background_guidance is not None or config.guidance_scale is not None
         changed = changed or (config.dynamic_guidance and self.locked)
-        zeroed = self.step - self.flow.start < config.zero_init_steps
-        return not zeroed and (not changed or len(self.outputs) < 2)
+        return not self._zeroed and (not changed or len(self.outputs) < 2)
 
-    def use_expert(self, expert: int, guidance_of: Callable[[int], float]) -> None:
-        """Another transformer takes over: its predictions start a new window, with its own guidance scale."""
+    @property
+    def _zeroed(self) -> bool:
+        return self.step - self.flow.start < self.config.zero_init_steps
+
+    def use_expert(self, expert: int, guidance_of: Callable[[int], float]) -> bool:
+        """Another transformer takes over: its predictions start a new window, with its own guidance scale.
+
+        Returns:
+            Whether it is another one than before.
+        """
         if expert == self.expert:
-            return
+            return False
         self.expert = expert
         self._seen.zero_()
         self._base_guidance.fill_(_base(self.config, guidance_of(expert)))
         self._boosted.copy_(self._base_guidance)
         if self.config.fusion == "variance":
             self.fusion_ratio.zero_()
+        return True
 
     def noised_source(self, x: Tensor) -> Tensor:
         """The source at this step's noise level, with each sample's own initial noise: [B, C, T, h, w] fp32."""
@@ -109,8 +124,8 @@ class Run:
             self._eps = self._initial_noise(x)
         return self.flow.noise(self._source, self._eps, self.step)
 
-    def guided_velocity(self, sample: Tensor, *, zero: bool) -> Guided:
-        """Combine this step's branches (eqs. 10 and 13); `zero` replaces the velocity, not the clean prediction."""
+    def guided_velocity(self, sample: Tensor) -> Guided:
+        """Combine this step's branches (eqs. 10 and 13); zero-init replaces the velocity, not the clean prediction."""
         if self._eps is None and self.step == self.flow.start:
             self._eps = self._initial_noise(sample)  # in the scheduler's precision; the model's input may be coarser
         cond, uncond = self.outputs[0], self.outputs[1] if len(self.outputs) > 1 else None
@@ -128,10 +143,10 @@ class Run:
             x_scale=c.x_scale[k],
         )
         x0_cond = out.x0 if uncond is None else c.x_scale[k] * sample.float() - c.v_scale[k] * cond.float()
-        velocity = torch.zeros_like(out.velocity) if zero else out.velocity
+        velocity = torch.zeros_like(out.velocity) if self._zeroed else out.velocity
         return Guided(velocity, out.s_star, out.x0, x0_cond)
 
-    def observe(self, guided: Guided, sample: Tensor) -> dict[str, Tensor]:
+    def observe(self, guided: Guided) -> dict[str, Tensor]:
         """Add this step's clean predictions to the window and steer the next step by their variance (eq. 14).
 
         Returns:
@@ -144,14 +159,13 @@ class Run:
         whole = windowed_variance_(*rings[chosen], self._seen, weight=everywhere)
         self._seen.add_(1)
         steering = inside[chosen] if self.config.variance == "masked" else whole
-        plan = lock_schedule(
+        self._planned = lock_schedule(
             steering,
             self._base_guidance,
             tau=self.config.tau,
             boost=self.config.boost,
             alpha_min=self.config.alpha_min,
         )
-        self._planned = plan
         return {
             "variance_masked": inside[chosen],
             "variance_global": whole,
@@ -162,10 +176,12 @@ class Run:
     def advance(self) -> None:
         """Go to the next step, with the lock and the guidance planned for it."""
         if self.config.fusion == "variance":
-            self.fusion_ratio.copy_(self._planned.fusion_ratio)
+            # One prediction has no variance: alpha_min too waits for the second.
+            self.fusion_ratio.copy_(torch.where(self._seen < 2, 0, self._planned.fusion_ratio))
         self._boosted.copy_(self._planned.guidance_scale)
         self.step += 1
         self.forwards = 0
+        self.mixed = False
         self.outputs.clear()
 
     def composite(self, latents: Tensor) -> Tensor:

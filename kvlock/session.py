@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kvlock.config import KVLockConfig
@@ -55,6 +56,7 @@ class Session:
         *,
         rows: SourceRows,
         guidance_of: Callable[[int], float],
+        begin_index_of: Callable[[], int | None],
         starts_from_video: bool,
     ) -> None:
         self.config = config
@@ -65,12 +67,13 @@ class Session:
         self._source_prompt_embeds = source_prompt_embeds
         self._rows = rows
         self._guidance_of = guidance_of
+        self._begin_index_of = begin_index_of
         self._starts_from_video = starts_from_video
         self._flow: Flow | None = None
         self._run: Run | None = None
 
     def __deepcopy__(self, memo: dict) -> Session:
-        return self  # a copied scheduler belongs to the same edit
+        return self  # a copy of the scheduler goes on driving this edit
 
     def set_schedule(self, flow: Flow) -> None:
         """A new run begins with this schedule."""
@@ -88,7 +91,8 @@ class Session:
         if self._run is None:
             self._run = self._new_run(expert, x, timestep)
         run = self._run
-        run.use_expert(expert, self._guidance_of)
+        if run.use_expert(expert, self._guidance_of):
+            self._rows.free()
         branch = ("cond", "uncond")[len(run.outputs)] if len(run.outputs) < 2 else "extra"
         if branch == "extra":
             raise ValueError("the transformer ran more than twice in one step; wanted one or two guidance branches")
@@ -98,6 +102,7 @@ class Session:
         if not mixes:
             self._rows.off()
             return None
+        run.mixed = True
         if self.config.source == "batch":
             source = run.noised_source(x)
             run.forwards += len(source)
@@ -126,16 +131,21 @@ class Session:
         self._rows.lerp(run.fusion_ratio)
 
     def source_prompt(self, prompt: Tensor, batch: int) -> Tensor:
-        """The source prompt's embeddings [batch, L, C], where and as the edit's `prompt` [B, L, C] is."""
+        """The source prompt's embeddings [batch, L, C], where and as the edit's `prompt` [B, L, C] is.
+
+        Shorter ones are padded with zeros, as Wan pipelines pad: their `encode_prompt` and their call differ in length.
+        """
         embeds = self._source_prompt_embeds
         if embeds is None:
             raise ValueError("the lock needs source_prompt_embeds and has none; pass them to attach")
-        if embeds.shape[1:] != prompt.shape[1:]:
+        fits = embeds.ndim == 3 and len(embeds) in (1, batch) and embeds.shape[2] == prompt.shape[2]
+        if not fits or embeds.shape[1] > prompt.shape[1]:
             raise ValueError(
                 f"source_prompt_embeds has shape {list(embeds.shape)}; "
-                f"wanted [1 or B, {prompt.shape[1]}, {prompt.shape[2]}] as the prompt has"
+                f"wanted [1 or B, {prompt.shape[1]} or fewer, {prompt.shape[2]}] as the prompt has"
             )
-        self._source_prompt_embeds = embeds = embeds.to(prompt)  # moved once: a copy at every step would wait
+        padding = (0, 0, 0, prompt.shape[1] - embeds.shape[1])
+        self._source_prompt_embeds = embeds = F.pad(embeds.to(prompt), padding)  # once: a copy every step would wait
         return embeds.expand(batch, -1, -1)
 
     def end_call(self, output: Tensor) -> Tensor:
@@ -151,9 +161,9 @@ class Session:
         Where the settings do not touch guidance it is that very tensor.
         """
         run = self._require_run()
-        guided = run.guided_velocity(sample, zero=run.step - run.flow.start < self.config.zero_init_steps)
-        variances = run.observe(guided, sample)
-        locks = run.locked and self.config.locks
+        guided = run.guided_velocity(sample)
+        variances = run.observe(guided)
+        guides = len(run.outputs) > 1
         self.trace.append(
             StepRecord(
                 step=run.step - run.flow.start,
@@ -162,8 +172,8 @@ class Session:
                 locked=run.locked,
                 forwards=run.forwards,
                 source_bytes=self._rows.source_bytes if run.recorded_step == run.step else 0,
-                fusion_ratio=run.fusion_ratio.clone() if locks else torch.zeros_like(run.fusion_ratio),
-                guidance_scale=run.guidance_scale.clone(),
+                fusion_ratio=run.fusion_ratio.clone() if run.mixed else torch.zeros_like(run.fusion_ratio),
+                guidance_scale=run.guidance_scale.clone() if guides else torch.ones_like(run.guidance_scale),
                 s_star=guided.s_star,
                 **variances,
             )
@@ -185,21 +195,21 @@ class Session:
         self._rows.off()
         self._rows.free()
 
+    def close(self) -> None:
+        """Free everything but the trace."""
+        self.release()
+        self._flow = self._run = None
+
     def _new_run(self, expert: int, x: Tensor, timestep: Tensor) -> Run:
         if self._flow is None:
             raise ValueError("the scheduler has set no timesteps since attach; was pipe.scheduler replaced?")
         flow = self._flow
         self._rows.to(x.device)
-        if flow.begin_index is None:
-            flow = flow.starting_at(flow.step_of(timestep))
+        # Read now: pipelines that set a begin index do so after they have set the timesteps.
+        start = self._begin_index_of()
+        flow = flow.starting_at(flow.step_of(timestep) if start is None else start)
         guidance = self._guidance_of(expert)
-        if guidance <= 1 and (self.config.optimized_scale or self.config.dynamic_guidance):
-            warnings.warn(
-                f"guidance_scale={guidance:g} means no unconditional branch: s*, the guidance schedule and "
-                "background_guidance have no effect in this run; the lock still acts",
-                stacklevel=2,
-            )
-        return Run(
+        run = Run(
             self.config,
             flow,
             self._masks,
@@ -209,8 +219,25 @@ class Session:
             guidance=guidance,
             starts_from_video=self._starts_from_video,
         )
+        for notice in _notices(self.config, guidance, run.locked_steps):
+            warnings.warn(notice, stacklevel=2)
+        return run
 
     def _require_run(self) -> Run:
         if self._run is None:
             raise ValueError("scheduler.step was called before the transformer ran; wanted a whole pipeline call")
         return self._run
+
+
+def _notices(config: KVLockConfig, guidance: float, locked_steps: int) -> Iterator[str]:
+    """What a user should hear at the start of a run whose settings have no effect."""
+    guides = config.optimized_scale or config.dynamic_guidance or config.background_guidance is not None
+    if guidance <= 1 and (guides or config.guidance_scale is not None):
+        yield (
+            f"guidance_scale={guidance:g} means no unconditional branch: s*, the guidance schedule, guidance_scale and "
+            "background_guidance of the config have no effect in this run"
+        )
+    if config.locks and locked_steps == 0:
+        yield "nothing is locked: no step of this run lies in the window; wanted more steps, or a larger kappa"
+    elif config.locks and guidance <= 1 and config.branches == "uncond":
+        yield 'nothing is locked: branches="uncond", and this run has no unconditional branch'

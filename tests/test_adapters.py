@@ -168,6 +168,16 @@ REFUSALS = {
         "transformer LTXVideoTransformer3DModel is not supported; supported transformers: WanTransformer3DModel, Wan",
     ),
     "no-transformer": (lambda pipe: setattr(pipe, "transformer", None), {}, "WanPipeline has no transformer"),
+    "one-module-twice": (
+        lambda pipe: pipe.register_modules(transformer_2=pipe.transformer),
+        {},
+        "transformer and transformer_2 are one module",
+    ),
+    "masks-of-another-dilation": (
+        None,
+        {"config": KVLockConfig(dilate_tokens=0)},
+        "masks were made with dilate_tokens=1, the config has 0",
+    ),
     "an-unknown-scheduler": (
         lambda pipe: setattr(pipe, "scheduler", EulerDiscreteScheduler()),
         {},

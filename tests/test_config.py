@@ -11,7 +11,7 @@ from kvlock.config import PRESETS, KVLockConfig, preset
 REFUSED = {
     "fusion": ("half", -0.1, 1.1, math.nan, True, None),
     "alpha_min": (-0.1, 1.5, math.nan, "0"),
-    "tau": (0, 0.0, -1.0, math.inf, math.nan, True),
+    "tau": (0, 0.0, -1.0, 1e-50, math.inf, math.nan, True),
     "boost": (0.5, math.inf, math.nan, "2"),
     "kappa": (0, -3, 0.0, 1.5, math.nan, math.inf, True, None, "0.4"),
     "kappa_sigma": (0, -0.5, 1.5, math.nan, True),
@@ -45,7 +45,7 @@ def test_every_setting_is_tried_with_nonsense():
 
 
 def test_a_refusal_gives_the_value_found_and_the_value_wanted():
-    with pytest.raises(ValueError, match=r"tau=-1\.0.*wanted a finite number > 0"):
+    with pytest.raises(ValueError, match=r"tau=-1\.0.*wanted a finite number >= 1e-30"):
         KVLockConfig(tau=-1.0)
 
 

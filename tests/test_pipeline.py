@@ -104,6 +104,51 @@ def test_pipelines_without_a_mask_argument_edit_too(kind):
     assert not torch.equal(out.frames, edit(pipe, "plain").frames)
 
 
+@pytest.fixture
+def attached(monkeypatch):
+    """What KVLockPipeline hands to `attach`."""
+    seen = {}
+
+    def spy(pipe, source, masks, **kwargs):
+        seen.update(source=source, masks=masks, **kwargs)
+        return kvlock.attach(pipe, source, masks, **kwargs)
+
+    monkeypatch.setattr(kvlock.pipeline, "attach", spy)
+    return seen
+
+
+def test_the_source_is_the_original_video_with_its_own_prompt(pipe, attached):
+    edit(pipe, source_prompt="a blue star", num_inference_steps=3)
+    assert torch.equal(attached["source"], kvlock.encode_source(pipe, VIDEO))
+    with torch.no_grad():
+        expected = pipe.encode_prompt("a blue star", do_classifier_free_guidance=False, max_sequence_length=512)[0]
+    assert torch.equal(attached["source_prompt_embeds"], expected)
+
+
+def test_a_references_slot_of_the_source_holds_its_own_latents(pipe, attached):
+    image = torch.rand(SIZE, SIZE, 3, generator=torch.Generator().manual_seed(1)).mul(255).byte()
+    edit(pipe, reference_images=PIL.Image.fromarray(image.numpy()), num_inference_steps=3)
+    source = attached["source"]
+    assert source.shape[2] == 6
+    torch.testing.assert_close(source[:, :, :1], kvlock.encode_source(pipe, image[None]), rtol=1e-4, atol=1e-4)
+    assert torch.equal(source[:, :, 1:], kvlock.encode_source(pipe, VIDEO))
+
+
+def test_a_callback_of_the_callers_own_is_heard_beside_progress(pipe):
+    heard = []
+    callback = lambda pipe, step, timestep, kwargs: heard.append(step) or kwargs
+    edit(pipe, "plain", num_inference_steps=2, progress=lambda *args: None, callback_on_step_end=callback)
+    assert heard == [0, 1]
+
+
+def test_a_pipeline_that_is_not_supported_is_refused():
+    class Other:
+        pass
+
+    with pytest.raises(ValueError, match="Other is not supported; supported pipelines: WanPipeline"):
+        kvlock.KVLockPipeline(Other())
+
+
 def test_progress_hears_of_every_step(pipe):
     heard = []
     edit(pipe, progress=lambda step, steps, trace: heard.append((step, steps, len(trace))))
@@ -139,6 +184,9 @@ def test_the_stride_of_a_patchified_vae_is_repaired():
         ({"composite": "paste"}, "composite='paste'"),
         ({"video": VIDEO[:, :90, :90], "mask": MASK[:, :90, :90]}, "mask height is 90"),
         ({"strength": 0.5}, "WanVACEPipeline takes no argument strength"),
+        ({"return_dict": False}, "return_dict cannot be given"),
+        ({"height": 48, "output_type": "latent"}, "height, output_type cannot be given"),
+        ({"num_inference_steps": 0}, "num_inference_steps=0.*>= 1"),
     ],
 )
 def test_bad_input_is_refused_by_name(pipe, change, message):

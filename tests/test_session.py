@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from collections import Counter
 
 import pytest
@@ -135,6 +137,39 @@ class Syncs(TorchDispatchMode):
         return tensors
 
 
+READS = ("tolist", "cpu", "numpy", "item", "__bool__", "__float__", "__int__", "__index__")
+
+
+@pytest.mark.parametrize("source", ["store", "batch"])
+def test_from_the_second_step_on_kvlock_reads_no_tensor_on_the_host(wan, source, monkeypatch):
+    """On a CPU `tolist` and its like dispatch no operator, so they are watched by who calls them."""
+    read: list[str] = []
+
+    def watch(name):
+        original = getattr(torch.Tensor, name)
+
+        def method(self, *args, **kwargs):
+            caller = sys._getframe(1)
+            if caller.f_globals.get("__name__", "").startswith("kvlock"):
+                read.append(f"{name} in {caller.f_code.co_name}")
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(torch.Tensor, name, method)
+
+    def after_step(pipe, step, timestep, kwargs):
+        if step == 0:
+            read.clear()  # the first timestep of a run is looked up by its value
+        return kwargs
+
+    for name in READS:
+        watch(name)
+    with attach(wan, config=KVLockConfig(kappa=3, window=3, source=source)) as session:
+        tiny.call(wan, steps=STEPS, callback_on_step_end=after_step)
+        assert read == []
+        session.trace.rows()
+    assert read == ["tolist in _to_rows"]
+
+
 @pytest.mark.parametrize("source", ["store", "batch"])
 @pytest.mark.parametrize("kind", ["wan", "vace", "v2v"])
 def test_from_the_second_step_on_the_host_waits_no_more_often_than_in_the_plain_pipeline(wan, vace, v2v, kind, source):
@@ -213,9 +248,10 @@ def test_masks_of_another_size_are_refused(wan):
     assert tiny.leftovers(wan) == []
 
 
-def test_a_source_prompt_of_another_length_is_refused(wan):
-    message = r"source_prompt_embeds has shape \[1, 5, 32\]; wanted \[1 or B, 8, 32\]"
-    with pytest.raises(ValueError, match=message), attach(wan, prompt=tiny.rand(1, 5, 32)):
+@pytest.mark.parametrize("shape", [(1, 9, 32), (1, 8, 31), (2, 8, 32), (8, 32)], ids=str)
+def test_a_source_prompt_that_does_not_fit_is_refused(wan, shape):
+    message = rf"source_prompt_embeds has shape {re.escape(str(list(shape)))}; wanted \[1 or B, 8 or fewer, 32\]"
+    with pytest.raises(ValueError, match=message), attach(wan, prompt=tiny.rand(*shape)):
         tiny.call(wan, steps=STEPS)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvlock.adapters import root, shim
-from kvlock.adapters.families import STARTS_FROM_VIDEO, family_of, tapped_modules
+from kvlock.adapters.families import STARTS_FROM_VIDEO, check_pipeline, family_of, is_one_of, tapped_modules
 from kvlock.adapters.taps import Taps, TapState
 from kvlock.config import KVLockConfig
 from kvlock.masks import Masks
@@ -35,7 +35,8 @@ def attach(
             (``(z - latents_mean) / latents_std``); with reference images their own clean latents come first on T.
         masks: what to lock, measure and guide, for the same size.
         config: settings; None is `KVLockConfig()`.
-        source_prompt_embeds: [1 or B, L, C] as ``pipe.encode_prompt`` gives them; None encodes "" and says so.
+        source_prompt_embeds: [1 or B, L, C] as ``pipe.encode_prompt`` gives them, padded with zeros where the call's
+            prompt is longer; None encodes "" and says so.
 
     Yields:
         The session; ``session.trace`` records each step, also after the block.
@@ -47,10 +48,18 @@ def attach(
     config = config or KVLockConfig()
     if config.composite == "pixel":
         raise ValueError('composite="pixel" needs the decoded video; use KVLockPipeline, or "latent" or "none" here')
-    transformers = [getattr(pipe, name, None) for name in ("transformer", "transformer_2")]
-    experts = [(i, module) for i, module in enumerate(transformers) if module is not None]
+    check_pipeline(pipe)
+    if masks.dilate_tokens != config.dilate_tokens:
+        raise ValueError(
+            f"masks were made with dilate_tokens={masks.dilate_tokens}, the config has {config.dilate_tokens}; "
+            "wanted them alike"
+        )
+    experts = [(0, pipe.transformer), (1, getattr(pipe, "transformer_2", None))]
+    experts = [(i, module) for i, module in experts if module is not None]
     if not experts:
-        raise ValueError(f"{type(pipe).__name__} has no transformer; wanted a video diffusion transformer pipeline")
+        raise ValueError(f"{type(pipe).__name__} has no transformer; wanted one to lock")
+    if len(experts) == 2 and experts[0][1] is experts[1][1]:
+        raise ValueError("transformer and transformer_2 are one module; wanted two, or transformer_2=None")
     families = {i: family_of(module) for i, module in experts}
     if config.locks and source_prompt_embeds is None:
         source_prompt_embeds = _empty_prompt(pipe)
@@ -63,13 +72,14 @@ def attach(
         source_prompt_embeds,
         rows=taps,
         guidance_of=lambda expert: _guidance(pipe, expert),
-        starts_from_video=type(pipe).__name__ in STARTS_FROM_VIDEO,
+        begin_index_of=lambda: getattr(pipe.scheduler, "begin_index", None),
+        starts_from_video=is_one_of(pipe, STARTS_FROM_VIDEO),
     )
     with contextlib.ExitStack() as undo:
         shim.install(pipe.scheduler, session)
         undo.callback(shim.remove, pipe.scheduler)
         undo.callback(taps.remove)
-        undo.callback(session.release)
+        undo.callback(session.close)
         for i, module in experts:
             for handle in root.install(module, families[i], session, i):
                 undo.callback(handle.remove)

@@ -42,8 +42,25 @@ FAMILIES = {
 # Parts of the names diffusers gives to hooks that skip blocks or attention.
 BLOCK_CACHES = ("cache", "fbc", "pyramid_attention_broadcast")
 
+PIPELINES = ("WanPipeline", "WanVideoToVideoPipeline", "WanVACEPipeline")
+
 # Pipelines whose first latents are the noised video, not pure noise.
 STARTS_FROM_VIDEO = ("WanVideoToVideoPipeline",)
+
+
+def is_one_of(pipe: Any, names: tuple[str, ...]) -> bool:
+    """Whether the pipeline's class, or one it derives from, has one of these names."""
+    return any(base.__name__ in names for base in type(pipe).__mro__)
+
+
+def check_pipeline(pipe: Any) -> None:
+    """Refuse a pipeline that is not in the table.
+
+    Raises:
+        ValueError: names its class and the supported ones.
+    """
+    if not is_one_of(pipe, PIPELINES):
+        raise ValueError(f"{type(pipe).__name__} is not supported; supported pipelines: {', '.join(PIPELINES)}")
 
 
 def unwrap(module: nn.Module) -> nn.Module:

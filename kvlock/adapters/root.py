@@ -51,8 +51,14 @@ def _before(
         with session.source_pass():
             module(**source)
         return None
-    joined = {name: torch.cat([source[name], call[name]]) for name in _source_rows(call, x, family, session)}
-    return (), call | joined
+    names = ("hidden_states", "timestep", "encoder_hidden_states", *family.batched)
+    given = [name for name in names if call.get(name) is not None]
+    return (), call | {name: torch.cat([_expand(source[name], len(x)), _expand(call[name], len(x))]) for name in given}
+
+
+def _expand(value: Tensor, batch: int) -> Tensor:
+    """One row for all samples, as a pipeline may pass a prompt, made one row a sample."""
+    return value.expand(batch, *value.shape[1:])
 
 
 def _source_rows(call: dict[str, Any], x: Tensor, family: Family, session: Session) -> dict[str, Tensor]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import types
 from typing import Any
 
 from kvlock.flow import Flow, check_scheduler
 from kvlock.session import Session
+
+STEP_ARGUMENTS = ("model_output", "timestep", "sample")
 
 
 def install(scheduler: Any, session: Session) -> None:
@@ -20,6 +23,11 @@ def install(scheduler: Any, session: Session) -> None:
         ValueError: the scheduler is not supported, or is patched already.
     """
     check_scheduler(scheduler)
+    arguments = tuple(inspect.signature(type(scheduler).step).parameters)[1:4]
+    if arguments != STEP_ARGUMENTS:
+        raise ValueError(
+            f"{type(scheduler).__name__}.step takes {', '.join(arguments)} first; wanted {', '.join(STEP_ARGUMENTS)}"
+        )
     for name in ("set_timesteps", "step"):
         if name in vars(scheduler):
             raise ValueError(f"{type(scheduler).__name__}.{name} is patched on this object already; detach that first")

@@ -63,7 +63,8 @@ def test_the_shape_stays_inside_the_picture():
 @pytest.mark.parametrize("shape", scenes.SHAPES)
 def test_the_judge_names_a_rendered_shape_through_noise(shape):
     scene = dataclasses.replace(scenes.sample(11), shape=shape, colour="blue")
-    video = scenes.render(scene) + 0.1 * torch.randn(1, generator=torch.Generator().manual_seed(0))
+    video = scenes.render(scene)
+    video = video + 0.1 * torch.randn(video.shape, generator=torch.Generator().manual_seed(0))
     other = dataclasses.replace(scene, shape="star", colour="white")
     assert quality.judge(video, scenes.box_mask(scene), other) == (shape, "blue")
 
