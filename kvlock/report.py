@@ -67,12 +67,12 @@ def background_report(
             similarity += float(ssim_map(a, b)[clean].sum())
             measured += int(clean.sum())
     return BackgroundReport(
-        psnr=_psnr(squared_out / (3 * outside)),
+        psnr=psnr(squared_out / (3 * outside)),
         ssim=similarity / (3 * measured) if measured else math.nan,
-        psnr_zero_filled=_psnr(squared_out / (3 * mask.numel())),
+        psnr_zero_filled=psnr(squared_out / (3 * mask.numel())),
         background_share=outside / mask.numel(),
         change_inside=absolute_in / (3 * inside),
-        psnr_inside=_psnr(squared_in / (3 * inside)),
+        psnr_inside=psnr(squared_in / (3 * inside)),
     )
 
 
@@ -115,7 +115,8 @@ def _to_float64(frame: Tensor) -> Tensor:
     return frame.double() / 255 if frame.dtype == torch.uint8 else frame.double()
 
 
-def _psnr(mean_squared: float) -> float:
+def psnr(mean_squared: float) -> float:
+    """Peak signal-to-noise ratio in dB of a mean squared error between values in [0, 1]; infinite where it is 0."""
     return math.inf if mean_squared == 0 else -10 * math.log10(mean_squared)
 
 

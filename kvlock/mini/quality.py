@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,8 +16,7 @@ from tqdm import tqdm
 import kvlock
 from kvlock import mini
 from kvlock.mini import scenes
-
-HELD_OUT = 10**6  # first seed of the held-out scenes; training uses seeds from 0
+from kvlock.report import psnr
 
 
 class Request(NamedTuple):
@@ -54,19 +52,14 @@ def judge(video: Tensor, mask: Tensor, scene: scenes.Scene) -> tuple[str, str]:
     return min(errors, key=errors.__getitem__)
 
 
-def psnr(a: Tensor, b: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of values in [0, 1]."""
-    return -10 * math.log10((a - b).square().mean().item() + 1e-12)
-
-
 @torch.no_grad()
-def round_trip(pipe: Any, count: int) -> float:
+def round_trip(vae: Any, count: int) -> float:
     """Mean PSNR in dB of `count` whole held-out videos through the VAE."""
     total = 0.0
-    for seed in range(HELD_OUT, HELD_OUT + count):
+    for seed in range(scenes.HELD_OUT, scenes.HELD_OUT + count):
         x = scenes.render(scenes.sample(seed)).permute(3, 0, 1, 2)[None]
-        y = pipe.vae.decode(pipe.vae.encode(x * 2 - 1).latent_dist.mode()).sample.clamp(-1, 1)
-        total += psnr(x, y / 2 + 0.5)
+        y = vae.decode(vae.encode(x * 2 - 1).latent_dist.mode()).sample.clamp(-1, 1) / 2 + 0.5
+        total += psnr((y - x).square().mean().item())
     return total / count
 
 
@@ -75,7 +68,7 @@ def measure(pipe: Any, config: kvlock.KVLockConfig, count: int, steps: int, guid
     edit = kvlock.KVLockPipeline(pipe, config)
     colours = shapes = 0
     background = 0.0
-    for seed in tqdm(range(HELD_OUT, HELD_OUT + count), desc="edits", mininterval=10):
+    for seed in tqdm(range(scenes.HELD_OUT, scenes.HELD_OUT + count), desc="edits", mininterval=10):
         source, target = request(seed)
         video, mask = scenes.render(source), scenes.box_mask(source)
         out = edit(
@@ -90,7 +83,7 @@ def measure(pipe: Any, config: kvlock.KVLockConfig, count: int, steps: int, guid
         shape, colour = judge(out, mask, source)
         colours += colour == target.colour
         shapes += shape == target.shape
-        background += psnr(out[~mask], video[~mask])
+        background += psnr((out - video)[~mask].square().mean().item())
     return {
         "edits": count,
         "steps": steps,
@@ -112,7 +105,7 @@ def main() -> None:
     args = parser.parse_args()
     pipe = mini.load(args.path)
     versions = {"torch": torch.__version__, "diffusers": diffusers.__version__}
-    print(json.dumps({"vae_round_trip_psnr": round(round_trip(pipe, 16), 2), "videos": 16} | versions), flush=True)
+    print(json.dumps({"vae_round_trip_psnr": round(round_trip(pipe.vae, 16), 2), "videos": 16} | versions), flush=True)
     for name in args.presets:
         config = kvlock.preset(name, background_guidance=args.background_guidance)
         row = {"preset": name, "background_guidance": args.background_guidance}

@@ -23,6 +23,7 @@ BACKGROUNDS = ("gradient", "striped", "checkered", "dotted")
 DIRECTIONS = {"left": (0.0, -1.0), "right": (0.0, 1.0), "up": (-1.0, 0.0), "down": (1.0, 0.0)}
 
 SIZE, FRAMES = 96, 17
+HELD_OUT = 10**6  # first seed of the held-out scenes; training uses seeds from 0
 MARGIN = 4  # pixels between the shape's radius and the edge of its box mask, the same for every shape
 
 

@@ -11,11 +11,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kvlock.mini import checkpoint, models, scenes
+from kvlock.report import psnr
 
 BANK = 2000  # scenes kept in memory; seeds 0 … BANK - 1, disjoint from every held-out seed
 CROP, CROPS = 32, 8
 SHORT, LONG = 0.6, 0.83  # shares of the run after which crops have all frames, and pictures are whole
-HELD_OUT = 10**6  # first seed of the held-out scenes
 
 
 def render_bank(count: int, first_seed: int = 0) -> Tensor:
@@ -63,28 +63,11 @@ def train(
         optimizer.step()
         ema.update(vae, step)
         if step % 50 == 0:
-            progress.set_postfix(loss=f"{loss.item():.4f}", psnr=f"{psnr(error):.1f}")
+            progress.set_postfix(loss=f"{loss.item():.4f}", psnr=f"{psnr((error / 2).square().mean().item()):.1f}")
         if (step + 1) % save_every == 0 or step + 1 == steps:
             checkpoint.save(out / "vae.ckpt", step + 1, vae, ema, [optimizer])
     ema.copy_to(vae)
     return vae.eval()
-
-
-def psnr(error: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of an error on the scale [-1, 1]."""
-    return -10 * math.log10((error.float() / 2).square().mean().item() + 1e-12)
-
-
-@torch.no_grad()
-def round_trip(vae: AutoencoderKLWan, count: int = 16) -> list[float]:
-    """PSNR in dB of whole held-out videos through the VAE, one number a video."""
-    bank = render_bank(count, HELD_OUT).float() / 127.5 - 1
-    device = next(vae.parameters()).device
-    out = []
-    for video in bank:
-        x = video[None].to(device)
-        out.append(psnr(vae.decode(vae.encode(x).latent_dist.mode()).sample.clamp(-1, 1) - x))
-    return out
 
 
 def _batch(bank: Tensor, g: torch.Generator, *, whole: bool) -> Tensor:
