@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -70,7 +69,7 @@ def plot_source_bytes(trace: Mapping[str, Any], path: str | os.PathLike[str]) ->
     if kept.any():
         mean = kept[kept > 0].mean() / unit
         axes.axhline(mean, color=DARK_RED, linewidth=1.4, label=f"mean {mean:.3g} {name}")
-    axes.set_ylim(bottom=0, top=None if kept.any() else 1)
+    axes.set_ylim(bottom=0)
     axes.set_ylabel(f"source K and V ({name})")
     _finish(axes, trace)
     figure.savefig(path, dpi=150)
@@ -176,7 +175,7 @@ def _error_scale(axes: Axes, largest: float) -> None:
 
 def _series(trace: Mapping[str, Any], name: str) -> np.ndarray:
     """[steps, B]; what a step did not record is nan."""
-    rows = [[math.nan if value is None else value for value in row[name]] for row in trace["steps"]]
+    rows = [row[name] for row in trace["steps"]]
     return np.array(rows, dtype=float).reshape(len(rows), len(rows[0]) if rows else 0)
 
 

@@ -104,6 +104,7 @@ def sheet_parts():
     edit = source.clone()
     edit[mask] = 0
     edit[:, 12, 20] = 1 - edit[:, 12, 20]
+    mask[4, 2, 2], edit[4, 2, 2] = True, 1 - source[4, 2, 2]
     return source, mask, edit
 
 
@@ -124,6 +125,12 @@ def test_the_sheet_shows_the_background_error_and_nothing_of_the_inside(tmp_path
     assert error.mask[4:8, 4:12].all() and error.mask.sum() == 32
     assert float(error[12, 20]) == pytest.approx(float((source - edit)[:, 12, 20].abs().mean()), abs=3 / 255)
     assert float(error.sum()) == pytest.approx(float(error[12, 20]))
+
+
+def test_a_perfect_edit_can_be_drawn(tmp_path, recwarn):
+    source, mask, _ = sheet_parts()
+    plots.contact_sheet(source, {"edit": source}, mask, tmp_path / "a.png")
+    assert not recwarn.list
 
 
 def test_a_sheet_of_videos_that_do_not_fit_is_refused(tmp_path):
