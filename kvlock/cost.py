@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -81,11 +82,13 @@ def estimate(
         bytes_per_value: 2 for bfloat16 and float16, 4 for float32.
 
     Raises:
-        ValueError: the rows exceed the tokens, the config locks blocks that are not there, or as
-            `KVLockConfig.locked_steps`.
+        ValueError: the rows exceed the tokens, the guidance scale is not finite, the config locks blocks that are not
+            there, or as `KVLockConfig.locked_steps`.
     """
     if not 0 <= background_rows <= tokens:
         raise ValueError(f"background_rows={background_rows} is out of range; wanted 0 to {tokens}, the tokens")
+    if not math.isfinite(guidance_scale):
+        raise ValueError(f"guidance_scale={guidance_scale} is not allowed; wanted a finite number")
     beyond = [layer for layer in config.layers or () if layer >= model.layers]
     if beyond:
         raise ValueError(f"layers names block {beyond[0]}; the transformer has {model.layers}, numbered from 0")

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import signal
 import subprocess
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 import imageio_ffmpeg
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from kvlock.masks import binarize
+from kvlock.pictures import IMAGE_SUFFIXES, read_picture
 
 DEFAULT_FPS = 16.0  # of picture folders, which name no rate: the rate Wan 2.1 was trained at
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 WRITABLE_SUFFIXES = (".mp4", ".mov", ".mkv")
 LUMA = (0.299, 0.587, 0.114)  # Rec. 601
 LOCK_TINT = (0.10, 0.45, 0.95)
@@ -41,15 +41,16 @@ def read_video(path: str | os.PathLike[str]) -> Video:
     Pictures have no frame rate and get `DEFAULT_FPS`. A damaged video is refused rather than read in part.
 
     Raises:
-        ValueError: the path is missing, is no readable video or picture, or a folder's pictures differ in size.
+        ValueError: the path is missing, is no readable video, a folder's pictures differ in size, or as
+            `kvlock.pictures.read_picture`.
     """
     path = Path(path)
-    if not path.exists():
+    if not os.path.exists(path):
         raise ValueError(f"{path} does not exist; wanted a video, a picture or a folder of pictures")
     if path.is_dir():
         return Video(_read_folder(path), DEFAULT_FPS)
     if path.suffix.lower() in IMAGE_SUFFIXES:
-        return Video(_read_image(path)[None], DEFAULT_FPS)
+        return Video(read_picture(path)[None], DEFAULT_FPS)
     return _decode(path)
 
 
@@ -119,7 +120,7 @@ def write_video(path: str | os.PathLike[str], frames: Tensor, fps: float) -> Non
     if not path.parent.is_dir():
         raise ValueError(f"cannot write {path}: {path.parent} is not a folder")
     subsampled = height % 2 == 0 and width % 2 == 0
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+    descriptor, temporary = tempfile.mkstemp(prefix=".kvlock-", suffix=path.suffix, dir=path.parent)
     os.close(descriptor)
     try:
         raw = ["-y", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", f"{fps:.6g}"]
@@ -143,7 +144,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     """
     if Path(path).suffix.lower() not in WRITABLE_SUFFIXES:
         raise ValueError(f"cannot write {path} as a video; wanted a name that ends in {', '.join(WRITABLE_SUFFIXES)}")
-    if Path(path).is_dir():
+    if os.path.isdir(path):
         raise ValueError(f"cannot write {path} as a video: it is a folder")
 
 
@@ -207,8 +208,8 @@ def _read_folder(folder: Path) -> Tensor:
     names = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != "."]
     if not names:
         raise ValueError(f"folder {folder} holds no picture; wanted files that end in {', '.join(IMAGE_SUFFIXES)}")
-    names.sort(key=lambda path: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)])
-    pictures = [_read_image(path) for path in names]
+    names.sort(key=lambda path: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)])
+    pictures = [read_picture(path) for path in names]
     for path, picture in zip(names, pictures, strict=True):
         if picture.shape != pictures[0].shape:
             found, wanted = ("x".join(str(side) for side in (p.shape[1], p.shape[0])) for p in (picture, pictures[0]))
@@ -216,26 +217,16 @@ def _read_folder(folder: Path) -> Tensor:
     return torch.stack(pictures)
 
 
-def _read_image(path: Path) -> Tensor:
-    try:
-        with Image.open(path) as image:
-            if image.mode.startswith(("I", "F")):
-                raise ValueError(f"{path} has more than 8 bits a channel (mode {image.mode}); wanted an 8-bit picture")
-            upright = ImageOps.exif_transpose(image).convert("RGB")
-    except OSError as error:
-        raise ValueError(f"cannot read {path} as a picture: {error}") from error
-    return torch.from_numpy(np.array(upright))
-
-
 def _decode(path: Path) -> Video:
+    name = os.path.abspath(path)  # ffmpeg takes what stands before a colon in "12:30.mp4" for a protocol
     try:
-        with_header = imageio_ffmpeg.read_frames(os.fspath(path))
+        with_header = imageio_ffmpeg.read_frames(name)
         meta = next(with_header)
         with_header.close()
     except Exception as error:  # the reader raises whatever its parsing of the header ran into
         raise ValueError(f"cannot read {path} as a video") from error
     width, height = meta["size"]
-    strict = ["-xerror", "-err_detect", "explode", "-i", os.fspath(path), "-map", "0:v:0"]
+    strict = ["-xerror", "-err_detect", "explode", "-i", name, "-map", "0:v:0"]
     # Passthrough: by default frames of a variable-rate video are dropped or repeated to make the rate constant.
     raw = ["-fps_mode", "passthrough", "-sws_flags", _ACCURATE, "-f", "rawvideo", "-pix_fmt", "rgb24", "pipe:1"]
     decoded = _run_ffmpeg([*strict, *raw], path)
@@ -249,9 +240,17 @@ def _run_ffmpeg(arguments: list[str], path: Path, data: bytes | None = None) -> 
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-hide_banner", "-loglevel", "error", *arguments]
     done = subprocess.run(command, capture_output=True, input=data or b"")
     if done.returncode:
-        lines = done.stderr.decode(errors="replace").strip().splitlines() or ["no reason given"]
+        lines = done.stderr.decode(errors="replace").strip().splitlines() or [_reason(done.returncode)]
         raise ValueError(f"ffmpeg cannot process {path}: {lines[0]}")
     return done.stdout
+
+
+def _reason(status: int) -> str:
+    if status < 0:
+        return f"ended by {signal.Signals(-status).name}"
+    if status == 256 - errno.ENOSPC:  # ffmpeg leaves with the negative error number
+        return os.strerror(errno.ENOSPC)
+    return f"exit status {status} without a message"
 
 
 def _umask() -> int:

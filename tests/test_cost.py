@@ -78,6 +78,11 @@ def test_sizes_are_read_from_a_transformer_config():
         ModelSizes.of(config)
 
 
+def test_a_guidance_scale_that_is_no_number_is_refused():
+    with pytest.raises(ValueError, match="guidance_scale=nan is not allowed; wanted a finite number"):
+        cost(guidance_scale=float("nan"))
+
+
 def test_rows_and_layers_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match="wanted 0 to 100"):
         cost(tokens=100, rows=101)

@@ -88,17 +88,30 @@ def test_what_is_no_video_is_refused(tmp_path):
             video.read_video(tmp_path / name)
 
 
-def test_a_photograph_on_its_side_is_read_upright(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # orientation: turn by 90 degrees
-    Image.new("RGB", (32, 16)).save(tmp_path / "a.jpg", exif=exif)
-    assert video.read_video(tmp_path / "a.jpg").frames.shape == (1, 32, 16, 3)
+def test_a_superscript_in_the_name_of_a_picture_is_no_number(tmp_path):
+    save(tmp_path / "²1.png", np.zeros((4, 6, 3)))
+    assert len(video.read_video(tmp_path).frames) == 1
 
 
-def test_a_picture_of_sixteen_bits_is_refused_rather_than_clipped(tmp_path):
-    Image.fromarray(np.full((4, 6), 40000, dtype=np.uint16)).save(tmp_path / "a.png")
-    with pytest.raises(ValueError, match="more than 8 bits"):
-        video.read_video(tmp_path / "a.png")
+def test_a_relative_name_with_a_colon_is_no_protocol(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    video.write_video("12:30.mp4", smooth(), 8)
+    assert len(video.read_video("12:30.mp4").frames) == 6
+
+
+def test_a_name_of_the_greatest_length_can_be_written(tmp_path):
+    video.write_video(tmp_path / f"{'x' * 251}.mp4", smooth(), 8)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    "status, reason",
+    [(-9, "ended by SIGKILL"), (228, "No space left on device"), (3, "exit status 3 without a message")],
+)
+def test_an_encoder_that_fails_in_silence_is_still_explained(tmp_path, monkeypatch, status, reason):
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, status, b"", b""))
+    with pytest.raises(ValueError, match=rf"a\.mp4: {reason}"):
+        video.write_video(tmp_path / "a.mp4", smooth(), 8)
 
 
 def test_a_damaged_video_is_refused_rather_than_read_in_part(tmp_path):

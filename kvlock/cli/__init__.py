@@ -68,4 +68,7 @@ def _fail(message: str, code: int) -> int:
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"kvlock: warning: {' '.join(str(message).split())}", file=sys.stderr)
+    from tqdm import tqdm
+
+    # Moves a progress bar that is being drawn out of the way, so that the warning has a line of its own.
+    tqdm.write(f"kvlock: warning: {' '.join(str(message).split())}", file=sys.stderr)

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvlock.cli import inputs, outputs
+from kvlock.cli import inputs, models, outputs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,10 +32,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--negative-prompt", help="what to steer away from")
     parser.add_argument("--reference", metavar="PICTURE", nargs="+", help="pictures of what to put in (VACE models)")
     parser.add_argument("--out", metavar="PATH", type=Path, default=Path(DEFAULT_OUT), help="default: %(default)s")
-    parser.add_argument("--preset", default="kv-lock", help="named settings (%(default)s)")
+    inputs.add_run_options(parser)
     parser.add_argument("--seed", type=int, default=0, help="of the initial noise (%(default)s)")
-    parser.add_argument("--steps", type=int, default=50, help="denoising steps (%(default)s)")
-    parser.add_argument("--guidance-scale", type=float, default=5.0, help="of the pipeline (%(default)s)")
     parser.add_argument("--background-guidance", type=float, help="guidance outside the mask, such as 1")
     parser.add_argument("--composite", choices=("none", "latent", "pixel"), help="paste the source's background back")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
@@ -57,13 +55,13 @@ def run(args: argparse.Namespace) -> None:
     source = inputs.read_source(args)
     prompts = _prompts(args, source)
     references = [_read_reference(path) for path in args.reference or ()]
-    model = inputs.describe(args.model)
+    model = models.describe(args.model)
     source = inputs.fit(source, model.geometry, trim=args.trim)
     if references and not model.has_vace:
         raise ValueError(f"--reference needs a VACE model; {model.name} is none")
     inputs.build_masks(source, model, reference_frames=len(references), dilate_tokens=config.dilate_tokens)
 
-    pipe = inputs.load_pipeline(args.model, dtype=args.dtype, device=args.device, offload=args.offload)
+    pipe = models.load_pipeline(args.model, dtype=args.dtype, device=args.device, offload=args.offload)
     if args.model is None:
         _warn_of_unknown_words(pipe.tokenizer, prompts)
     settings = {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale, **prompts}
@@ -83,10 +81,9 @@ def run(args: argparse.Namespace) -> None:
 def _settings(args: argparse.Namespace) -> KVLockConfig:
     from kvlock.config import preset
 
-    if args.steps < 1:
-        raise ValueError(f"--steps {args.steps} is out of range; wanted 1 or more")
-    if not math.isfinite(args.guidance_scale) or args.guidance_scale < 0:
-        raise ValueError(f"--guidance-scale {args.guidance_scale} is out of range; wanted a finite number >= 0")
+    inputs.check_run_options(args)
+    if abs(args.seed) > inputs.LARGEST_SEED:
+        raise ValueError(f"--seed {args.seed} is out of range; wanted at most {inputs.LARGEST_SEED} in size")
     changes = {"background_guidance": args.background_guidance, "composite": args.composite}
     return preset(args.preset, **{name: value for name, value in changes.items() if value is not None})
 
@@ -118,11 +115,10 @@ def another(scene: Any) -> Any:
 def _read_reference(path: str) -> Any:
     from PIL import Image
 
-    try:
-        with Image.open(path) as picture:
-            return picture.convert("RGB")
-    except OSError as error:
-        raise ValueError(f"cannot read reference {path} as a picture: {error}") from error
+    from kvlock.pictures import read_picture
+
+    # A cut-out goes on white, with which the pipeline also surrounds a reference that does not fill the picture.
+    return Image.fromarray(read_picture(path, background="white").numpy())
 
 
 def _warn_of_unknown_words(tokenizer: Any, prompts: dict[str, str | None]) -> None:
@@ -255,5 +251,7 @@ def _print_summary(args: argparse.Namespace, trace: dict[str, Any], measures: di
     for name, report in measures.items():
         label = "VAE alone" if name == "vae_round_trip" else name
         print(f"background  {_decibels(report)} ({label})")
+    locked = summary["locked_steps"] if trace["config"]["fusion"] != "off" else 0
+    print(f"lock        locked {locked} of {summary['steps'] or args.steps} steps")
     print(f"composite   {summary['composite']}")
     print(f"time        {summary['seconds']:.1f} s for {summary['forwards']} rows through the transformer")

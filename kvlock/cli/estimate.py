@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import NamedTuple
 
-from kvlock.cli import inputs
+from kvlock.cli import inputs, models
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+MASK_SHARE = 0.25
 
 
 class Video(NamedTuple):
@@ -22,12 +23,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     inputs.add_options(parser)
     for name in ("frames", "height", "width"):
         parser.add_argument(f"--{name}", type=int, help="of the video, in place of --video")
-    parser.add_argument(
-        "--mask-share", type=float, default=0.25, help="share of masked tokens, in place of --mask (%(default)s)"
-    )
-    parser.add_argument("--preset", default="kv-lock", help="named settings (%(default)s)")
-    parser.add_argument("--steps", type=int, default=50, help="denoising steps (%(default)s)")
-    parser.add_argument("--guidance-scale", type=float, default=5.0, help="of the pipeline (%(default)s)")
+    parser.add_argument("--mask-share", type=float, help=f"share of masked tokens without a video ({MASK_SHARE})")
+    inputs.add_run_options(parser)
     parser.add_argument("--dtype", choices=("auto", *BYTES), default="auto", help="of the transformer (%(default)s)")
     parser.add_argument("--device", default="auto", help="torch device the edit will run on (%(default)s)")
 
@@ -42,9 +39,10 @@ def run(args: argparse.Namespace) -> None:
     from kvlock.cost import estimate
 
     config = preset(args.preset)
-    model = inputs.describe(args.model)
+    inputs.check_run_options(args)
+    model = models.describe(args.model)
     video, tokens, rows = _sizes(args, model, config.dilate_tokens)
-    dtype = inputs.resolve_dtype(args.dtype, args.model, inputs.resolve_device(args.device).type)
+    dtype = models.resolve_dtype(args.dtype, args.model, models.resolve_device(args.device).type)
     stored, beside = (
         estimate(
             model.sizes,
@@ -75,24 +73,27 @@ def run(args: argparse.Namespace) -> None:
     print(f"           {_bytes(stored.bytes_full)} if every row were kept; none with source='batch'")
 
 
-def _sizes(args: argparse.Namespace, model: inputs.Model, dilate_tokens: int) -> tuple[Video, int, int]:
+def _sizes(args: argparse.Namespace, model: models.Model, dilate_tokens: int) -> tuple[Video, int, int]:
     """Video, tokens and background rows: of the given video and mask, or of the stated sizes."""
     stated = [args.frames, args.height, args.width]
     if args.video is not None or args.example is not None:
-        if any(side is not None for side in stated):
-            raise ValueError("--frames, --height and --width stand in for a video; leave them out with one")
+        if any(number is not None for number in (*stated, args.mask_share)):
+            raise ValueError("--frames, --height, --width and --mask-share stand in for a video: leave them out")
         source = inputs.fit(inputs.read_source(args), model.geometry, trim=args.trim)
         masks = inputs.build_masks(source, model, dilate_tokens=dilate_tokens)
         return Video(*source.frames.shape[:3]), masks.num_tokens, masks.background_rows
     if any(side is None for side in stated):
         raise ValueError("no video; wanted --video with a mask, --example, or all of --frames, --height and --width")
-    if not 0 <= args.mask_share <= 1:
-        raise ValueError(f"--mask-share {args.mask_share} is out of range; wanted 0 to 1")
+    if args.mask is not None or args.mask_box is not None:
+        raise ValueError("a mask goes with --video; wanted --mask-share beside --frames, --height and --width")
+    share = MASK_SHARE if args.mask_share is None else args.mask_share
+    if not 0 <= share <= 1:
+        raise ValueError(f"--mask-share {share} is out of range; wanted 0 to 1")
     tokens = _count_tokens(Video(*stated), model)
-    return Video(*stated), tokens, tokens - round(args.mask_share * tokens)
+    return Video(*stated), tokens, tokens - round(share * tokens)
 
 
-def _count_tokens(video: Video, model: inputs.Model) -> int:
+def _count_tokens(video: Video, model: models.Model) -> int:
     from kvlock.geometry import latent_frames
 
     geometry = model.geometry

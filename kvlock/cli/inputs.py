@@ -1,27 +1,26 @@
-"""What the commands share: their input options, and the video, mask and model that these name."""
+"""What the commands share: their input options, and the video and mask that these name."""
 
 from __future__ import annotations
 
 import argparse
-import inspect
-import json
 import re
 import sys
-import warnings
 from pathlib import Path
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+from kvlock.cli.models import Model
 
 if TYPE_CHECKING:  # torch takes seconds to import, and --help needs none of it
     from torch import Tensor
 
-    from kvlock.cost import ModelSizes
     from kvlock.geometry import Geometry
     from kvlock.masks import Masks
     from kvlock.mini.scenes import Scene
 
 HELD_OUT = 10**6  # the miniature was trained on the scenes of smaller seeds
 EXAMPLE_FPS = 8.0
+LARGEST_SEED = 2**63 - 1  # torch counts seeds in 64 bits
+LARGEST_NUMBER = 3.4e38  # of float32, which every setting ends in
 EXAMPLE_SCENE = 15  # a green square over stripes, which the edit turns into an orange circle
 
 
@@ -32,15 +31,6 @@ class Source(NamedTuple):
     mask: Tensor  # bool [F, H, W], True = edit
     fps: float
     scene: Scene | None = None  # of the example
-
-
-class Model(NamedTuple):
-    """What a model's configuration says, known before any weight is loaded."""
-
-    name: str
-    geometry: Geometry
-    sizes: ModelSizes
-    has_vace: bool
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -62,9 +52,32 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _count(text: str) -> int:
-    if not re.fullmatch(r"\d+", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; wanted a whole number >= 0")
+    largest = LARGEST_SEED - HELD_OUT
+    if not re.fullmatch(r"\d{1,19}", text) or int(text) > largest:
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; wanted a whole number from 0 to {largest}")
     return int(text)
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """The options of a denoising run."""
+    parser.add_argument("--preset", default="kv-lock", help="named settings (%(default)s)")
+    parser.add_argument("--steps", type=int, default=50, help="denoising steps (%(default)s)")
+    parser.add_argument("--guidance-scale", type=float, default=5.0, help="of the pipeline (%(default)s)")
+
+
+def check_run_options(args: argparse.Namespace) -> None:
+    """Refuse settings of a run that no pipeline can take.
+
+    Raises:
+        ValueError: one is out of range; the message names the option.
+    """
+    if args.steps < 1:
+        raise ValueError(f"--steps {args.steps} is out of range; wanted 1 or more")
+    for option in ("guidance_scale", "background_guidance"):
+        scale = getattr(args, option, None)
+        if scale is not None and not 0 <= scale <= LARGEST_NUMBER:
+            name = option.replace("_", "-")
+            raise ValueError(f"--{name} {scale} is out of range; wanted a finite number >= 0 and <= {LARGEST_NUMBER}")
 
 
 def notice(message: str) -> None:
@@ -161,140 +174,3 @@ def build_masks(source: Source, model: Model, *, reference_frames: int = 0, dila
         dilate_tokens=dilate_tokens,
         vace=model.has_vace,
     )
-
-
-def describe(model: str | None) -> Model:
-    """Read a model's configuration; None is the embedded miniature.
-
-    Raises:
-        ValueError: there is no such model, it is no diffusers pipeline, or its transformer is not supported.
-    """
-    from kvlock.adapters.families import FAMILIES
-    from kvlock.cost import ModelSizes
-    from kvlock.geometry import Geometry
-
-    transformer, vae = (_read_config(model, part) for part in ("transformer", "vae"))
-    name = transformer._class_name
-    if name not in FAMILIES:
-        raise ValueError(f"transformer {name} is not supported; supported transformers: {', '.join(FAMILIES)}")
-    parts = SimpleNamespace(transformer=SimpleNamespace(config=transformer), vae=SimpleNamespace(config=vae))
-    return Model(
-        name=model or "embedded miniature",
-        geometry=Geometry.of(parts),
-        sizes=ModelSizes.of(transformer),
-        has_vace=getattr(transformer, "vace_layers", None) is not None,
-    )
-
-
-def _read_config(model: str | None, part: str) -> SimpleNamespace:
-    """A part's configuration, completed by the defaults of its class as loading it would."""
-    path = _config_path(model, part)
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        import diffusers
-
-        defaults = inspect.signature(getattr(diffusers, config["_class_name"]).__init__).parameters.values()
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not the configuration of a diffusers model") from error
-    known = {parameter.name: parameter.default for parameter in defaults if parameter.default is not parameter.empty}
-    return SimpleNamespace(**(known | config))
-
-
-def _config_path(model: str | None, part: str) -> Path:
-    file = Path(part) / "config.json"
-    if model is None:
-        from kvlock import mini
-
-        folder = mini.PATH
-    else:
-        folder = Path(model)
-    if folder.is_dir():
-        if not (folder / file).is_file():
-            raise ValueError(f"model {folder} has no {file}; wanted the folder of a diffusers pipeline")
-        return folder / file
-    if model is None:
-        raise ValueError(f"the embedded miniature is not installed: {folder} is missing; name another with --model")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
-        raise ValueError(f"model {folder} does not exist; wanted the folder of a diffusers pipeline or a Hub id a/b")
-    return _fetch(model, file)
-
-
-def _fetch(model: str, file: Path) -> Path:
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(model, file.as_posix()))
-    except Exception as error:  # whatever the connection, the Hub or its cache objects to
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"model {model} is no folder, and the Hub does not give its {file}: {reason[0]}") from error
-
-
-def load_pipeline(model: str | None, *, dtype: str, device: str, offload: str) -> Any:
-    """Load the weights onto a device; the VAE stays in float32.
-
-    Args:
-        dtype: "float32", "bfloat16", "float16", or "auto": bfloat16 on a GPU, but float32 for the miniature.
-        device: a torch device, or "auto": the GPU if there is one.
-        offload: "none", "model" (one component on the device at a time) or "group" (one layer at a time).
-
-    Raises:
-        ValueError: the model cannot be loaded, or the device is not there.
-    """
-    import torch
-
-    target = resolve_device(device)
-    precision = getattr(torch, resolve_dtype(dtype, model, target.type))
-    if model is None:
-        from kvlock import mini
-
-        # Loading in another precision keeps the layers that need float32 in it, which a later cast would not.
-        pipe = mini.load() if precision is torch.float32 else _from_pretrained(str(mini.PATH), precision)
-    else:
-        pipe = _from_pretrained(model, precision)
-    pipe.set_progress_bar_config(disable=True)
-    if offload == "model":
-        pipe.enable_model_cpu_offload(device=target)
-    elif offload == "group":
-        pipe.enable_group_offload(onload_device=target, offload_type="leaf_level", use_stream=target.type == "cuda")
-    else:
-        pipe.to(target)
-    return pipe
-
-
-def resolve_device(device: str) -> Any:
-    """The torch device of this name.
-
-    Raises:
-        ValueError: torch knows no such device, or there is none.
-    """
-    import torch
-
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        target = torch.device(device)
-        torch.empty(1, device=target)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device {device!r} is not available: {str(error).strip().splitlines()[0]}") from error
-    return target
-
-
-def resolve_dtype(dtype: str, model: str | None, device_type: str) -> str:
-    """The name of the torch dtype the transformer runs in."""
-    if dtype != "auto":
-        return dtype
-    return "float32" if model is None or device_type == "cpu" else "bfloat16"
-
-
-def _from_pretrained(model: str, precision: Any) -> Any:
-    import torch
-    from diffusers import DiffusionPipeline
-
-    try:
-        with warnings.catch_warnings():
-            # Newer versions call it dtype and say so; the older name works in all that are supported.
-            warnings.simplefilter("ignore", FutureWarning)
-            return DiffusionPipeline.from_pretrained(model, torch_dtype={"default": precision, "vae": torch.float32})
-    except Exception as error:  # missing files, parts of other libraries, the connection: all are one bad model
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"cannot load model {model}: {reason[0]}") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from kvlock.cli import inputs, outputs
+from kvlock.cli import inputs, models, outputs
 
 DEFAULT_OUT = "kvlock-out/locked.mp4"
 
@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> None:
         ValueError: bad input.
     """
     outputs.check(args.out, (), inputs.input_paths(args))
-    model = inputs.describe(args.model)
+    model = models.describe(args.model)
     source = inputs.fit(inputs.read_source(args), model.geometry, trim=args.trim)
     masks = inputs.build_masks(source, model)
     from kvlock import video

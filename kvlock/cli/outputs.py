@@ -8,6 +8,8 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+PREFIX = ".kvlock-"
+
 
 def check(out: Path, beside: Sequence[str], inputs: Sequence[Path]) -> None:
     """Refuse an output that could not be written, before the work is done.
@@ -19,31 +21,47 @@ def check(out: Path, beside: Sequence[str], inputs: Sequence[Path]) -> None:
 
     Raises:
         ValueError: the name is no video's or is taken by a folder, two outputs or an output and an input are one
-            file, or the folder cannot be written to.
+            file, the files would add to a folder of input pictures, or the folder cannot be written to.
     """
     from kvlock.video import check_writable
 
     check_writable(out)
     if out.name in beside:
         raise ValueError(f"--out {out} has the name of another result; wanted none of {', '.join(beside)}")
-    for target in (out, *(out.with_name(name) for name in beside)):
+    targets = (out, *(out.with_name(name) for name in beside))
+    for target in targets:
+        if target.resolve().parent in inputs:
+            raise ValueError(f"{target.parent} is an input folder, which must not change; choose another with --out")
         if target.resolve() in inputs:
             raise ValueError(f"{target} is an input and would be overwritten; choose another folder with --out")
-        if target.is_dir():
+        if os.path.isdir(target):
             raise ValueError(f"{target} is a folder, where a file is to be written; choose another folder with --out")
     base = _nearest_folder(out.parent)
-    if not os.access(base, os.W_OK | os.X_OK):
-        raise ValueError(f"cannot write to folder {base}; choose another one with --out")
+    try:  # permissions say nothing of read-only disks, pseudo file systems and names that are too long
+        with tempfile.TemporaryDirectory(prefix=PREFIX, dir=base) as probe:
+            folder = Path(probe) / out.parent.resolve().relative_to(base)
+            folder.mkdir(parents=True, exist_ok=True)
+            for target in targets:
+                (folder / target.name).touch()
+    except OSError as error:
+        raise ValueError(f"cannot write {out}: {error.strerror}; choose another place or name with --out") from error
 
 
 @contextlib.contextmanager
 def staged(folder: Path) -> Iterator[Path]:
-    """A temporary folder whose files move to `folder` when the block ends well, and vanish with it when it does not."""
-    with tempfile.TemporaryDirectory(prefix=".kvlock-", dir=_nearest_folder(folder)) as name:
-        yield Path(name)
-        folder.mkdir(parents=True, exist_ok=True)
-        for file in sorted(Path(name).iterdir()):
-            os.replace(file, folder / file.name)
+    """A temporary folder whose files move to `folder` when the block ends well, and vanish with it when it does not.
+
+    Raises:
+        ValueError: something could not be written; the message names `folder`, not the temporary one.
+    """
+    try:
+        with tempfile.TemporaryDirectory(prefix=PREFIX, dir=_nearest_folder(folder)) as name:
+            yield Path(name)
+            folder.mkdir(parents=True, exist_ok=True)
+            for file in sorted(Path(name).iterdir()):
+                os.replace(file, folder / file.name)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"cannot write the results to {folder}: {error}") from error
 
 
 def _nearest_folder(folder: Path) -> Path:
@@ -52,7 +70,7 @@ def _nearest_folder(folder: Path) -> Path:
     Raises:
         ValueError: a file is in the way.
     """
-    existing = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
+    existing = next(path for path in (folder.resolve(), *folder.resolve().parents) if os.path.exists(path))
     if not existing.is_dir():
         raise ValueError(f"cannot make folder {folder}: {existing} is a file")
     return existing

@@ -1,0 +1,95 @@
+"""What the tests of the command line share: fixtures, which a test file gets by naming this module as a plugin."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan, WanVACEPipeline, WanVACETransformer3DModel
+
+from kvlock import cli, video
+from kvlock.cli import edit, inputs
+from kvlock.mini import models, scenes
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """A random VACE pipeline on disk, with the miniature's words."""
+    torch.manual_seed(0)
+    pipe = WanVACEPipeline(
+        tokenizer=models.build_tokenizer(),
+        text_encoder=models.build_text_encoder(),
+        vae=AutoencoderKLWan(
+            base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+        ),
+        scheduler=models.build_scheduler(),
+        transformer=WanVACETransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=12,
+            text_dim=models.TEXT_DIM,
+            ffn_dim=32,
+            num_layers=3,
+            rope_max_seq_len=32,
+            vace_layers=[0, 2],
+            vace_in_channels=96,
+        ),
+    )
+    path = tmp_path_factory.mktemp("model") / "tiny"
+    pipe.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty current folder."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+@pytest.fixture
+def clip(tmp_path):
+    """A video of 5 frames of 96x96 pixels and its mask, as files outside the current folder."""
+    scene = scenes.sample(inputs.HELD_OUT)
+    frames, mask = scenes.render(scene)[:5], scenes.box_mask(scene)[:5]
+    video.write_video(tmp_path / "in.mp4", frames, 8)
+    video.write_video(tmp_path / "mask.mp4", mask[..., None].expand_as(frames).float(), 8)
+    return SimpleNamespace(video=str(tmp_path / "in.mp4"), mask=str(tmp_path / "mask.mp4"), frames=frames, inside=mask)
+
+
+@pytest.fixture
+def kvlock(capsys):
+    """Run the command line: exit code, lines on stdout, lines on stderr."""
+
+    def run(*argv):
+        try:
+            code = cli.main([str(argument) for argument in argv])
+        except SystemExit as leave:
+            code = leave.code
+        printed = capsys.readouterr()
+        return code, printed.out.splitlines(), printed.err.splitlines()
+
+    return run
+
+
+@pytest.fixture
+def no_denoising(monkeypatch):
+    """Edits come back at once, as the source in grey; returns the calls."""
+    calls = []
+
+    def denoise(pipe, config, source, seed, settings):
+        calls.append(SimpleNamespace(pipe=pipe, config=config, source=source, seed=seed, settings=settings))
+        summary = {"forwards": 0, "steps": 9, "locked_steps": 4}
+        trace = SimpleNamespace(
+            to_dict=lambda: {"version": 1, "config": config.to_dict(), "steps": [], "summary": summary}
+        )
+        masks = SimpleNamespace(num_tokens=1, background_rows=1)
+        return SimpleNamespace(frames=torch.full(source.frames.shape, 0.5), trace=trace, masks=masks)
+
+    monkeypatch.setattr(edit, "denoise", denoise)
+    return calls
+
+
+@pytest.fixture
+def written():
+    """The names of all files below a folder."""
+    return lambda folder: sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())

@@ -1,0 +1,56 @@
+"""Tests of the estimate on the command line, and of the model configurations it reads."""
+
+import json
+
+import pytest
+
+from kvlock.cli import models
+from kvlock.geometry import Geometry
+
+pytest_plugins = ["command_line"]
+
+
+def test_an_estimate_needs_no_video(kvlock, model):
+    sizes = ("--frames", 81, "--height", 480, "--width", 832, "--model", model)
+    code, out, err = kvlock("estimate", *sizes, "--mask-share", 0.5, "--dtype", "bfloat16")
+    assert (code, err) == (0, [])
+    assert "32760 tokens, 16380 of them locked" in out[1]
+    assert f"{3 * 2 * 16380 * 24 * 2 / 2**20:.1f} MiB of source K and V" in "\n".join(out)
+    assert any("100 without KV-Lock" in line for line in out)
+    assert kvlock("estimate", *sizes, "--preset", "plain")[1][-1].endswith("nothing is locked")
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ([], "no video; wanted --video"),
+        (["--frames", "17", "--height", "96"], "all of --frames, --height and --width"),
+        (["--frames", "16", "--height", "96", "--width", "96"], "the nearest counts that do are 13 and 17"),
+        (["--frames", "17", "--height", "90", "--width", "96"], "video height is 90; wanted a multiple of 16"),
+        (["--frames", "17", "--height", "96", "--width", "96", "--mask-share", "2"], "--mask-share 2.0 is"),
+        (["--example", "--frames", "17"], "leave them out"),
+        (["--example", "--mask-share", "0.5"], "leave them out"),
+        (["--example", "--preset", "x"], "unknown preset"),
+        (["--example", "--guidance-scale", "nan"], "--guidance-scale nan is out of range"),
+        (["--frames", "17", "--height", "96", "--width", "96", "--mask", "nope.png"], "a mask goes with --video"),
+        (["--frames", "17", "--height", "96", "--width", "96", "--mask-box", "0,0,9,9"], "a mask goes with --video"),
+    ],
+)
+def test_a_bad_estimate_is_one_line(kvlock, model, argv, message):
+    code, out, err = kvlock("estimate", *argv, "--model", model)
+    assert (code, out, len(err)) == (2, [], 1)
+    assert err[0].startswith("kvlock: error: ") and message in err[0]
+
+
+def test_a_config_without_the_newer_entries_gets_the_defaults_of_its_class(tmp_path, model):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "WanVACEPipeline"}')
+    for part, config in {
+        "transformer": {"_class_name": "WanVACETransformer3DModel", "num_layers": 30, "num_attention_heads": 12},
+        "vae": {"_class_name": "AutoencoderKLWan", "base_dim": 96},
+    }.items():
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "config.json").write_text(json.dumps(config))
+    known = models.describe(str(tmp_path))
+    assert known.geometry == Geometry(4, 8, (1, 2, 2))
+    assert (known.sizes.layers, known.sizes.heads, known.sizes.head_dim) == (30, 12, 128)
+    assert known.has_vace
