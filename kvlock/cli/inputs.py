@@ -17,7 +17,6 @@ if TYPE_CHECKING:  # torch takes seconds to import, and --help needs none of it
     from kvlock.masks import Masks
     from kvlock.mini.scenes import Scene
 
-HELD_OUT = 10**6  # the miniature was trained on the scenes of smaller seeds
 EXAMPLE_FPS = 8.0
 LARGEST_SEED = 2**63 - 1  # torch counts seeds in 64 bits
 LARGEST_NUMBER = 3.4e38  # of float32, which every setting ends in
@@ -52,6 +51,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _count(text: str) -> int:
+    from kvlock.mini.scenes import HELD_OUT
+
     largest = LARGEST_SEED - HELD_OUT
     if not re.fullmatch(r"\d{1,19}", text) or int(text) > largest:
         raise argparse.ArgumentTypeError(f"{text!r} is not allowed; wanted a whole number from 0 to {largest}")
@@ -118,7 +119,7 @@ def _render_example(number: int) -> Source:
     from kvlock.mini import scenes
     from kvlock.video import to_uint8
 
-    scene = scenes.sample(HELD_OUT + number)
+    scene = scenes.sample(scenes.HELD_OUT + number)
     return Source(to_uint8(scenes.render(scene)), scenes.box_mask(scene), EXAMPLE_FPS, scene)
 
 
@@ -150,13 +151,10 @@ def check_size(height: int, width: int, geometry: Geometry) -> None:
     Raises:
         ValueError: it does not; the message names the nearest sizes that do.
     """
+    from kvlock.geometry import check_multiple
+
     for name, size, base in zip(("height", "width"), (height, width), geometry.pixels_per_token, strict=True):
-        if size < base or size % base:
-            below = max(1, size // base) * base
-            raise ValueError(
-                f"video {name} is {size}; wanted a multiple of {base}, such as {below} or {below + base} "
-                "(crop or scale it first: nothing is resampled here)"
-            )
+        check_multiple(f"video {name}", size, base)
 
 
 def build_masks(source: Source, model: Model, *, reference_frames: int = 0, dilate_tokens: int = 1) -> Masks:

@@ -52,15 +52,25 @@ def judge(video: Tensor, mask: Tensor, scene: scenes.Scene) -> tuple[str, str]:
     return min(errors, key=errors.__getitem__)
 
 
+class RoundTrip(NamedTuple):
+    """What the VAE gives back: mean PSNR in dB over videos."""
+
+    whole: float
+    background: float  # outside the mask: the most an edit can reach there
+
+
 @torch.no_grad()
-def round_trip(vae: Any, count: int) -> float:
-    """Mean PSNR in dB of `count` whole held-out videos through the VAE."""
-    total = 0.0
+def round_trip(vae: Any, count: int) -> RoundTrip:
+    """Send `count` whole held-out videos through the VAE."""
+    whole = background = 0.0
     for seed in range(scenes.HELD_OUT, scenes.HELD_OUT + count):
-        x = scenes.render(scenes.sample(seed)).permute(3, 0, 1, 2)[None]
+        scene = scenes.sample(seed)
+        x = scenes.render(scene).permute(3, 0, 1, 2)[None]
         y = vae.decode(vae.encode(x * 2 - 1).latent_dist.mode()).sample.clamp(-1, 1) / 2 + 0.5
-        total += psnr((y - x).square().mean().item())
-    return total / count
+        squared = (y - x)[0].square()
+        whole += psnr(squared.mean().item())
+        background += psnr(squared[:, ~scenes.box_mask(scene)].mean().item())
+    return RoundTrip(whole / count, background / count)
 
 
 def measure(pipe: Any, config: kvlock.KVLockConfig, count: int, steps: int, guidance_scale: float) -> dict[str, Any]:
@@ -97,15 +107,16 @@ def measure(pipe: Any, config: kvlock.KVLockConfig, count: int, steps: int, guid
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m kvlock.mini.quality", description=__doc__)
     parser.add_argument("--path", type=Path, default=mini.PATH)
-    parser.add_argument("--presets", nargs="+", default=["plain"])
+    parser.add_argument("--presets", nargs="*", default=["plain"])
     parser.add_argument("--edits", type=int, default=64)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--guidance-scale", type=float, default=5.0)
     parser.add_argument("--background-guidance", type=float, help="guidance outside the mask")
     args = parser.parse_args()
     pipe = mini.load(args.path)
-    versions = {"torch": torch.__version__, "diffusers": diffusers.__version__}
-    print(json.dumps({"vae_round_trip_psnr": round(round_trip(pipe.vae, 16), 2), "videos": 16} | versions), flush=True)
+    vae = round_trip(pipe.vae, args.edits)
+    row = {"vae_psnr": round(vae.whole, 2), "vae_background_psnr": round(vae.background, 2), "videos": args.edits}
+    print(json.dumps(row | {"torch": torch.__version__, "diffusers": diffusers.__version__}), flush=True)
     for name in args.presets:
         config = kvlock.preset(name, background_guidance=args.background_guidance)
         row = {"preset": name, "background_guidance": args.background_guidance}

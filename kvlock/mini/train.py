@@ -41,7 +41,7 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     vae = train_vae.train(args.out, args.vae_steps, device=args.device)
-    print(f"VAE round trip of 16 held-out videos: {quality.round_trip(vae.to('cpu'), 16):.2f} dB")
+    print(f"VAE round trip of 16 held-out videos: {quality.round_trip(vae.to('cpu'), 16).whole:.2f} dB")
     vae.to(args.device)
     data = latents.build(vae, args.out / "latents", SCENES)
     miniature = train_transformer.train(data, args.out, args.steps, device=args.device)
