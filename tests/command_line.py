@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKLWan, WanVACEPipeline, WanVACETransformer3DModel
 
 from kvlock import cli, video
-from kvlock.cli import edit, inputs
+from kvlock.cli import edit
 from kvlock.mini import models, scenes
 
 
@@ -49,7 +49,7 @@ def here(tmp_path, monkeypatch):
 @pytest.fixture
 def clip(tmp_path):
     """A video of 5 frames of 96x96 pixels and its mask, as files outside the current folder."""
-    scene = scenes.sample(inputs.HELD_OUT)
+    scene = scenes.sample(scenes.HELD_OUT)
     frames, mask = scenes.render(scene)[:5], scenes.box_mask(scene)[:5]
     video.write_video(tmp_path / "in.mp4", frames, 8)
     video.write_video(tmp_path / "mask.mp4", mask[..., None].expand_as(frames).float(), 8)
