@@ -44,4 +44,5 @@ def decode(pipe: Any, latents: Tensor) -> Tensor:
 
 def _statistics(vae: Any, device: torch.device) -> tuple[Tensor, Tensor]:
     values = torch.tensor([vae.config.latents_mean, vae.config.latents_std], dtype=torch.float32, device=device)
-    return tuple(values[:, None, :, None, None, None].unbind())  # type: ignore[return-value]
+    mean, std = values[:, None, :, None, None, None]
+    return mean, std
