@@ -65,6 +65,7 @@ class Session:
         self._masks = masks
         self._source_latents = source_latents
         self._source_prompt_embeds = source_prompt_embeds
+        self._run_prompt: Tensor | None = None  # the same, as the run's prompt is: device, dtype and length
         self._rows = rows
         self._guidance_of = guidance_of
         self._begin_index_of = begin_index_of
@@ -77,7 +78,7 @@ class Session:
 
     def set_schedule(self, flow: Flow) -> None:
         """A new run begins with this schedule."""
-        self._flow, self._run = flow, None
+        self._flow, self._run, self._run_prompt = flow, None, None
         self.trace.clear()
         self.release()
 
@@ -144,9 +145,9 @@ class Session:
                 f"source_prompt_embeds has shape {list(embeds.shape)}; "
                 f"wanted [1 or B, {prompt.shape[1]} or fewer, {prompt.shape[2]}] as the prompt has"
             )
-        padding = (0, 0, 0, prompt.shape[1] - embeds.shape[1])
-        self._source_prompt_embeds = embeds = F.pad(embeds.to(prompt), padding)  # once: a copy every step would wait
-        return embeds.expand(batch, -1, -1)
+        if self._run_prompt is None:  # once a run: a copy to the device at every step would wait for it
+            self._run_prompt = F.pad(embeds.to(prompt), (0, 0, 0, prompt.shape[1] - embeds.shape[1]))
+        return self._run_prompt.expand(batch, -1, -1)
 
     def end_call(self, output: Tensor) -> Tensor:
         """The transformer has run; returns the edit's part of its prediction."""
@@ -198,7 +199,7 @@ class Session:
     def close(self) -> None:
         """Free everything but the trace."""
         self.release()
-        self._flow = self._run = None
+        self._flow = self._run = self._run_prompt = None
 
     def _new_run(self, expert: int, x: Tensor, timestep: Tensor) -> Run:
         if self._flow is None:

@@ -84,6 +84,18 @@ def test_text_prompts_meet_a_source_prompt_encoded_by_the_pipelines_own_default(
         assert torch.equal(tiny.call(pipe, **arguments), default)
 
 
+def test_prompts_of_two_lengths_may_follow_each_other_in_one_block(wan):
+    config = preset("full-lock", kappa=2)
+    short = {"prompt_embeds": tiny.rand(1, 8, 32, seed=2), "negative_prompt_embeds": tiny.rand(1, 8, 32, seed=3)}
+    long = {name: torch.nn.functional.pad(value, (0, 0, 0, 4)) for name, value in short.items()}
+    expected = [run(wan, config, **prompt)[0] for prompt in (long, short)]
+    with kvlock.attach(
+        wan, tiny.source_latents(), tiny.masks(wan), config=config, source_prompt_embeds=tiny.SOURCE_PROMPT
+    ):
+        found = [tiny.call(wan, steps=STEPS, **prompt) for prompt in (long, short)]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_a_begin_index_that_the_pipeline_sets_late_is_heeded():
     """At a large shift UniPC rounds two steps to one timestep; looked up by value, the run would start a step late."""
     pipe = tiny.pipeline(WanPipeline)
