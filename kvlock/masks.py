@@ -289,7 +289,7 @@ def _nothing_left(touched: Tensor, dilate_tokens: int) -> str:
         return f"nothing to lock: the mask touches all {total} tokens even before dilation; wanted a smaller mask"
     return (
         f"nothing left to lock: dilation by {dilate_tokens} took the last {free} of {total} tokens; "
-        "wanted a smaller mask, a smaller dilate_tokens or a larger picture"
+        "wanted a smaller mask, less dilation or a larger picture"
     )
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kvlock.adapters.attach import attach
-from kvlock.adapters.families import check_pipeline
+from kvlock.adapters.families import PIPELINES, check_pipeline
 from kvlock.adapters.vae import encode, repair_stride
 from kvlock.config import KVLockConfig
 from kvlock.geometry import latent_frames, legal_frames
@@ -19,7 +19,7 @@ from kvlock.masks import Masks, binarize
 from kvlock.trace import Trace
 
 # Of the pipeline's call: they follow from the video and from what KVLockPipeline returns.
-OWN_ARGUMENTS = {"height", "width", "num_frames", "output_type", "return_dict"}
+OWN_ARGUMENTS = {"height", "width", "num_frames", "num_videos_per_prompt", "output_type", "return_dict"}
 
 
 class KVLockOutput(NamedTuple):
@@ -85,8 +85,9 @@ class KVLockPipeline:
             keep = legal_frames(len(pixels), pipe.vae_scale_factor_temporal)
             pixels, inside = pixels[:keep], inside[:keep]
         latent_frames(len(pixels), pipe.vae_scale_factor_temporal)
-        if not isinstance(prompt, str):
-            raise ValueError(f"prompt is a {type(prompt).__name__}; wanted one str")
+        for name, text in (("prompt", prompt), ("source_prompt", source_prompt)):
+            if not isinstance(text, str):
+                raise ValueError(f"{name} is a {type(text).__name__}; wanted one str")
         references = _as_list(reference_images)
         if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, int) or num_inference_steps < 1:
             raise ValueError(f"num_inference_steps={num_inference_steps!r} is not allowed; wanted an int >= 1")
@@ -122,6 +123,9 @@ class KVLockPipeline:
                     return kwargs if callback is None else callback(_pipe, step, timestep, kwargs)
 
                 arguments["callback_on_step_end"] = on_step_end
+                tensors = getattr(callback, "tensor_inputs", None)  # diffusers reads them off its own kind of callback
+                if tensors is not None:
+                    arguments["callback_on_step_end_tensor_inputs"] = tensors
             result = pipe(**arguments).frames[0]
         session.trace.config = config
         edited = result.float().cpu().movedim(1, -1).clamp(0, 1)
@@ -164,8 +168,14 @@ def _as_list(images: Any) -> list[Any]:
     return list(images) if isinstance(images, list | tuple) else [images]
 
 
+def _parameters(pipe: Any) -> Mapping[str, inspect.Parameter]:
+    """What the pipeline's call takes, read off the class in the table: a subclass may only pass it on."""
+    known = next(base for base in type(pipe).__mro__ if base.__name__ in PIPELINES)
+    return inspect.signature(known.__call__).parameters
+
+
 def _accepted(pipe: Any, arguments: dict[str, Any]) -> dict[str, Any]:
-    known = inspect.signature(type(pipe).__call__).parameters
+    known = _parameters(pipe)
     unknown = sorted(set(arguments) - set(known))
     if unknown:
         raise ValueError(f"{type(pipe).__name__} takes no argument {', '.join(unknown)}")
@@ -177,13 +187,13 @@ def _accepted(pipe: Any, arguments: dict[str, Any]) -> dict[str, Any]:
 
 def _sequence_length(pipe: Any, arguments: dict[str, Any]) -> dict[str, int]:
     """The source prompt is padded as the pipeline pads the prompt, whose default `encode_prompt` does not share."""
-    default = inspect.signature(type(pipe).__call__).parameters["max_sequence_length"].default
+    default = _parameters(pipe)["max_sequence_length"].default
     return {"max_sequence_length": arguments.get("max_sequence_length", default)}
 
 
 def _conditions(pipe: Any, pixels: Tensor, inside: Tensor, references: list[Any]) -> dict[str, Any]:
     """What the pipeline is told of the source: VACE gets it with the masked pixels grey, V2V as it is, T2V nothing."""
-    parameters = inspect.signature(type(pipe).__call__).parameters
+    parameters = _parameters(pipe)
     given: dict[str, Any] = {}
     if "num_frames" in parameters:
         given["num_frames"] = len(pixels)

@@ -59,7 +59,7 @@ def plot_schedule(trace: Mapping[str, Any], path: str | os.PathLike[str]) -> Non
 
 
 def plot_source_bytes(trace: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Draw the bytes of source keys and values kept at every step of ``Trace.to_dict()``, and their mean."""
+    """Draw the bytes of source K and V kept at every step of ``Trace.to_dict()``, and the mean of the locked steps."""
     figure = Figure(figsize=(7, 3.0), layout="constrained")
     axes = figure.add_subplot()
     kept = np.array([row["source_bytes"] for row in trace["steps"]], dtype=float)
@@ -68,7 +68,7 @@ def plot_source_bytes(trace: Mapping[str, Any], path: str | os.PathLike[str]) ->
     axes.bar(steps, kept / unit, width=0.8, color=BLUE, label="kept for the step")
     if kept.any():
         mean = kept[kept > 0].mean() / unit
-        axes.axhline(mean, color=DARK_RED, linewidth=1.4, label=f"mean {mean:.3g} {name}")
+        axes.axhline(mean, color=DARK_RED, linewidth=1.4, label=f"mean of the locked steps {mean:.3g} {name}")
     axes.set_ylim(bottom=0)
     axes.set_ylabel(f"source K and V ({name})")
     _finish(axes, trace)

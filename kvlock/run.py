@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvlock.config import KVLockConfig
+from kvlock.config import MIN_HISTORY, KVLockConfig
 from kvlock.flow import Flow
 from kvlock.masks import Masks
 from kvlock_kernels import LockSchedule, guided_velocity, lock_schedule, windowed_variance_
@@ -55,6 +55,7 @@ class Run:
         self.outputs: list[Tensor] = []  # of this step: conditional, then unconditional
         self.recorded_step = -1
         self.mixed = False  # whether the lock acted on a branch of this step
+        self.ever_mixed = False
         self._window = config.locked_steps(steps, flow.sigmas, start=flow.start)
         self._masks = masks.to(device)
         self._source = source_latents.to(device, torch.float32)
@@ -63,7 +64,8 @@ class Run:
         self._coefficients = flow.coefficients(device)
         self._base_guidance = torch.full((batch,), _base(config, guidance), device=device)
         self._boosted = self._base_guidance.clone()
-        self._seen = torch.zeros(1, dtype=torch.int64, device=device)  # clean predictions since the window was reset
+        self._predictions = 0  # clean predictions since the variance's window was reset
+        self._seen = torch.zeros(1, dtype=torch.int64, device=device)  # the same, where the kernels read it
         ring = (config.window_steps(steps), *x.shape)
         self._planned: LockSchedule  # for the next step
         self._guided_history = torch.empty(ring, device=device)
@@ -75,6 +77,11 @@ class Run:
     def locked(self) -> bool:
         """Whether this step is inside the window in which the lock and a boosted guidance act."""
         return self.step in self._window
+
+    @property
+    def has_ratio(self) -> bool:
+        """Whether the fusion ratio is defined yet: a variance needs two predictions, also after a change of expert."""
+        return self.config.fusion != "variance" or self._predictions >= MIN_HISTORY
 
     @property
     def locked_steps(self) -> int:
@@ -111,11 +118,10 @@ class Run:
         if expert == self.expert:
             return False
         self.expert = expert
+        self._predictions = 0
         self._seen.zero_()
         self._base_guidance.fill_(_base(self.config, guidance_of(expert)))
         self._boosted.copy_(self._base_guidance)
-        if self.config.fusion == "variance":
-            self.fusion_ratio.zero_()
         return True
 
     def noised_source(self, x: Tensor) -> Tensor:
@@ -157,6 +163,7 @@ class Run:
         rings = {"guided": (guided.x0, self._guided_history), "cond": (guided.x0_cond, self._cond_history)}
         inside = {name: windowed_variance_(*ring, self._seen, weight=masked) for name, ring in rings.items()}
         whole = windowed_variance_(*rings[chosen], self._seen, weight=everywhere)
+        self._predictions += 1
         self._seen.add_(1)
         steering = inside[chosen] if self.config.variance == "masked" else whole
         self._planned = lock_schedule(
@@ -176,8 +183,7 @@ class Run:
     def advance(self) -> None:
         """Go to the next step, with the lock and the guidance planned for it."""
         if self.config.fusion == "variance":
-            # One prediction has no variance: alpha_min too waits for the second.
-            self.fusion_ratio.copy_(torch.where(self._seen < 2, 0, self._planned.fusion_ratio))
+            self.fusion_ratio.copy_(self._planned.fusion_ratio)
         self._boosted.copy_(self._planned.guidance_scale)
         self.step += 1
         self.forwards = 0
@@ -197,10 +203,11 @@ def _base(config: KVLockConfig, guidance: float) -> float:
 
 
 def _check_fit(masks: Masks, source_latents: Tensor, x: Tensor) -> None:
+    batches = "1" if len(x) == 1 else f"1 or {len(x)}"
     if source_latents.shape[1:] != x.shape[1:] or len(source_latents) not in (1, len(x)):
         raise ValueError(
-            f"source_latents has shape {list(source_latents.shape)}; wanted [1 or {len(x)}, "
-            f"{', '.join(map(str, x.shape[1:]))}] as the edit's latents have"
+            f"source_latents has shape {list(source_latents.shape)}; wanted [{batches}, "
+            f"{', '.join(map(str, x.shape[1:]))}] as the edit's latents have (its height, width and num_frames)"
         )
     if masks.latent.shape[2:] != x.shape[2:]:
         raise ValueError(

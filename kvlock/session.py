@@ -98,12 +98,12 @@ class Session:
         if branch == "extra":
             raise ValueError("the transformer ran more than twice in one step; wanted one or two guidance branches")
         run.forwards += len(x)
-        mixes = run.locked and self.config.locks and self.config.branches in ("both", branch)
+        mixes = run.locked and run.has_ratio and self.config.locks and self.config.branches in ("both", branch)
         run.extra_rows = 0
         if not mixes:
             self._rows.off()
             return None
-        run.mixed = True
+        run.mixed = run.ever_mixed = True
         if self.config.source == "batch":
             source = run.noised_source(x)
             run.forwards += len(source)
@@ -187,6 +187,8 @@ class Session:
         run.advance()
         if not run.finished:
             return latents
+        if self.config.locks and not run.ever_mixed:
+            warnings.warn(f"nothing was locked: {self._why_not(run)}", stacklevel=2)
         self.release()
         self._flow = self._run = None  # the next run sets its own timesteps, or its scheduler is not the one attached
         return run.composite(latents) if self.config.composite == "latent" else latents
@@ -209,7 +211,6 @@ class Session:
         # Read now: pipelines that set a begin index do so after they have set the timesteps.
         start = self._begin_index_of()
         flow = flow.starting_at(flow.step_of(timestep) if start is None else start)
-        guidance = self._guidance_of(expert)
         run = Run(
             self.config,
             flow,
@@ -217,28 +218,28 @@ class Session:
             self._source_latents,
             x,
             expert=expert,
-            guidance=guidance,
+            guidance=self._guidance_of(expert),
             starts_from_video=self._starts_from_video,
         )
-        for notice in _notices(self.config, guidance, run.locked_steps):
-            warnings.warn(notice, stacklevel=2)
+        config = self.config
+        guides = config.optimized_scale or config.dynamic_guidance or config.background_guidance is not None
+        pipeline_guidance = self._guidance_of(0)  # by this one alone a pipeline decides whether there are two branches
+        if pipeline_guidance <= 1 and (guides or config.guidance_scale is not None):
+            warnings.warn(
+                f"guidance_scale={pipeline_guidance:g} means no unconditional branch: s*, the guidance schedule, "
+                "guidance_scale and background_guidance of the config have no effect in this run",
+                stacklevel=2,
+            )
         return run
+
+    def _why_not(self, run: Run) -> str:
+        if run.locked_steps == 0:
+            return "no step of this run lies in the window; wanted more steps, or a larger kappa"
+        if self.config.branches == "uncond":
+            return 'branches="uncond", and this run has no unconditional branch'
+        return "no step of the window had two predictions of its transformer before it; wanted more steps"
 
     def _require_run(self) -> Run:
         if self._run is None:
             raise ValueError("scheduler.step was called before the transformer ran; wanted a whole pipeline call")
         return self._run
-
-
-def _notices(config: KVLockConfig, guidance: float, locked_steps: int) -> Iterator[str]:
-    """What a user should hear at the start of a run whose settings have no effect."""
-    guides = config.optimized_scale or config.dynamic_guidance or config.background_guidance is not None
-    if guidance <= 1 and (guides or config.guidance_scale is not None):
-        yield (
-            f"guidance_scale={guidance:g} means no unconditional branch: s*, the guidance schedule, guidance_scale and "
-            "background_guidance of the config have no effect in this run"
-        )
-    if config.locks and locked_steps == 0:
-        yield "nothing is locked: no step of this run lies in the window; wanted more steps, or a larger kappa"
-    elif config.locks and guidance <= 1 and config.branches == "uncond":
-        yield 'nothing is locked: branches="uncond", and this run has no unconditional branch'

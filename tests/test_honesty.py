@@ -51,14 +51,14 @@ def test_locking_an_unconditional_branch_that_is_not_there_is_no_lock_and_says_s
     latents, rows, notices = run(wan, preset("full-lock", branches="uncond"), guidance_scale=1.0)
     assert torch.equal(latents, tiny.call(wan, steps=STEPS, guidance_scale=1.0))
     assert all(row["fusion_ratio"] == [0.0] and row["forwards"] == 1 for row in rows)
-    assert notices == ['nothing is locked: branches="uncond", and this run has no unconditional branch']
+    assert notices == ['nothing was locked: branches="uncond", and this run has no unconditional branch']
 
 
 @pytest.mark.parametrize(("settings", "steps"), [({}, 1), ({}, 2), ({"kappa_sigma": 1e-5}, STEPS)])
 def test_a_run_without_a_locked_step_says_so(wan, settings, steps):
     _, rows, notices = run(wan, KVLockConfig(**settings), steps=steps)
     assert not any(row["locked"] for row in rows)
-    assert len(notices) == 1 and notices[0].startswith("nothing is locked: no step of this run lies in the window")
+    assert len(notices) == 1 and notices[0].startswith("nothing was locked: no step of this run lies in the window")
 
 
 def test_a_locked_run_has_nothing_to_say(wan):
@@ -127,10 +127,40 @@ def test_a_second_expert_keeps_no_rows_of_the_first_and_waits_for_two_prediction
     pipe.register_modules(transformer_2=tiny.transformer(seed=1))
     pipe.register_to_config(boundary_ratio=0.8)
     _, rows, _ = run(pipe, KVLockConfig(kappa=1.0, window=3, tau=1.0, alpha_min=0.3), steps=7)
-    kept = {row["source_bytes"] for row in rows if row["locked"]}
-    assert len(kept) == 1
+    assert len({row["source_bytes"] for row in rows if row["fusion_ratio"][0] > 0}) == 1
     after = [row["fusion_ratio"][0] for row in rows if row["timestep"] < 800]
     assert after[:2] == [0.0, 0.0] and all(ratio >= 0.3 - 1e-6 for ratio in after[2:])
+
+
+def test_an_expert_too_short_for_a_variance_runs_no_source_and_says_so():
+    pipe = tiny.pipeline(WanPipeline)
+    pipe.register_modules(transformer_2=tiny.transformer(seed=1))
+    pipe.register_to_config(boundary_ratio=0.85)
+    latents, rows, notices = run(pipe, KVLockConfig(kappa=2, optimized_scale=False, dynamic_guidance=False), steps=4)
+    assert [row["forwards"] for row in rows] == [2] * 4
+    assert torch.equal(latents, tiny.call(pipe, steps=4))
+    assert len(notices) == 1 and "two predictions of its transformer" in notices[0]
+
+
+def test_a_transformer_attached_through_its_compiled_wrapper_is_not_attached_again():
+    pipe, other = tiny.pipeline(WanPipeline), tiny.pipeline(WanPipeline)
+    other.transformer = torch.compile(pipe.transformer, backend="eager")
+    config = KVLockConfig(**LOCK)
+    expected, _, _ = run(pipe, config)
+    arguments = {"config": config, "source_prompt_embeds": tiny.SOURCE_PROMPT}
+    with kvlock.attach(pipe, tiny.source_latents(), tiny.masks(pipe), **arguments):
+        with pytest.raises(ValueError, match=r"blocks\[0\] is attached already"):
+            kvlock.attach(other, tiny.source_latents(), tiny.masks(pipe), **arguments).__enter__()
+        assert torch.equal(tiny.call(pipe, steps=STEPS), expected)
+    assert tiny.leftovers(pipe) == []
+
+
+def test_a_source_prompt_padded_longer_than_the_calls_own_is_cut_to_it(wan):
+    config = preset("full-lock", kappa=2)
+    padded = torch.nn.functional.pad(tiny.SOURCE_PROMPT, (0, 0, 0, 9))
+    expected, _, _ = run(wan, config)
+    with kvlock.attach(wan, tiny.source_latents(), tiny.masks(wan), config=config, source_prompt_embeds=padded):
+        assert torch.equal(tiny.call(wan, steps=STEPS), expected)
 
 
 def test_after_the_block_a_session_keeps_its_trace_and_nothing_else(wan):

@@ -7,7 +7,8 @@ import PIL.Image
 import pytest
 import tiny
 import torch
-from diffusers import WanPipeline, WanVideoToVideoPipeline
+from diffusers import WanPipeline, WanVACEPipeline, WanVideoToVideoPipeline
+from diffusers.callbacks import PipelineCallback
 from tiny import FRAMES, SIZE
 
 import kvlock
@@ -141,6 +142,31 @@ def test_a_callback_of_the_callers_own_is_heard_beside_progress(pipe):
     assert heard == [0, 1]
 
 
+def test_a_diffusers_callback_gets_its_tensors_beside_progress(pipe):
+    heard = []
+
+    class Mine(PipelineCallback):
+        tensor_inputs = ("latents", "prompt_embeds")
+
+        def callback_fn(self, pipeline, step_index, timestep, callback_kwargs):
+            heard.append(sorted(callback_kwargs))
+            return callback_kwargs
+
+    edit(pipe, "plain", num_inference_steps=1, progress=lambda *args: None, callback_on_step_end=Mine())
+    assert heard == [["latents", "prompt_embeds"]]
+
+
+def test_a_subclass_that_only_passes_its_arguments_on_is_called_as_its_base():
+    class Mine(WanVACEPipeline):
+        def __call__(self, *args, **kwargs):
+            return super().__call__(*args, **kwargs)
+
+    mini = tiny.miniature()
+    mine = Mine(**{name: part for name, part in mini.components.items() if part is not None})
+    mine.set_progress_bar_config(disable=True)
+    assert torch.equal(edit(mine, num_inference_steps=3).frames, edit(mini, num_inference_steps=3).frames)
+
+
 def test_a_pipeline_that_is_not_supported_is_refused():
     class Other:
         pass
@@ -186,6 +212,8 @@ def test_the_stride_of_a_patchified_vae_is_repaired():
         ({"strength": 0.5}, "WanVACEPipeline takes no argument strength"),
         ({"return_dict": False}, "return_dict cannot be given"),
         ({"height": 48, "output_type": "latent"}, "height, output_type cannot be given"),
+        ({"num_videos_per_prompt": 2}, "num_videos_per_prompt cannot be given"),
+        ({"source_prompt": None}, "source_prompt is a NoneType; wanted one str"),
         ({"num_inference_steps": 0}, "num_inference_steps=0.*>= 1"),
     ],
 )

@@ -17,15 +17,15 @@ def blocks(kind: str) -> list[str]:
     return re.findall(rf"^```{kind}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("code", blocks("python"))
-def test_a_python_block_runs_as_it_stands(code, capsys):
-    exec(compile(code, "README.md", "exec"), {})
-    assert "torch.Size([17, 96, 96, 3])" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("code", blocks("python no-run"))
-def test_a_python_block_that_needs_a_download_compiles(code):
-    compile(code, "README.md", "exec")
+def test_the_python_blocks_run_one_after_the_other_as_they_stand(capsys):
+    names: dict = {}
+    printed = []
+    for code in blocks("python"):
+        exec(compile(code, "README.md", "exec"), names)
+        printed.append(capsys.readouterr().out)
+    assert "torch.Size([17, 96, 96, 3])" in printed[0]
+    assert names["edited"].shape == (1, 17, 96, 96, 3)
+    assert all("'step': 49" in text for text in printed)
 
 
 @pytest.mark.parametrize("line", [line for block in blocks("console") for line in block.splitlines()])

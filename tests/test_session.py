@@ -232,7 +232,7 @@ def test_a_run_broken_off_inside_the_block_does_not_disturb_the_next_one(wan):
 
 def test_source_latents_of_another_shape_are_refused(wan):
     wrong = tiny.rand(1, 16, 5, 12, 10)
-    message = r"source_latents has shape \[1, 16, 5, 12, 10\]; wanted \[1 or 1, 16, 5, 12, 12\]"
+    message = r"source_latents has shape \[1, 16, 5, 12, 10\]; wanted \[1, 16, 5, 12, 12\]"
     with pytest.raises(ValueError, match=message):
         tiny.locked_call(wan, MIXING, source=wrong, steps=STEPS)
     assert tiny.leftovers(wan) == []

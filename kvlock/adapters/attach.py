@@ -35,8 +35,8 @@ def attach(
             (``(z - latents_mean) / latents_std``); with reference images their own clean latents come first on T.
         masks: what to lock, measure and guide, for the same size.
         config: settings; None is `KVLockConfig()`.
-        source_prompt_embeds: [1 or B, L, C] as ``pipe.encode_prompt`` gives them, padded with zeros where the call's
-            prompt is longer; None encodes "" and says so.
+        source_prompt_embeds: [1 or B, L, C] as ``pipe.encode_prompt`` gives them; zero rows at the end are padding, and
+            become as many as the call's own prompt has; None encodes "" and says so.
 
     Yields:
         The session; ``session.trace`` records each step, also after the block.
@@ -61,8 +61,9 @@ def attach(
     if len(experts) == 2 and experts[0][1] is experts[1][1]:
         raise ValueError("transformer and transformer_2 are one module; wanted two, or transformer_2=None")
     families = {i: family_of(module) for i, module in experts}
-    if config.locks and source_prompt_embeds is None:
-        source_prompt_embeds = _empty_prompt(pipe)
+    if config.locks:
+        given = _empty_prompt(pipe) if source_prompt_embeds is None else source_prompt_embeds
+        source_prompt_embeds = _without_padding(given)
 
     taps = Taps(TapState(masks.index, masks.num_tokens))
     session = Session(
@@ -91,6 +92,14 @@ def attach(
 def _guidance(pipe: Any, expert: int) -> float:
     second = getattr(pipe, "_guidance_scale_2", None)
     return float(second if expert == 1 and second is not None else pipe.guidance_scale)
+
+
+def _without_padding(embeds: Tensor) -> Tensor:
+    """Without the zero rows at the end, which each run adds again at the length of its own prompt."""
+    if embeds.ndim != 3:
+        return embeds
+    filled = embeds.ne(0).any(dim=2).any(dim=0).nonzero()
+    return embeds[:, : int(filled.max()) + 1] if len(filled) else embeds[:, :1]
 
 
 @torch.no_grad()

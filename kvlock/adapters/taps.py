@@ -98,6 +98,8 @@ class Taps:
 
     def install(self, modules: Iterable[tuple[LayerKey, Any]]) -> None:
         for key, module in modules:
+            if hasattr(module, "kvlock_tap"):
+                raise ValueError(f"{key.stack}[{key.block}] is attached already; leave that context first")
             module.kvlock_tap = Tap(key, self.shared, type(module))
             self._modules.append(module)
             self._handles.append(module.register_forward_hook(tap_hook))

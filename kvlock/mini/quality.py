@@ -74,14 +74,16 @@ def round_trip(vae: Any, count: int) -> RoundTrip:
 
 
 def measure(pipe: Any, config: kvlock.KVLockConfig, count: int, steps: int, guidance_scale: float) -> dict[str, Any]:
-    """Edit `count` held-out scenes; shares of requested colours and shapes, and PSNR in dB of what is not masked."""
+    """Edit `count` held-out scenes; shares of requested colours and shapes, of runs with alpha = 1 in the
+    whole window, and PSNR in dB of what is not masked.
+    """
     edit = kvlock.KVLockPipeline(pipe, config)
-    colours = shapes = 0
+    colours = shapes = saturated = 0
     background = 0.0
     for seed in tqdm(range(scenes.HELD_OUT, scenes.HELD_OUT + count), desc="edits", mininterval=10):
         source, target = request(seed)
         video, mask = scenes.render(source), scenes.box_mask(source)
-        out = edit(
+        out, trace, _ = edit(
             video,
             mask,
             target.caption,
@@ -89,7 +91,9 @@ def measure(pipe: Any, config: kvlock.KVLockConfig, count: int, steps: int, guid
             num_inference_steps=steps,
             guidance_scale=guidance_scale,
             generator=torch.Generator().manual_seed(seed),
-        ).frames
+        )
+        ratios = [row["fusion_ratio"][0] for row in trace.rows() if row["locked"]]
+        saturated += min(ratios, default=0) == 1
         shape, colour = judge(out, mask, source)
         colours += colour == target.colour
         shapes += shape == target.shape
@@ -100,6 +104,8 @@ def measure(pipe: Any, config: kvlock.KVLockConfig, count: int, steps: int, guid
         "guidance_scale": guidance_scale,
         "colour": colours / count,
         "shape": shapes / count,
+        "alpha_always_1": saturated / count,
+        "composite": config.composite,
         "background_psnr": round(background / count, 2),
     }
 
