@@ -99,6 +99,31 @@ def test_an_offloaded_model_edits_too(kvlock, here, model, clip, offload):
     assert (here / "kvlock-out/out.mp4").read_bytes() == (here / "plain/out.mp4").read_bytes()
 
 
+@pytest.mark.parametrize("offload, hook", [("model", "_hf_hook"), ("group", "_diffusers_hook"), ("none", None)])
+def test_the_kind_of_offload_asked_for_is_the_one_that_is_set_up(model, offload, hook):
+    pipe = models.load_pipeline(model, dtype="float32", device="cpu", offload=offload)
+    layers = list(pipe.text_encoder.modules())
+    found = {name for name in ("_hf_hook", "_diffusers_hook") if any(hasattr(layer, name) for layer in layers)}
+    assert found == ({hook} if hook else set())
+
+
+def test_one_seed_gives_one_edit_and_another_seed_another(kvlock, here, model, clip):
+    where = ("--video", clip.video, "--mask", clip.mask, "--model", model, "--steps", 2, "--prompt", "a star")
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        assert kvlock("edit", *where, "--seed", seed, "--out", f"{name}/out.mp4")[0] == 0
+    first, again, other = ((here / name / "out.mp4").read_bytes() for name in "abc")
+    assert first == again
+    assert first != other
+
+
+def test_a_frame_that_only_vace_s_own_sampling_takes_for_masked_is_not_locked(model):
+    known = models.describe(model)
+    mask = torch.zeros(17, 96, 96, dtype=torch.bool)
+    mask[5, :32, :32] = True  # in the window of latent 2; VACE reads this frame for latent 1
+    masks = inputs.build_masks(inputs.Source(torch.zeros(17, 96, 96, 3), mask, 8.0), known)
+    assert masks.tokens.any(dim=(1, 2)).tolist() == [False, True, True, False, False]
+
+
 def test_the_mask_command_tints_the_locked_tokens(kvlock, here, model, clip):
     code, out, err = kvlock("mask", "--video", clip.video, "--mask-box", "64,64,96,96", "--model", model)
     assert (code, err) == (0, [])

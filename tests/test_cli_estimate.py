@@ -12,11 +12,13 @@ pytest_plugins = ["command_line"]
 
 def test_an_estimate_needs_no_video(kvlock, model):
     sizes = ("--frames", 81, "--height", 480, "--width", 832, "--model", model)
-    code, out, err = kvlock("estimate", *sizes, "--mask-share", 0.5, "--dtype", "bfloat16")
+    code, out, err = kvlock("estimate", *sizes, "--mask-share", 0.25, "--dtype", "bfloat16")
     assert (code, err) == (0, [])
-    assert "32760 tokens, 16380 of them locked" in out[1]
-    assert f"{3 * 2 * 16380 * 24 * 2 / 2**20:.1f} MiB of source K and V" in "\n".join(out)
+    assert "32760 tokens, 24570 of them locked" in out[1]
+    assert f"{3 * 2 * 24570 * 24 * 2 / 2**20:.1f} MiB of source K and V" in "\n".join(out)
     assert any("100 without KV-Lock" in line for line in out)
+    assert any("120 with it (1.20x)" in line for line in out)
+    assert any("140 with it (1.40x), source='batch'" in line for line in out)
     assert kvlock("estimate", *sizes, "--preset", "plain")[1][-1].endswith("nothing is locked")
 
 
