@@ -1,4 +1,4 @@
-"""kvlock estimate: print what an edit would cost in forward passes and memory, without loading weights."""
+"""kvlock estimate: print the forward passes of an edit and the memory its lock adds, without loading weights."""
 
 from __future__ import annotations
 
@@ -62,7 +62,8 @@ def run(args: argparse.Namespace) -> None:
         f"VAE stride {geometry.temporal_stride} in time and {geometry.spatial_stride} in space, patch {patch}"
     )
     print(f"video      {video.frames} frames of {video.width}x{video.height}: {tokens} tokens, {rows} of them locked")
-    print(f"steps      {stored.steps}, the lock acts in the last {stored.locked_steps} (preset {args.preset})")
+    acts = f"the lock acts in the last {stored.locked_steps}" if stored.locked_steps else "no lock"
+    print(f"steps      {stored.steps}, {acts} (preset {args.preset})")
     print(f"forwards   {stored.forwards_plain} without KV-Lock")
     if not stored.locked_steps:
         print("memory     no source keys and values: nothing is locked")
