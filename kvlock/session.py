@@ -233,6 +233,7 @@ class Session:
         return run
 
     def _why_not(self, run: Run) -> str:
+        """Why the lock never acted in a run that has ended."""
         if run.locked_steps == 0:
             return "no step of this run lies in the window; wanted more steps, or a larger kappa"
         if self.config.branches == "uncond":
