@@ -23,8 +23,8 @@ class StepRecord(NamedTuple):
     variance_global: Tensor  # the same over the whole video
     variance_guided: Tensor  # inside the mask, of the guided prediction
     variance_cond: Tensor  # inside the mask, of the conditional prediction
-    fusion_ratio: Tensor  # alpha used at this step; 0 outside the window
-    guidance_scale: Tensor  # omega used at this step
+    fusion_ratio: Tensor  # alpha used at this step; 0 where nothing was mixed
+    guidance_scale: Tensor  # omega used at this step; 1 without an unconditional branch
     s_star: Tensor  # 1 where it is switched off
 
 
