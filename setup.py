@@ -4,6 +4,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+TRITON = 'triton>=3.6; platform_system == "Linux"'  # CUDA builds of torch bring it, CPU builds do not
+
 setup(
     name="kvlock",
     version="0.1.0",
@@ -31,10 +33,10 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "test": ["pytest", "ruff", "mypy"],
+        "test": ["pytest", "ruff", "mypy", TRITON],
         "bench": ["pytest-benchmark", "nvidia-ml-py"],
         "flash": ["flash-attn"],
-        "triton": ["triton>=3.6"],
+        "triton": [TRITON],
     },
     entry_points={"console_scripts": ["kvlock = kvlock.cli:main"]},
 )

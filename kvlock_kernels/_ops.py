@@ -1,7 +1,7 @@
-"""Contracts of the operators: schema, shape inference, and the reference as implementation for every device.
+"""Contracts of the operators: schema, shape inference, and the implementation for each device.
 
-The reference is registered under the lowest-priority key of the dispatcher, so that a kernel registered for one device
-takes that device over without a flag. No result aliases an argument; where a tensor is missing, an empty one returns.
+The reference is registered under the lowest-priority key of the dispatcher and serves every device that has nothing
+better; CUDA has the kernels. No result aliases an argument; where a tensor is missing, an empty one returns.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvlock_kernels import reference
+from kvlock_kernels import _cuda, reference
 
 NAMESPACE = "kvlock_kernels"
 
@@ -55,11 +55,11 @@ def _unpacked_shape(data: Tensor, *args: Any, dtype: torch.dtype, **kwargs: Any)
     return data.new_empty(data.shape, dtype=dtype)
 
 
-def _define(schema: str, implementation: Callable[..., Any], shapes: Callable[..., Any]) -> None:
+def _define(schema: str, plain: Callable[..., Any], shapes: Callable[..., Any]) -> None:
     name, signature = schema.split("(", 1)
     qualified = f"{NAMESPACE}::{name}"
     torch.library.define(qualified, f"({signature}", tags=torch.Tag.pt2_compliant_tag)
-    torch.library.impl(qualified, "default", implementation)  # "default" is CompositeExplicitAutograd
+    torch.library.impl(qualified, "default", plain)  # "default" is CompositeExplicitAutograd
     torch.library.register_fake(qualified, shapes)
 
 
@@ -109,5 +109,8 @@ _define(
     reference.unpack_kv,
     _unpacked_shape,
 )
+
+for _name in _cuda.OPERATORS:
+    torch.library.impl(f"{NAMESPACE}::{_name}", "cuda", _cuda.implementation(_name))
 
 ops = getattr(torch.ops, NAMESPACE)

@@ -1,9 +1,45 @@
-"""Settings of all kernel tests."""
+"""Settings of all kernel tests, and the implementations of the operators they run on."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before the first import of one
+
+IMPLEMENTATIONS = (
+    "reference",
+    "interpreter",  # the Triton kernels on CPU tensors
+    pytest.param("cuda", marks=pytest.mark.gpu),
+)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that asks for `implementation` runs on each; so does every test of a module that says EACH_IMPLEMENTATION.
+
+    Checks at the door come before any implementation, so tests of bad inputs run once.
+    """
+    everywhere = getattr(metafunc.module, "EACH_IMPLEMENTATION", False) and "bad" not in metafunc.fixturenames
+    if everywhere or "implementation" in metafunc.definition.own_markers:
+        metafunc.parametrize("implementation", IMPLEMENTATIONS, indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
+    """What the operators run on: the reference, or the kernels in the interpreter or on a GPU."""
+    name = getattr(request, "param", "reference")
+    if name == "interpreter":
+        import interpreter
+
+        with interpreter.kernels_on_cpu():
+            yield name
+    elif name == "cuda":
+        with torch.device("cuda"):
+            yield name
+    else:
+        yield name
 
 
 @pytest.fixture(autouse=True)

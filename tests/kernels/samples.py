@@ -22,12 +22,19 @@ class Call(NamedTuple):
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     """Standard normal numbers from a seed."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed), device="cpu")  # the same on every device
+    return x.to(torch.get_default_device(), dtype)
 
 
 def int32(*rows: int) -> Tensor:
     """A row index."""
     return torch.tensor(rows, dtype=torch.int32)
+
+
+def scattered(tokens: int, rows: int) -> Tensor:
+    """An index of `rows` of the tokens in no order, as a caller is free to give it."""
+    order = torch.randperm(tokens, generator=torch.Generator().manual_seed(7), device="cpu")
+    return order[:rows].to(torch.get_default_device(), torch.int32)
 
 
 def nan_with_payload(dtype: torch.dtype, *shape: int) -> Tensor:

@@ -5,11 +5,13 @@ from typing import Any
 import pytest
 import torch
 from refusals import Bad, assert_refused, bad_inputs
-from samples import DTYPES, NAN, int32, nan_with_payload, normal, packed
+from samples import DTYPES, NAN, int32, nan_with_payload, normal, packed, scattered
 from tolerance import assert_as_accurate_as_torch, assert_bit_identical
 from torch import Tensor
 
 from kvlock_kernels import kv_lerp_, unpack_kv
+
+EACH_IMPLEMENTATION = True
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 each_layout = pytest.mark.parametrize("inner", [(2, 4), (8,)], ids=["H2-D4", "C8"])
@@ -22,11 +24,6 @@ SHAPES = {
     "B2-N5-H2-D8-one-row": (2, 2, 5, 1, 2, 8),
 }
 each_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-
-
-def scattered(tokens: int, rows: int) -> Tensor:
-    """Rows in no order, as a caller is free to give them."""
-    return torch.randperm(tokens, generator=torch.Generator().manual_seed(7))[:rows].to(torch.int32)
 
 
 def formula(x: Tensor, source: Tensor, index: Tensor, ratio: Tensor) -> Tensor:

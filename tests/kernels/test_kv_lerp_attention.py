@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from refusals import Bad, assert_refused, bad_inputs
-from samples import DTYPES, NAN, int32, normal, packed
+from samples import DTYPES, NAN, int32, normal, packed, scattered
 from tolerance import assert_as_accurate_as_torch, assert_bit_identical
 from torch import Tensor
 
@@ -31,7 +31,7 @@ def inputs(shape: Any, dtype: torch.dtype) -> dict[str, Tensor]:
         "v": normal(b, n, h, d, seed=2, dtype=dtype),
         "k_source": normal(bs, rows, h, d, seed=3, dtype=dtype),
         "v_source": normal(bs, rows, h, d, seed=4, dtype=dtype),
-        "index": torch.randperm(n, generator=torch.Generator().manual_seed(7))[:rows].to(torch.int32),
+        "index": scattered(n, rows),
         "ratio": torch.tensor([0.3, 0.8])[:b],
     }
 

@@ -8,6 +8,8 @@ from tolerance import assert_bit_identical
 
 from kvlock_kernels import kv_lerp_, kv_lerp_pair_
 
+EACH_IMPLEMENTATION = True
+
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_pair_has_the_bits_of_two_single_lerps(dtype: torch.dtype) -> None:

@@ -1,0 +1,66 @@
+"""The implementation of each operator on CUDA: a Triton kernel where one serves the call, the reference where not."""
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from kvlock_kernels import reference
+from kvlock_kernels._triton import Unsupported
+
+Launcher = Callable[..., Any]
+OPERATORS = ("kv_lerp_", "kv_lerp_pair_", "pack_kv", "unpack_kv")
+OLDEST = (8, 0)  # compute capability of the oldest GPU the kernels are compiled for in the tests
+
+
+@functools.cache
+def launchers() -> dict[str, Launcher]:
+    """The launcher of each operator's kernel, by the operator's name; the first call imports Triton.
+
+    Raises:
+        ImportError: Triton is not installed.
+    """
+    from kvlock_kernels._triton import lerp, packing
+
+    return {
+        "kv_lerp_": lerp.kv_lerp_,
+        "kv_lerp_pair_": lerp.kv_lerp_pair_,
+        "pack_kv": packing.pack_kv,
+        "unpack_kv": packing.unpack_kv,
+    }
+
+
+@functools.cache
+def why_not(device: torch.device) -> str | None:
+    """Why no kernel runs on this device, or None."""
+    if torch.version.hip:
+        return "the kernels are made for NVIDIA GPUs"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST:
+        return f"the GPU has compute capability {capability[0]}.{capability[1]}, the kernels need 8.0"
+    try:
+        launchers()
+    except ImportError as error:
+        return f"Triton cannot be imported ({error}); pip install triton"
+    return None
+
+
+def implementation(name: str) -> Launcher:
+    """What the dispatcher calls for operator `name` on CUDA; a fallback to the reference warns with its reason."""
+    plain = getattr(reference, name)
+
+    def on_cuda(*args: Any, **kwargs: Any) -> Any:
+        device = args[0].device
+        reason = why_not(device)
+        if reason is None:
+            try:
+                with torch.cuda.device(device):
+                    return launchers()[name](*args, **kwargs)
+            except Unsupported as unsupported:
+                reason = str(unsupported)
+        warnings.warn(f"{name} runs as plain PyTorch: {reason}", RuntimeWarning, stacklevel=2)
+        return plain(*args, **kwargs)
+
+    return on_cuda

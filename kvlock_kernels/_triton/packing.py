@@ -1,0 +1,113 @@
+"""pack_kv and unpack_kv: rows gathered and encoded, or decoded."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kvlock_kernels._triton.tiles import (
+    E4M3,
+    PACKINGS,
+    PLAIN,
+    Tiling,
+    as_bytes,
+    dense,
+    fp32_to_e4m3,
+    load_source,
+    round_half_even,
+    tile_of,
+)
+
+E4M3_LIMIT, INT8_LIMIT = tl.constexpr(448.0), tl.constexpr(127.0)  # largest codes that are used
+NATIVE_E4M3 = (8, 9)  # the first compute capability with an instruction that encodes e4m3
+
+
+@triton.jit
+def larger_or_nan(x, y):
+    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def store_packed(x, data, scale, at, d, row_valid, valid, D: tl.constexpr, PACKING: tl.constexpr, NATIVE: tl.constexpr):
+    """Encodes the tile x and stores it as rows `at` of data, with the scale of each row of a head."""
+    if PACKING == PLAIN:
+        tl.store(data + at * D + d, x.to(data.dtype.element_ty), mask=valid)
+    else:
+        LIMIT: tl.constexpr = E4M3_LIMIT if PACKING == E4M3 else INT8_LIMIT
+        largest = tl.reduce(tl.where(valid, tl.abs(x), 0.0), 2, larger_or_nan, keep_dims=True)
+        s = tl.div_rn(largest, tl.full(largest.shape, LIMIT, tl.float32))
+        s = tl.where(s == 0, 1.0, s)
+        tl.store(scale + at, s, mask=row_valid)
+        code = tl.div_rn(x, tl.broadcast_to(s, x.shape))
+        code = tl.where(code < -LIMIT, -LIMIT, tl.where(code > LIMIT, LIMIT, code))  # NaN stays NaN
+        if PACKING == E4M3:
+            code = code.to(tl.float8e4nv).to(tl.uint8, bitcast=True) if NATIVE else fp32_to_e4m3(code)
+        else:
+            code = round_half_even(code).to(tl.int8)
+        tl.store(data + at * D + d, code, mask=valid)
+
+
+@triton.jit
+def pack_kernel(x, index, data, scale, mean, rows, row_blocks, stride_b, stride_n, stride_h, stride_d,
+                MEANS: tl.constexpr, H: tl.constexpr, D: tl.constexpr, PACKING: tl.constexpr, NATIVE: tl.constexpr,
+                TOKENS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr):
+    """Program = one tile of one sample."""
+    program = tl.program_id(0)
+    b = (program // row_blocks).to(tl.int64)
+    row, head, d = tile_of(program % row_blocks, H, TOKENS, HEADS, DIM)
+    valid = (row < rows) & (d < D)
+    token = tl.load(index + row, mask=row < rows, other=0).to(tl.int64)
+    values = tl.load(x + b * stride_b + token * stride_n + head * stride_h + d * stride_d, mask=valid)
+    if PACKING != PLAIN:
+        values = values.to(tl.float32)
+        if MEANS > 0:
+            mean_b = b if MEANS > 1 else 0
+            values -= tl.load(mean + (mean_b * H + head) * D + d, mask=d < D)
+    store_packed(values, data, scale, (b * rows + row) * H + head, d, row < rows, valid, D, PACKING, NATIVE)
+
+
+@triton.jit
+def unpack_kernel(data, scale, mean, out, rows, row_blocks, MEANS: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
+                  PACKING: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr):
+    """Program = one tile of one sample."""
+    program = tl.program_id(0)
+    b = (program // row_blocks).to(tl.int64)
+    row, head, d = tile_of(program % row_blocks, H, TOKENS, HEADS, DIM)
+    valid = (row < rows) & (d < D)
+    mean_b = b if MEANS > 1 else 0
+    values = load_source(data, scale, mean, row, head, d, valid, rows, b, mean_b, H, D, PACKING, MEANS > 0)
+    tl.store(out + ((b * rows + row) * H + head) * D + d, values.to(out.dtype.element_ty), mask=valid)
+
+
+def pack_kv(x: Tensor, index: Tensor, dtype: torch.dtype, *, mean: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """See `kvlock_kernels.pack_kv`."""
+    b, _, h, d = x.shape
+    rows, packing = index.shape[0], PACKINGS.get(dtype, 0)
+    data = x.new_empty((b, rows, h, d), dtype=dtype)
+    scale = x.new_empty((b, rows, h) if packing else (0,), dtype=torch.float32)
+    if data.numel() == 0:
+        return data, scale
+    tiling = Tiling.of(rows, h, d)
+    native = x.is_cuda and torch.cuda.get_device_capability(x.device) >= NATIVE_E4M3
+    pack_kernel[(tiling.blocks * b,)](
+        x, dense(index, index), as_bytes(data), scale, dense(mean, scale), rows, tiling.blocks, *x.stride(),
+        MEANS=0 if mean is None else mean.shape[0], H=h, D=d, PACKING=packing, NATIVE=native,
+        TOKENS=tiling.tokens, HEADS=tiling.heads, DIM=tiling.dim,
+    )
+    return data, scale
+
+
+def unpack_kv(data: Tensor, scale: Tensor | None, *, mean: Tensor | None = None, dtype: torch.dtype) -> Tensor:
+    """See `kvlock_kernels.unpack_kv`."""
+    b, rows, h, d = data.shape
+    out = data.new_empty(data.shape, dtype=dtype)
+    if out.numel() == 0:
+        return out
+    tiling = Tiling.of(rows, h, d)
+    codes = as_bytes(data.contiguous())
+    unpack_kernel[(tiling.blocks * b,)](
+        codes, dense(scale, codes), dense(mean, codes), out, rows, tiling.blocks,
+        MEANS=0 if mean is None else mean.shape[0], H=h, D=d, PACKING=PACKINGS.get(data.dtype, 0),
+        TOKENS=tiling.tokens, HEADS=tiling.heads, DIM=tiling.dim,
+    )
+    return out
