@@ -1,4 +1,4 @@
-"""Operators of KV-Lock: lerp of key and value rows, locked attention, windowed variance, schedules and packed rows."""
+"""Operators of KV-Lock: the lerp of key and value rows, what surrounds it in attention, and what steers it."""
 
 from kvlock_kernels.api import (
     AttentionOutput,
@@ -15,6 +15,7 @@ from kvlock_kernels.api import (
     unpack_kv,
     windowed_variance_,
 )
+from kvlock_kernels.norm_rope import Projections, RecordedRows, qk_norm_rope_kv_lerp_, qk_norm_rope_kv_pack_
 
 __all__ = [
     "AttentionOutput",
@@ -22,12 +23,16 @@ __all__ = [
     "LerpedPair",
     "LockSchedule",
     "PackedRows",
+    "Projections",
+    "RecordedRows",
     "guided_velocity",
     "kv_lerp_",
     "kv_lerp_attention",
     "kv_lerp_pair_",
     "lock_schedule",
     "pack_kv",
+    "qk_norm_rope_kv_lerp_",
+    "qk_norm_rope_kv_pack_",
     "unpack_kv",
     "windowed_variance_",
 ]

@@ -139,12 +139,23 @@ def check_rows(
     mean: Tensor | None,
 ) -> None:
     """Wants ratio [B], index [rows] and source rows that fit x, packed or not."""
-    b, n = x.shape[:2]
+    check_ratio(ratio, x)
+    check_index(index, x.shape[1], x)
+    check_source(names, x, source, index.shape[0], scale, mean)
+
+
+def check_ratio(ratio: Tensor, x: Tensor) -> None:
+    """Wants fp32 [B]."""
     check_tensor("ratio", ratio, (torch.float32,), x)
-    check_shape("ratio", ratio, "[B]", (b,))
-    check_index(index, n, x)
+    check_shape("ratio", ratio, "[B]", (x.shape[0],))
+
+
+def check_source(
+    names: LerpNames, x: Tensor, source: Tensor, rows: int, scale: Tensor | None, mean: Tensor | None
+) -> None:
+    """Wants `rows` source rows that fit x, packed or not."""
+    b, inner = x.shape[0], tuple(x.shape[2:])
     check_tensor(names[1], source, (*FLOATING, *EIGHT_BIT), x)
-    rows, inner = index.shape[0], tuple(x.shape[2:])
     if x.ndim == 3 and source.ndim == 4 and source.shape[2] * source.shape[3] == x.shape[2]:
         inner = tuple(source.shape[2:])  # [H, D] beside x's flat C
     check_shape(names[1], source, "[Bs, rows, ...]", (1, rows, *inner), (b, rows, *inner))

@@ -11,7 +11,14 @@ from kvlock_kernels import reference
 from kvlock_kernels._triton import Unsupported
 
 Launcher = Callable[..., Any]
-OPERATORS = ("kv_lerp_", "kv_lerp_pair_", "pack_kv", "unpack_kv")
+OPERATORS = (
+    "kv_lerp_",
+    "kv_lerp_pair_",
+    "pack_kv",
+    "unpack_kv",
+    "qk_norm_rope_kv_lerp_",
+    "qk_norm_rope_kv_pack_",
+)
 OLDEST = (8, 0)  # compute capability of the oldest GPU the kernels are compiled for in the tests
 
 
@@ -22,13 +29,15 @@ def launchers() -> dict[str, Launcher]:
     Raises:
         ImportError: Triton is not installed.
     """
-    from kvlock_kernels._triton import lerp, packing
+    from kvlock_kernels._triton import lerp, norm_rope, packing
 
     return {
         "kv_lerp_": lerp.kv_lerp_,
         "kv_lerp_pair_": lerp.kv_lerp_pair_,
         "pack_kv": packing.pack_kv,
         "unpack_kv": packing.unpack_kv,
+        "qk_norm_rope_kv_lerp_": norm_rope.qk_norm_rope_kv_lerp_,
+        "qk_norm_rope_kv_pack_": norm_rope.qk_norm_rope_kv_pack_,
     }
 
 

@@ -55,6 +55,15 @@ def _unpacked_shape(data: Tensor, *args: Any, dtype: torch.dtype, **kwargs: Any)
     return data.new_empty(data.shape, dtype=dtype)
 
 
+def _recorded_shapes(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _, k, _, _, _, cos, _, _, rows, dtype = args
+    d = cos.shape[1]
+    shape = (k.shape[0], rows, k.shape[2] // d, d)
+    scale_shape = shape[:3] if dtype in (torch.float8_e4m3fn, torch.int8) else (0,)
+    pair = (k.new_empty(shape, dtype=dtype), k.new_empty(scale_shape, dtype=torch.float32))
+    return *pair, *(t.new_empty(t.shape) for t in pair)
+
+
 def _define(schema: str, plain: Callable[..., Any], shapes: Callable[..., Any]) -> None:
     name, signature = schema.split("(", 1)
     qualified = f"{NAMESPACE}::{name}"
@@ -108,6 +117,20 @@ _define(
     "unpack_kv(Tensor data, Tensor? scale, *, Tensor? mean=None, ScalarType dtype) -> Tensor",
     reference.unpack_kv,
     _unpacked_shape,
+)
+
+_define(
+    "qk_norm_rope_kv_lerp_(Tensor(a!) q, Tensor(b!) k, Tensor(c!) v, Tensor q_weight, Tensor k_weight, Tensor cos, "
+    "Tensor sin, Tensor k_source, Tensor v_source, Tensor source_row, Tensor ratio, *, float eps, "
+    f"{_PAIR_OPTIONS}) -> ()",
+    reference.qk_norm_rope_kv_lerp_,
+    _nothing,
+)
+_define(
+    "qk_norm_rope_kv_pack_(Tensor(a!) q, Tensor(b!) k, Tensor v, Tensor q_weight, Tensor k_weight, Tensor cos, "
+    "Tensor sin, Tensor source_row, SymInt rows, ScalarType dtype, *, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
+    reference.qk_norm_rope_kv_pack_,
+    _recorded_shapes,
 )
 
 for _name in _cuda.OPERATORS:

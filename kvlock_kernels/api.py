@@ -314,10 +314,11 @@ def pack_kv(
 ) -> PackedRows:
     """Gathers rows `index` of x in a storage dtype: data [B, rows, H, D], and for 8 bit scale [B, rows, H] fp32.
 
-        scale = max_d |x - mean| / limit,    data = round((x - mean) / scale)        limit: 448 for e4m3, 127 for int8
+        scale = max_d |x - mean| / limit,    data = round((x - mean) * (1 / scale))    limit: 448 for e4m3, 127 for int8
 
-    A floating dtype is a plain cast, with scale None. A row of zeros has scale 1. int8 rounds half to even within
-    +-127; e4m3 saturates. A row that holds inf or NaN has a non-finite scale and no finite value left. Keep `mean`:
+    A floating dtype is a plain cast, with scale None. A row of zeros, or of numbers so small that its scale would be no
+    normal fp32 number, has scale 1 and zeros as data. Both 8-bit dtypes round to nearest even and stay within their
+    limit. A row that holds inf or NaN has a non-finite scale and no finite value left. Keep `mean`:
     `unpack_kv` and `kv_lerp_` must add the same one back.
     """
     check_tensor("x", x, FLOATING)

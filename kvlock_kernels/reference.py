@@ -9,8 +9,9 @@ from math import prod
 import torch
 from torch import Tensor
 
-E4M3_MAX = 448.0  # largest finite float8_e4m3fn; beyond it the plain cast gives NaN
+E4M3_MAX = 448.0  # largest finite float8_e4m3fn
 INT8_MAX = 127.0  # -128 stays unused, so that the code is symmetric
+FP32_TINY = 2.0**-126  # smallest normal fp32; the reciprocal of a smaller scale may overflow
 
 
 # y[b, i, ..] = ratio[b], seen as [B, 1, ..] beside a tensor of `ndim` axes
@@ -181,17 +182,17 @@ def guided_velocity(
     return velocity, s_star, (scaled - per_sample(sigma, x.ndim) * v).contiguous()
 
 
-# r[b, i] = x[b, index[i]] - mean[b];   scale = max_d |r| / max(dtype), 1 where that is 0;   data = round(r / scale)
+# r[b, i] = x[b, index[i]] - mean[b];   scale = max_d |r| / max(dtype), 1 where that is no normal number
+# data = round(r * (1 / scale))
 def pack_kv(x: Tensor, index: Tensor, dtype: torch.dtype, *, mean: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Packs rows of x [B, N, H, D]: data [B, rows, H, D] of dtype and scale [B, rows, H] fp32 (empty if not 8-bit)."""
     rows = x.index_select(1, index).contiguous()
     if dtype not in (torch.float8_e4m3fn, torch.int8):
         return rows.to(dtype), x.new_empty(0, dtype=torch.float32)
     rows = rows.float() if mean is None else rows.float() - mean[:, None]
-    limit = INT8_MAX if dtype == torch.int8 else E4M3_MAX
-    scale = rows.abs().amax(-1) / limit
-    scale = torch.where(scale == 0, 1.0, scale)
-    code = (rows / scale[..., None]).clamp(-limit, limit)
+    scale = rows.abs().amax(-1) / (INT8_MAX if dtype == torch.int8 else E4M3_MAX)
+    scale = torch.where(scale < FP32_TINY, 1.0, scale)
+    code = rows * (1 / scale)[..., None]  # the limit is exceeded by rounding only, too little to leave its code
     return (code.round() if dtype == torch.int8 else code).to(dtype), scale
 
 
@@ -199,3 +200,91 @@ def pack_kv(x: Tensor, index: Tensor, dtype: torch.dtype, *, mean: Tensor | None
 def unpack_kv(data: Tensor, scale: Tensor | None, *, mean: Tensor | None = None, dtype: torch.dtype) -> Tensor:
     """Unpacks rows [B, rows, H, D] to a new tensor of dtype."""
     return decode(data, scale, mean).to(dtype, copy=True, memory_format=torch.contiguous_format)
+
+
+# y = x / sqrt(mean_c x_c^2 + eps) * weight_c, over all C = H * D
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Normalises [B, N, C] over C, in fp32: the norm of Wan's queries and keys runs across the heads."""
+    x = x.float()
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.float()
+
+
+# y[2i] = x[2i] cos[2i] - x[2i + 1] sin[2i + 1];   y[2i + 1] = x[2i] sin[2i + 1] + x[2i + 1] cos[2i]
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates the pairs of x [B, N, H, D] fp32 by each token's angles, cos and sin [N, D] with every angle twice."""
+    c, s = cos.float()[:, None, 0::2], sin.float()[:, None, 1::2]
+    first, second = x[..., 0::2], x[..., 1::2]
+    return torch.stack([first * c - second * s, first * s + second * c], -1).flatten(-2)
+
+
+# y[b, n] = lerp(x[b, n], decode(source)[b, source_row[n]], ratio[b]) where source_row[n] >= 0, x[b, n] elsewhere
+def lerp_tokens(
+    x: Tensor, source: Tensor, source_row: Tensor, ratio: Tensor, scale: Tensor | None, mean: Tensor | None
+) -> Tensor:
+    """Mixes source rows into the tokens x [B, N, H, D] that have one."""
+    if source.shape[1] == 0:
+        return x
+    rows = decode(source, scale, mean)
+    if rows.ndim < x.ndim:
+        rows = rows.unflatten(2, x.shape[2:])
+    rows = rows.index_select(1, source_row.clamp(min=0))
+    return torch.where(source_row[:, None, None] >= 0, lerp(x, rows, ratio), x)
+
+
+# q <- rope(rms_norm(q));   k <- rope(lerp_tokens(rms_norm(k)));   v <- lerp_tokens(v)
+def qk_norm_rope_kv_lerp_(
+    q: Tensor,  # [B, N, C], mutated
+    k: Tensor,  # [B, N, C], mutated
+    v: Tensor,  # [B, N, C], mutated
+    q_weight: Tensor,  # [C]
+    k_weight: Tensor,  # [C]
+    cos: Tensor,  # [N, D]
+    sin: Tensor,  # [N, D]
+    k_source: Tensor,  # [Bs, rows, H, D] or [Bs, rows, C], normalised and not yet rotated
+    v_source: Tensor,  # [Bs, rows, H, D] or [Bs, rows, C]
+    source_row: Tensor,  # [N] int32
+    ratio: Tensor,  # [B] fp32
+    *,
+    eps: float,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    k_mean: Tensor | None = None,
+    v_mean: Tensor | None = None,
+) -> None:
+    """Normalises and rotates queries and keys and mixes the source rows into keys and values, in place."""
+    heads = (-1, cos.shape[1])
+    q.copy_(rope(rms_norm(q, q_weight, eps).unflatten(2, heads), cos, sin).flatten(2))
+    mixed = lerp_tokens(rms_norm(k, k_weight, eps).unflatten(2, heads), k_source, source_row, ratio, k_scale, k_mean)
+    k.copy_(rope(mixed, cos, sin).flatten(2))
+    v.copy_(lerp_tokens(v.unflatten(2, heads), v_source, source_row, ratio, v_scale, v_mean).flatten(2))
+
+
+# index[source_row[n]] = n
+def index_of(source_row: Tensor, rows: int) -> Tensor:
+    """The token of each row, [rows] int32: the inverse of `source_row`."""
+    tokens = torch.arange(len(source_row), dtype=torch.int32, device=source_row.device)
+    slot = torch.where(source_row < 0, rows, source_row)  # tokens without a row meet in one slot more
+    return tokens.new_zeros(rows + 1).scatter_(0, slot.long(), tokens)[:rows]
+
+
+# q <- rope(rms_norm(q));   k <- rope(rms_norm(k));   packed = pack_kv of rms_norm(k) and of v, of the tokens with a row
+def qk_norm_rope_kv_pack_(
+    q: Tensor,  # [B, N, C], mutated
+    k: Tensor,  # [B, N, C], mutated
+    v: Tensor,  # [B, N, C]
+    q_weight: Tensor,  # [C]
+    k_weight: Tensor,  # [C]
+    cos: Tensor,  # [N, D]
+    sin: Tensor,  # [N, D]
+    source_row: Tensor,  # [N] int32
+    rows: int,
+    dtype: torch.dtype,
+    *,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Normalises and rotates queries and keys in place; k data, k scale, v data, v scale as `pack_kv` gives them."""
+    heads, index = (-1, cos.shape[1]), index_of(source_row, rows)
+    q.copy_(rope(rms_norm(q, q_weight, eps).unflatten(2, heads), cos, sin).flatten(2))
+    normed = rms_norm(k, k_weight, eps).unflatten(2, heads)
+    k.copy_(rope(normed, cos, sin).flatten(2))
+    return *pack_kv(normed, index, dtype), *pack_kv(v.unflatten(2, heads), index, dtype)

@@ -20,9 +20,8 @@ def lerp_rows(x, source, scale, mean, index, ratio, rows, samples, block, stride
     a = tl.load(ratio + b + tl.zeros([1, 1, 1], tl.int64))
     mixes = (a > 0) | (a != a)  # a NaN ratio spreads
     token = tl.load(index + row, mask=row < rows, other=0).to(tl.int64)
-    source_b = 0 if SHARED else b
-    mean_b = b if MEANS > 1 else 0
-    s = load_source(source, scale, mean, row, head, d, valid & mixes, rows, source_b, mean_b, H, D, PACKING, MEANS > 0)
+    s = load_source(source, scale, mean, row, head, d, valid & mixes, mixes & (row < rows), rows,
+                    0 if SHARED else b, b if MEANS > 1 else 0, H, D, PACKING, MEANS > 0)
     at = x + b * stride_b + token * stride_n + head * stride_h + d * stride_d
     old = tl.load(at, mask=valid & mixes & ((a < 1) | (a != a)))
     mixed = (1 - a) * old.to(tl.float32) + a * s.to(tl.float32)

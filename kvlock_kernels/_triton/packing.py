@@ -19,6 +19,7 @@ from kvlock_kernels._triton.tiles import (
 )
 
 E4M3_LIMIT, INT8_LIMIT = tl.constexpr(448.0), tl.constexpr(127.0)  # largest codes that are used
+FP32_TINY = tl.constexpr(2.0**-126)  # smallest normal number
 NATIVE_E4M3 = (8, 9)  # the first compute capability with an instruction that encodes e4m3
 
 
@@ -29,17 +30,16 @@ def larger_or_nan(x, y):
 
 @triton.jit
 def store_packed(x, data, scale, at, d, row_valid, valid, D: tl.constexpr, PACKING: tl.constexpr, NATIVE: tl.constexpr):
-    """Encodes the tile x and stores it as rows `at` of data, with the scale of each row of a head."""
+    """Encodes the tile x, zero beyond D, and stores it as rows `at` of data, with the scale of each row of a head."""
     if PACKING == PLAIN:
         tl.store(data + at * D + d, x.to(data.dtype.element_ty), mask=valid)
     else:
         LIMIT: tl.constexpr = E4M3_LIMIT if PACKING == E4M3 else INT8_LIMIT
-        largest = tl.reduce(tl.where(valid, tl.abs(x), 0.0), 2, larger_or_nan, keep_dims=True)
+        largest = tl.reduce(tl.abs(x), 2, larger_or_nan, keep_dims=True)
         s = tl.div_rn(largest, tl.full(largest.shape, LIMIT, tl.float32))
-        s = tl.where(s == 0, 1.0, s)
+        s = tl.where(s < FP32_TINY, 1.0, s)
         tl.store(scale + at, s, mask=row_valid)
-        code = tl.div_rn(x, tl.broadcast_to(s, x.shape))
-        code = tl.where(code < -LIMIT, -LIMIT, tl.where(code > LIMIT, LIMIT, code))  # NaN stays NaN
+        code = x * tl.div_rn(tl.full(s.shape, 1.0, tl.float32), s)
         if PACKING == E4M3:
             code = code.to(tl.float8e4nv).to(tl.uint8, bitcast=True) if NATIVE else fp32_to_e4m3(code)
         else:
@@ -57,12 +57,12 @@ def pack_kernel(x, index, data, scale, mean, rows, row_blocks, stride_b, stride_
     row, head, d = tile_of(program % row_blocks, H, TOKENS, HEADS, DIM)
     valid = (row < rows) & (d < D)
     token = tl.load(index + row, mask=row < rows, other=0).to(tl.int64)
-    values = tl.load(x + b * stride_b + token * stride_n + head * stride_h + d * stride_d, mask=valid)
+    values = tl.load(x + b * stride_b + token * stride_n + head * stride_h + d * stride_d, mask=valid, other=0.0)
     if PACKING != PLAIN:
         values = values.to(tl.float32)
         if MEANS > 0:
             mean_b = b if MEANS > 1 else 0
-            values -= tl.load(mean + (mean_b * H + head) * D + d, mask=d < D)
+            values -= tl.load(mean + (mean_b * H + head) * D + d, mask=d < D, other=0.0)
     store_packed(values, data, scale, (b * rows + row) * H + head, d, row < rows, valid, D, PACKING, NATIVE)
 
 
@@ -75,8 +75,13 @@ def unpack_kernel(data, scale, mean, out, rows, row_blocks, MEANS: tl.constexpr,
     row, head, d = tile_of(program % row_blocks, H, TOKENS, HEADS, DIM)
     valid = (row < rows) & (d < D)
     mean_b = b if MEANS > 1 else 0
-    values = load_source(data, scale, mean, row, head, d, valid, rows, b, mean_b, H, D, PACKING, MEANS > 0)
+    values = load_source(data, scale, mean, row, head, d, valid, row < rows, rows, b, mean_b, H, D, PACKING, MEANS > 0)
     tl.store(out + ((b * rows + row) * H + head) * D + d, values.to(out.dtype.element_ty), mask=valid)
+
+
+def encodes_e4m3(x: Tensor) -> bool:
+    """Whether the GPU of x has an instruction that encodes e4m3; without it the bits are put together by hand."""
+    return x.is_cuda and torch.cuda.get_device_capability(x.device) >= NATIVE_E4M3
 
 
 def pack_kv(x: Tensor, index: Tensor, dtype: torch.dtype, *, mean: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -88,10 +93,9 @@ def pack_kv(x: Tensor, index: Tensor, dtype: torch.dtype, *, mean: Tensor | None
     if data.numel() == 0:
         return data, scale
     tiling = Tiling.of(rows, h, d)
-    native = x.is_cuda and torch.cuda.get_device_capability(x.device) >= NATIVE_E4M3
     pack_kernel[(tiling.blocks * b,)](
         x, dense(index, index), as_bytes(data), scale, dense(mean, scale), rows, tiling.blocks, *x.stride(),
-        MEANS=0 if mean is None else mean.shape[0], H=h, D=d, PACKING=packing, NATIVE=native,
+        MEANS=0 if mean is None else mean.shape[0], H=h, D=d, PACKING=packing, NATIVE=encodes_e4m3(x),
         TOKENS=tiling.tokens, HEADS=tiling.heads, DIM=tiling.dim,
     )
     return data, scale

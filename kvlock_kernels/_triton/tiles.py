@@ -11,7 +11,7 @@ from torch import Tensor
 from kvlock_kernels._triton import Unsupported
 
 MAX_HEAD_DIM = 256  # the largest one the kernels are compiled and tested for
-TILE = 4096  # elements of a tile: 32 a thread at four warps, four 16-byte accesses of bf16 in flight
+TILE = 2048  # elements of a tile: 16 a thread at four warps, two 16-byte accesses of bf16 in flight
 FLAT_DIM = 128  # rows without heads are cut into pieces of this length, or of the largest power of two in them
 
 PLAIN, INT8, E4M3 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # how source rows are stored
@@ -86,7 +86,7 @@ def round_half_even(x):
 
 @triton.jit
 def fp32_to_e4m3(x):
-    """Encodes |x| <= 448 or NaN as e4m3 in uint8, to nearest even, on GPUs without an instruction for it."""
+    """Encodes |x| < 464 or NaN as e4m3 in uint8, to nearest even, on GPUs without an instruction for it."""
     bits = x.to(tl.int32, bitcast=True)
     size = bits & 0x7FFFFFFF
     # Keep 3 of 23 mantissa bits; the exponent's bias goes from 127 to 7.
@@ -99,15 +99,14 @@ def fp32_to_e4m3(x):
 
 
 @triton.jit
-def load_source(source, scale, mean, row, head, d, valid, rows, b, mean_b, H: tl.constexpr, D: tl.constexpr,
-                PACKING: tl.constexpr, HAS_MEAN: tl.constexpr):
+def load_source(source, scale, mean, row, head, d, valid, heads_valid, rows, b, mean_b, H: tl.constexpr,
+                D: tl.constexpr, PACKING: tl.constexpr, HAS_MEAN: tl.constexpr):
     """A tile of sample b's source rows: decoded to fp32 where packed, in the dtype they are stored in where not."""
     at = (b * rows + row) * H + head
     values = tl.load(source + at * D + d, mask=valid)
-    if PACKING == PLAIN:
-        return values
-    values = e4m3_to_fp32(values) if PACKING == E4M3 else values.to(tl.float32)
-    values *= tl.load(scale + at, mask=row < rows)
-    if HAS_MEAN:
-        values += tl.load(mean + (mean_b * H + head) * D + d, mask=d < D)
+    if PACKING != PLAIN:
+        values = e4m3_to_fp32(values) if PACKING == E4M3 else values.to(tl.float32)
+        values *= tl.load(scale + at, mask=heads_valid)
+        if HAS_MEAN:
+            values += tl.load(mean + (mean_b * H + head) * D + d, mask=(head < H) & (d < D))
     return values

@@ -121,6 +121,38 @@ def _pack_cast() -> Call:
     return Call((normal(2, 7, 2, 4), int32(6, 0, 3), torch.float32), {})
 
 
+def angles(tokens: int, dim: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [N, D] of random angles, each twice side by side as diffusers' RoPE gives them."""
+    angle = 3 * normal(tokens, dim // 2, seed=seed).repeat_interleave(2, 1)
+    return angle.cos(), angle.sin()
+
+
+def projections(b: int, n: int, h: int, d: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    """q, k, v, the weights of their norms, cos and sin."""
+    qkv = (normal(b, n, h * d, seed=seed, dtype=dtype) for seed in range(3))
+    weights = (1 + 0.3 * normal(h * d, seed=seed) for seed in (3, 4))
+    return *qkv, *(weight.to(dtype) for weight in weights), *angles(n, d, seed=5)
+
+
+def _norm_rope() -> Call:
+    sources = (normal(1, 3, 2, 4, seed=6), normal(1, 3, 8, seed=7))
+    args = (*projections(2, 7, 2, 4), *sources, int32(1, -1, -1, 2, -1, -1, 0), torch.tensor([0.6, 1.0]))
+    return Call(args, {"eps": 1e-6})
+
+
+def _norm_rope_packed() -> Call:
+    k_data, k_scale, k_mean = packed(torch.int8, 2, 3, 2, 4, seed=6, mean=True)
+    v_data, v_scale, _ = packed(torch.int8, 2, 3, 2, 4, seed=7)
+    options = {"eps": 1e-6, "k_scale": k_scale, "v_scale": v_scale, "k_mean": k_mean}
+    qkv = projections(2, 7, 2, 4, torch.bfloat16)
+    return Call((*qkv, k_data, v_data, int32(1, -1, -1, 2, -1, -1, 0), torch.tensor([0.6, 0.3])), options)
+
+
+def _norm_rope_pack(dtype: torch.dtype) -> Call:
+    qkv = projections(2, 7, 2, 4, torch.bfloat16)
+    return Call((*qkv, int32(1, -1, -1, 2, -1, -1, 0), 3, dtype), {"eps": 1e-6})
+
+
 def _unpack(dtype: torch.dtype) -> Call:
     data, scale, mean = packed(dtype, 2, 3, 2, 4, seed=1, mean=True)
     return Call((data, scale), {"mean": mean, "dtype": torch.bfloat16})
@@ -150,4 +182,8 @@ CALLS: dict[str, tuple[str, Callable[[], Call]]] = {
     "unpack-int8-mean": ("unpack_kv", partial(_unpack, INT8)),
     "unpack-fp8-mean": ("unpack_kv", partial(_unpack, FP8)),
     "unpack-fp32": ("unpack_kv", _unpack_cast),
+    "norm-rope": ("qk_norm_rope_kv_lerp_", _norm_rope),
+    "norm-rope-bf16-int8-mean": ("qk_norm_rope_kv_lerp_", _norm_rope_packed),
+    "norm-rope-pack-bf16": ("qk_norm_rope_kv_pack_", partial(_norm_rope_pack, torch.bfloat16)),
+    "norm-rope-pack-int8": ("qk_norm_rope_kv_pack_", partial(_norm_rope_pack, INT8)),
 }

@@ -19,6 +19,14 @@ from kvlock_kernels import reference
 
 each_call = pytest.mark.parametrize(("name", "make"), CALLS.values(), ids=CALLS.keys())
 
+MUTATED = {
+    "kv_lerp_": [0],
+    "kv_lerp_pair_": [0, 1],
+    "windowed_variance_": [1],
+    "qk_norm_rope_kv_lerp_": [0, 1, 2],
+    "qk_norm_rope_kv_pack_": [0, 1],
+}
+HANDED_BACK = ("kv_lerp_", "kv_lerp_pair_", "qk_norm_rope_kv_lerp_")  # the changed tensors are the result
 OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
@@ -103,16 +111,15 @@ def test_results_are_contiguous_and_share_no_memory_with_arguments(name: str, ma
     call = make()
     arguments = tensors(*call)
     results = tensors(getattr(kvlock_kernels, name)(*call.args, **call.kwargs))
-    changed_in_place = name in ("kv_lerp_", "kv_lerp_pair_")
     for result in results:
         assert result.is_contiguous()
         shared = any(result.untyped_storage().data_ptr() == other.untyped_storage().data_ptr() for other in arguments)
-        assert shared == changed_in_place
+        assert shared == (name in HANDED_BACK)
 
 
 @each_call
 def test_only_the_tensors_named_in_the_schema_change(name: str, make: Callable[[], Call]) -> None:
-    mutated = {"kv_lerp_": [0], "kv_lerp_pair_": [0, 1], "windowed_variance_": [1]}.get(name, [])
+    mutated = MUTATED.get(name, [])
     call, before = make(), make()
     getattr(kvlock_kernels, name)(*call.args, **call.kwargs)
     for i, (argument, original) in enumerate(zip(tensors(*call), tensors(*before), strict=True)):
@@ -154,6 +161,9 @@ ops.lock_schedule(variance, one, tau=0.01, boost=2.0, alpha_min=0.0)
 ops.guided_velocity(x, x, one, x, one)
 data, scale = ops.pack_kv(x, rows, torch.int8)
 ops.unpack_kv(data, scale, dtype=torch.float32)
+flat, weight, angle, row = torch.ones(1, 3, 2), torch.ones(2), torch.ones(3, 2), torch.tensor([0, -1, 1]).int()
+ops.qk_norm_rope_kv_lerp_(flat, flat + 1, flat + 2, weight, weight, angle, angle, source, source, row, one, eps=1e-6)
+ops.qk_norm_rope_kv_pack_(flat, flat + 1, flat + 2, weight, weight, angle, angle, row, 2, torch.int8, eps=1e-6)
 json.dump({"import": after_import, "run": sorted(sys.modules), "x": x.flatten().tolist()}, open(sys.argv[1], "w"))
 """
     report = tmp_path / "report.json"

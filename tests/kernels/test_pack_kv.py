@@ -64,24 +64,30 @@ def test_fp8_has_the_codes_of_a_torch_cast() -> None:
 
 
 @each_packing
-def test_a_code_beyond_the_limit_saturates(packing: torch.dtype, limit: float) -> None:
-    """A subnormal scale is so coarse that the largest element exceeds the limit: NaN in e4m3, a wrap in int8."""
-    smallest = 2.0**-149
-    x = torch.tensor([1.49, -1.49]).mul(limit).round().mul(smallest).reshape(1, 1, 1, 2)
-    data, scale = pack_kv(x, int32(0), packing)
-    assert scale is not None and scale.item() == smallest
-    assert data.flatten().tolist() == [limit, -limit]
+def test_the_largest_element_never_passes_the_limit(packing: torch.dtype, limit: float) -> None:
+    """scale and its reciprocal are rounded, so that the largest element may come out above the limit."""
+    x = (1 + torch.arange(2000) / 2000).reshape(1, 2000, 1, 1)
+    data, scale = pack_kv(x, torch.arange(2000, dtype=torch.int32), packing)
+    assert scale is not None
+    assert (x * (1 / scale[..., None]) > limit).any()
+    assert (data.float() == limit).all()
 
 
 @each_packing
-def test_a_row_of_zeros_has_scale_one(packing: torch.dtype, limit: float) -> None:
+def test_a_row_without_a_normal_scale_has_scale_one_and_zeros(packing: torch.dtype, limit: float) -> None:
+    """The reciprocal of a subnormal scale may be infinite."""
     x = normal(1, 7, 2, 4)
     x[0, 0, 1] = 0
-    x[0, 3, 0] = 2.0**-149  # so small that its scale would be zero
+    x[0, 3, 0] = 2.0**-149
+    x[0, 6, 1] = limit * 2.0**-127
     data, scale = pack_kv(x, int32(6, 0, 3), packing)
     assert scale is not None
-    assert (scale == 1).tolist() == [[[False, False], [False, True], [True, False]]]
-    assert not unpack_kv(data, scale)[0, 1, 1].any()
+    assert (scale == 1).tolist() == [[[False, True], [False, True], [True, False]]]
+    assert not unpack_kv(data, scale)[scale == 1].any()
+    x[0, 6, 1] = limit * 2.0**-126
+    data, scale = pack_kv(x, int32(6), packing)
+    assert scale is not None and scale[0, 0, 1] == 2.0**-126
+    assert (data[0, 0, 1].float() == limit).all()
 
 
 def test_each_token_and_head_has_its_own_scale() -> None:

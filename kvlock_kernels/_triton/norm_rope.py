@@ -1,0 +1,199 @@
+"""qk_norm_rope_kv_lerp_ and qk_norm_rope_kv_pack_: QK norm, RoPE and the lock in one pass over the projections."""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kvlock_kernels._triton import Unsupported
+from kvlock_kernels._triton.packing import encodes_e4m3, store_packed
+from kvlock_kernels._triton.tiles import MAX_HEAD_DIM, PACKINGS, as_bytes, dense, load_source
+
+MAX_TOKEN = 8192  # elements of a token that stay in registers: 32 a thread at eight warps
+SMALL_TOKEN = 2048  # a tile of several tokens is no larger than this: 16 elements a thread at four warps
+
+
+@triton.jit
+def rms_norm(x, weight, at, inner, C: tl.constexpr, eps):
+    """Normalises each token of the tile x [TOKENS, HEADS, DIM] over all its heads, in fp32."""
+    x = x.to(tl.float32)
+    squares = tl.sum(tl.sum(x * x, axis=2, keep_dims=True), axis=1, keep_dims=True)
+    w = tl.load(weight + at, mask=inner, other=0.0).to(tl.float32)
+    return x * tl.rsqrt(squares / C + eps) * w
+
+
+@triton.jit
+def load_angles(angles, token, d, known, D: tl.constexpr, ODD: tl.constexpr):
+    """One number of each pair, [TOKENS, 1, DIM / 2] fp32: from the even columns or from the odd ones."""
+    TOKENS: tl.constexpr = token.shape[0]
+    HALF: tl.constexpr = d.shape[2] // 2
+    values = tl.load(angles + token * D + d, mask=known & (d < D), other=0.0).to(tl.float32)
+    even, odd = tl.split(tl.reshape(values, [TOKENS, 1, HALF, 2]))
+    return odd if ODD else even
+
+
+@triton.jit
+def rope(x, cos, sin):
+    """Rotates the pairs of the tile x [TOKENS, HEADS, DIM]."""
+    HALF: tl.constexpr = x.shape[2] // 2
+    first, second = tl.split(tl.reshape(x, [x.shape[0], x.shape[1], HALF, 2]))
+    rotated = tl.join(first * cos - second * sin, first * sin + second * cos)
+    return tl.reshape(rotated, x.shape)
+
+
+@triton.jit
+def mix(new, source, a):
+    """The lerp with its exact ends, in fp32."""
+    s = source.to(tl.float32)
+    return tl.where(a <= 0, new, tl.where(a >= 1, s, (1 - a) * new + a * s))
+
+
+@triton.jit
+def norm_rope_kernel(
+    q, k, v, q_weight, k_weight, cos, sin, source_row, ratio, tokens, samples, rows, eps,
+    q_stride_b, q_stride_n, k_stride_b, k_stride_n, v_stride_b, v_stride_n,
+    k_rows, k_scale, k_mean, v_rows, v_scale, v_mean,
+    RECORD: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
+    K_PACKING: tl.constexpr, K_SHARED: tl.constexpr, K_MEANS: tl.constexpr,
+    V_PACKING: tl.constexpr, V_SHARED: tl.constexpr, V_MEANS: tl.constexpr, NATIVE: tl.constexpr,
+    TOKENS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
+):
+    """Program = TOKENS tokens of one sample with all their heads. RECORD writes the source rows, otherwise they mix."""
+    program = tl.program_id(0)
+    b = (program % samples).to(tl.int64)  # neighbours share angles and source rows in the cache
+    token = ((program // samples).to(tl.int64) * TOKENS + tl.arange(0, TOKENS))[:, None, None]
+    head, d = tl.arange(0, HEADS)[None, :, None], tl.arange(0, DIM)[None, None, :]
+    known, inner = token < tokens, (head < H) & (d < D)
+    valid, at = known & inner, head * D + d
+    c, s = load_angles(cos, token, d, known, D, False), load_angles(sin, token, d, known, D, True)
+    row = tl.load(source_row + token, mask=known, other=-1).to(tl.int64)
+
+    q_at = q + b * q_stride_b + token * q_stride_n + at
+    new = rms_norm(tl.load(q_at, mask=valid, other=0.0), q_weight, at, inner, H * D, eps)
+    tl.store(q_at, rope(new, c, s).to(q.dtype.element_ty), mask=valid)
+
+    k_at = k + b * k_stride_b + token * k_stride_n + at
+    v_at = v + b * v_stride_b + token * v_stride_n + at
+    new = rms_norm(tl.load(k_at, mask=valid, other=0.0), k_weight, at, inner, H * D, eps)
+    if RECORD:
+        has_row = row >= 0
+        to = (b * rows + row) * H + head
+        heads_valid, kept = has_row & (head < H), valid & has_row
+        store_packed(new, k_rows, k_scale, to, d, heads_valid, kept, D, K_PACKING, NATIVE)
+        old = tl.load(v_at, mask=kept, other=0.0)
+        old = old if V_PACKING == 0 else old.to(tl.float32)
+        store_packed(old, v_rows, v_scale, to, d, heads_valid, kept, D, V_PACKING, NATIVE)
+    else:
+        a = tl.load(ratio + b + tl.zeros([1, 1, 1], tl.int64))
+        mixes = (row >= 0) & ((a > 0) | (a != a))
+        source = load_source(k_rows, k_scale, k_mean, row, head, d, valid & mixes, mixes & (head < H), rows,
+                             0 if K_SHARED else b, b if K_MEANS > 1 else 0, H, D, K_PACKING, K_MEANS > 0)
+        new = tl.where(mixes, mix(new, source, a), new)
+        source = load_source(v_rows, v_scale, v_mean, row, head, d, valid & mixes, mixes & (head < H), rows,
+                             0 if V_SHARED else b, b if V_MEANS > 1 else 0, H, D, V_PACKING, V_MEANS > 0)
+        old = tl.load(v_at, mask=valid & mixes & ((a < 1) | (a != a)))
+        mixed = tl.where(a >= 1, source.to(old.dtype), mix(old.to(tl.float32), source, a).to(old.dtype))
+        tl.store(v_at, mixed, mask=valid & mixes)
+    tl.store(k_at, rope(new, c, s).to(k.dtype.element_ty), mask=valid)
+
+
+def qk_norm_rope_kv_lerp_(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_source: Tensor,
+    v_source: Tensor,
+    source_row: Tensor,
+    ratio: Tensor,
+    *,
+    eps: float,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    k_mean: Tensor | None = None,
+    v_mean: Tensor | None = None,
+) -> None:
+    """See `kvlock_kernels.qk_norm_rope_kv_lerp_`."""
+    k_data, v_data = as_bytes(k_source.contiguous()), as_bytes(v_source.contiguous())
+    launch(
+        (q, k, v, q_weight, k_weight, cos, sin, source_row),
+        dense(ratio, ratio),
+        k_source.shape[1],
+        eps,
+        (k_data, dense(k_scale, k_data), dense(k_mean, k_data), v_data, dense(v_scale, v_data), dense(v_mean, v_data)),
+        RECORD=False,
+        K_PACKING=PACKINGS.get(k_source.dtype, 0),
+        K_SHARED=k_source.shape[0] == 1,
+        K_MEANS=0 if k_mean is None else k_mean.shape[0],
+        V_PACKING=PACKINGS.get(v_source.dtype, 0),
+        V_SHARED=v_source.shape[0] == 1,
+        V_MEANS=0 if v_mean is None else v_mean.shape[0],
+        NATIVE=False,
+    )
+
+
+def qk_norm_rope_kv_pack_(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    source_row: Tensor,
+    rows: int,
+    dtype: torch.dtype,
+    *,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `kvlock_kernels.qk_norm_rope_kv_pack_`."""
+    b, d, packing = k.shape[0], cos.shape[1], PACKINGS.get(dtype, 0)
+    shape = (b, rows, k.shape[2] // d, d)
+    scale_shape = shape[:3] if packing else (0,)
+    k_data, v_data = (k.new_empty(shape, dtype=dtype) for _ in range(2))
+    k_scale, v_scale = (k.new_empty(scale_shape, dtype=torch.float32) for _ in range(2))
+    launch(
+        (q, k, v, q_weight, k_weight, cos, sin, source_row),
+        k_scale,
+        rows,
+        eps,
+        (as_bytes(k_data), k_scale, k_scale, as_bytes(v_data), v_scale, v_scale),
+        RECORD=True,
+        K_PACKING=packing,
+        K_SHARED=False,
+        K_MEANS=0,
+        V_PACKING=packing,
+        V_SHARED=False,
+        V_MEANS=0,
+        NATIVE=encodes_e4m3(k),
+    )
+    return k_data, k_scale, v_data, v_scale
+
+
+def launch(
+    projections: tuple[Tensor, ...], ratio: Tensor, rows: int, eps: float, sources: tuple[Tensor, ...], **options: Any
+) -> None:
+    """Tiles all tokens of all samples; tokens that are small share a tile."""
+    q, k, v, q_weight, k_weight, cos, sin, source_row = projections
+    (b, n, c), d = q.shape, cos.shape[1]
+    if q.numel() == 0:
+        return
+    heads, dim = triton.next_power_of_2(c // d), triton.next_power_of_2(d)
+    if d > MAX_HEAD_DIM or heads * dim > MAX_TOKEN:
+        raise Unsupported(f"{c // d} heads of dimension {d}; the kernel takes at most {MAX_TOKEN} elements a token")
+    if any(x.stride(2) != 1 for x in (q, k, v)):
+        raise Unsupported("projections whose channels are not side by side in memory")
+    together = max(1, min(SMALL_TOKEN // (heads * dim), triton.next_power_of_2(n)))
+    grid = (triton.cdiv(n, together) * b,)
+    strides = [stride for x in (q, k, v) for stride in x.stride()[:2]]
+    small = [t.contiguous() for t in (q_weight, k_weight, cos, sin, source_row)]
+    norm_rope_kernel[grid](
+        q, k, v, *small, ratio, n, b, rows, eps, *strides, *sources,
+        **options, H=c // d, D=d, TOKENS=together, HEADS=heads, DIM=dim,
+        num_warps=8 if heads * dim > SMALL_TOKEN else 4,
+    )
