@@ -1,0 +1,281 @@
+"""qk_norm_rope_kv_lerp_ and qk_norm_rope_kv_pack_: QK norm, RoPE and the lock in one pass."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from refusals import Bad, assert_refused, bad_inputs
+from samples import DTYPES, NAN, int32, nan_with_payload, normal, packed, projections, scattered
+from tolerance import assert_as_accurate_as_torch, assert_bit_identical
+from torch import Tensor
+
+from kvlock_kernels import kv_lerp_, pack_kv, qk_norm_rope_kv_lerp_, qk_norm_rope_kv_pack_, unpack_kv
+
+EACH_IMPLEMENTATION = True
+
+EPS = 1e-6
+INT8, FP8 = torch.int8, torch.float8_e4m3fn
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+each_packing = pytest.mark.parametrize("packing", [INT8, FP8], ids=["int8", "fp8"])
+
+# B, Bs, N, rows, H, D
+SHAPES = {
+    "B1-N45-H2-D32-several-tokens-a-tile": (1, 1, 45, 19, 2, 32),
+    "B2-N9-H12-D128-one-token-a-tile": (2, 1, 9, 5, 12, 128),
+    "B2-N130-H3-D24-odd-heads-D-below-64": (2, 2, 130, 130, 3, 24),
+    "B2-N1-H4-D64-one-token": (2, 1, 1, 1, 4, 64),
+    "B1-N3-H40-D128-eight-warps": (1, 1, 3, 2, 40, 128),
+}
+each_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+
+
+def rows_of(tokens: int, rows: int) -> tuple[Tensor, Tensor]:
+    """A scattered index and its inverse, the row of each token."""
+    index = scattered(tokens, rows)
+    source_row = torch.full((tokens,), -1, dtype=torch.int32)
+    source_row[index.long()] = torch.arange(rows, dtype=torch.int32)
+    return index, source_row
+
+
+def normed(x: Tensor, weight: Tensor) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:], weight, EPS)
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE by complex numbers: another road than the reference's, in the dtype of x or fp32 for half precision."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    pairs = torch.view_as_complex(wide.unflatten(2, (-1, cos.shape[1] // 2, 2)).contiguous())
+    turn = torch.complex(cos[:, 0::2].to(wide.dtype), sin[:, 1::2].to(wide.dtype))
+    return torch.view_as_real(pairs * turn[:, None]).flatten(2).to(x.dtype)
+
+
+def step_by_step(args: tuple[Tensor, ...], rows: tuple[Tensor, Tensor], index: Tensor, ratio: Tensor) -> list[Tensor]:
+    """Norm, lerp and RoPE one after the other, as torch computes them in the dtype of the arguments."""
+    q, k, v, q_weight, k_weight, cos, sin = args
+    k, v, where = normed(k, k_weight).clone(), v.clone(), index.long()
+    for x, source in zip((k, v), rows, strict=True):
+        a, source = ratio.to(x.dtype).reshape(-1, 1, 1), source.flatten(2).to(x.dtype)
+        x[:, where] = (1 - a) * x[:, where] + a * source
+    return [rotated(normed(q, q_weight), cos, sin), rotated(k, cos, sin), v]
+
+
+@each_shape
+@each_dtype
+def test_the_pass_is_as_accurate_as_norm_lerp_and_rope_in_torch(shape: Any, dtype: torch.dtype) -> None:
+    b, bs, n, rows, h, d = shape
+    args, (index, source_row) = projections(b, n, h, d, dtype), rows_of(n, rows)
+    sources = normal(bs, rows, h, d, seed=6, dtype=dtype), normal(bs, rows, h * d, seed=7, dtype=dtype)
+    ratio = torch.tensor([0.3, 0.77])[:b]
+    native = step_by_step(args, sources, index, ratio)
+    exact = step_by_step(tuple(x.double() for x in args), tuple(x.double() for x in sources), index, ratio.double())
+    q, k, v, *rest = args
+    actual = qk_norm_rope_kv_lerp_(q, k, v, *rest, *sources, source_row, ratio, eps=EPS)
+    for one, by_torch, wanted in zip(actual, native, exact, strict=True):
+        assert_as_accurate_as_torch(one, by_torch, wanted)
+
+
+@each_packing
+@pytest.mark.parametrize("mean", [False, True], ids=["no-mean", "mean"])
+def test_packed_rows_are_mixed_as_their_decoded_values(packing: torch.dtype, mean: bool) -> None:
+    b, n, rows, h, d = 2, 21, 13, 3, 24
+    args, (_, source_row), ratio = projections(b, n, h, d), rows_of(n, rows), torch.tensor([0.3, 1.0])
+    k_data, k_scale, k_mean = packed(packing, 1, rows, h, d, seed=6, mean=mean)
+    v_data, v_scale, v_mean = packed(packing, b, rows, h, d, seed=7, mean=mean)
+    expected = qk_norm_rope_kv_lerp_(
+        *(x.clone() for x in args[:3]),
+        *args[3:],
+        unpack_kv(k_data, k_scale, mean=k_mean),
+        unpack_kv(v_data, v_scale, mean=v_mean),
+        source_row,
+        ratio,
+        eps=EPS,
+    )
+    options = {"k_scale": k_scale, "v_scale": v_scale, "k_mean": k_mean, "v_mean": v_mean, "eps": EPS}
+    for one, other in zip(
+        qk_norm_rope_kv_lerp_(*args, k_data, v_data, source_row, ratio, **options), expected, strict=True
+    ):
+        assert_bit_identical(one, other)
+
+
+@each_dtype
+def test_ratio_zero_is_the_pass_without_rows_bit_for_bit(dtype: torch.dtype) -> None:
+    args, (_, source_row) = projections(2, 21, 3, 24, dtype), rows_of(21, 13)
+    args[2][:, 4] = nan_with_payload(dtype, 1)
+    v = args[2].clone()
+    poison, nothing = torch.full((1, 13, 3, 24), NAN), torch.empty(1, 0, 3, 24)
+    none = torch.full((21,), -1, dtype=torch.int32)
+    plain = qk_norm_rope_kv_lerp_(*(x.clone() for x in args), nothing, nothing, none, torch.ones(2), eps=EPS)
+    actual = qk_norm_rope_kv_lerp_(*args, poison, poison, source_row, torch.tensor([0.0, -0.0]), eps=EPS)
+    for one, other in zip(actual, plain, strict=True):
+        assert_bit_identical(one, other)
+    assert_bit_identical(actual.v, v)
+
+
+@each_dtype
+def test_ratio_one_does_not_depend_on_the_locked_keys_and_values(dtype: torch.dtype) -> None:
+    args, (index, source_row) = projections(2, 21, 3, 24, dtype), rows_of(21, 13)
+    sources, where = [normal(2, 13, 3, 24, seed=seed, dtype=dtype) for seed in (6, 7)], index.long()
+    sources[1][:, 0, 0, 0] = nan_with_payload(dtype, 1)
+    clean = qk_norm_rope_kv_lerp_(*(x.clone() for x in args), *sources, source_row, torch.ones(2), eps=EPS)
+    for x in args[1:3]:
+        x[:, where] = NAN
+    actual = qk_norm_rope_kv_lerp_(*args, *sources, source_row, torch.ones(2), eps=EPS)
+    for one, other in zip(actual, clean, strict=True):
+        assert_bit_identical(one, other)
+    assert_bit_identical(actual.v[:, where], sources[1].flatten(2))
+    cos, sin = args[5][where], args[6][where]
+    assert_as_accurate_as_torch(
+        actual.k[:, where],
+        rotated(sources[0].flatten(2), cos, sin),
+        rotated(sources[0].flatten(2).double(), cos.double(), sin.double()),
+    )
+
+
+def test_an_angle_of_zero_and_a_weight_of_one_leave_the_norm_alone() -> None:
+    q, k, v = (normal(1, 5, 8, seed=seed) for seed in range(3))
+    one, zero = torch.ones(8), torch.zeros(5, 4)
+    none, nothing = torch.full((5,), -1, dtype=torch.int32), torch.empty(1, 0, 8)
+    expected = normed(q, one)
+    actual = qk_norm_rope_kv_lerp_(q, k, v, one, one, zero.cos(), zero, nothing, nothing, none, torch.ones(1), eps=EPS)
+    torch.testing.assert_close(actual.q, expected, rtol=1e-6, atol=1e-6)
+    assert actual.q is q and actual.k is k and actual.v is v
+
+
+def test_a_pair_turns_by_its_own_angle() -> None:
+    q = torch.tensor([[[1.0, 0.0, 0.0, 1.0]]])
+    angle = torch.tensor([[torch.pi / 2, torch.pi / 2, torch.pi, torch.pi]])
+    nothing, none = torch.empty(1, 0, 4), int32(-1)
+    options = {"eps": 0.0}
+    weight = torch.full((4,), 0.5**0.5)  # the mean square of q is 1/2
+    args = (q, q.clone(), q.clone(), weight, weight, angle.cos(), angle.sin(), nothing, nothing, none, torch.ones(1))
+    turned = qk_norm_rope_kv_lerp_(*args, **options)
+    torch.testing.assert_close(turned.q, torch.tensor([[[0.0, 1.0, 0.0, -1.0]]]))
+
+
+def test_each_sample_has_its_own_ratio_and_the_source_is_shared() -> None:
+    args, (index, source_row) = projections(3, 7, 2, 4), rows_of(7, 4)
+    source = normal(1, 4, 2, 4, seed=6)
+    ratio, v = torch.tensor([0.0, 0.25, 1.0]), args[2].clone()
+    actual = qk_norm_rope_kv_lerp_(*args, source, source, source_row, ratio, eps=EPS).v
+    assert_bit_identical(actual, kv_lerp_(v, source, index, ratio))
+
+
+@each_dtype
+@pytest.mark.parametrize("storage", [*DTYPES, INT8, FP8], ids=str)
+def test_recording_packs_what_pack_kv_packs(dtype: torch.dtype, storage: torch.dtype) -> None:
+    args, (index, source_row) = projections(2, 21, 3, 24, dtype), rows_of(21, 13)
+    v, none, nothing = args[2].clone(), torch.full((21,), -1, dtype=torch.int32), torch.empty(1, 0, 3, 24)
+    plain = qk_norm_rope_kv_lerp_(*(x.clone() for x in args), nothing, nothing, none, torch.ones(2), eps=EPS)
+    k = normed(args[1].double(), args[4].double()).unflatten(2, (3, 24))[:, index.long()]
+    recorded = qk_norm_rope_kv_pack_(*args, source_row, 13, storage, eps=EPS)
+    for one, other in zip(args[:3], plain, strict=True):
+        assert_bit_identical(one, other)
+    data, scale = pack_kv(v.unflatten(2, (3, 24)), index, storage)
+    assert_bit_identical(recorded.v.data, data)
+    if scale is None:
+        assert recorded.k.scale is None and recorded.v.scale is None
+        error = (recorded.k.data.double() - k).abs()
+        assert (error <= torch.finfo(storage).eps * k.abs() + 1e-5).all()
+        return
+    assert recorded.v.scale is not None and recorded.k.scale is not None
+    assert_bit_identical(recorded.v.scale, scale)
+    limit = 127.0 if storage == INT8 else 448.0
+    torch.testing.assert_close(recorded.k.scale.double(), k.abs().amax(-1) / limit, rtol=1e-5, atol=0)
+    half_step = 0.5 if storage == INT8 else 16.0  # of the largest codes
+    error = (unpack_kv(recorded.k.data, recorded.k.scale).double() - k).abs()
+    assert (error <= (half_step + 0.01) * recorded.k.scale[..., None]).all()
+
+
+def test_rows_recorded_from_the_same_projections_give_them_back_at_ratio_one() -> None:
+    args, (_, source_row) = projections(1, 21, 3, 24), rows_of(21, 13)
+    v = args[2].clone()
+    recorded = qk_norm_rope_kv_pack_(*(x.clone() for x in args), source_row, 13, torch.float32, eps=EPS)
+    plain, locked = (
+        qk_norm_rope_kv_lerp_(
+            *(x.clone() for x in args), recorded.k.data, recorded.v.data, source_row, torch.full((1,), a), eps=EPS
+        )
+        for a in (0.0, 1.0)
+    )
+    for one, other in zip(locked, plain, strict=True):
+        assert_bit_identical(one, other)
+    assert_bit_identical(locked.v, v)
+
+
+def test_strided_projections_give_the_bits_of_contiguous_ones() -> None:
+    fused = normal(2, 9, 3, 24)  # q, k, v side by side
+    q, k, v = fused.unbind(2)
+    _, _, _, *rest = projections(2, 9, 3, 8)
+    _, source_row = rows_of(9, 5)
+    sources = normal(5, 2, 3, 8, seed=6).transpose(0, 1), normal(2, 5, 48, seed=7)[..., ::2]
+    ratio = torch.tensor([0.3, 0.6])
+    expected = qk_norm_rope_kv_lerp_(
+        q.contiguous(),
+        k.contiguous(),
+        v.contiguous(),
+        *rest,
+        sources[0].contiguous(),
+        sources[1].contiguous(),
+        source_row,
+        ratio,
+        eps=EPS,
+    )
+    for one, other in zip(
+        qk_norm_rope_kv_lerp_(q, k, v, *rest, *sources, source_row, ratio, eps=EPS), expected, strict=True
+    ):
+        assert_bit_identical(one, other)
+
+
+def test_empty_inputs_stay_empty() -> None:
+    _, _, _, *rest = projections(1, 5, 2, 4)
+    none, source = torch.full((5,), -1, dtype=torch.int32), torch.empty(1, 0, 2, 4)
+    empty = [torch.empty(0, 5, 8) for _ in range(3)]
+    assert qk_norm_rope_kv_lerp_(*empty, *rest, source, source, none, torch.ones(0), eps=EPS).q.shape == (0, 5, 8)
+    recorded = qk_norm_rope_kv_pack_(*empty, *rest, none, 0, INT8, eps=EPS)
+    assert recorded.k.data.shape == (0, 0, 2, 4) and recorded.v.scale is not None
+    args = projections(2, 5, 2, 4)
+    assert qk_norm_rope_kv_pack_(*args, none, 0, torch.bfloat16, eps=EPS).k.data.shape == (2, 0, 2, 4)
+
+
+def _good() -> dict[str, Any]:
+    names = ("q", "k", "v", "q_weight", "k_weight", "cos", "sin")
+    sources = {"k_source": normal(1, 3, 2, 4, seed=6), "v_source": normal(2, 3, 8, seed=7)}
+    steering = {"source_row": int32(0, -1, 2, 1, -1), "ratio": torch.ones(2), "eps": EPS}
+    return dict(zip(names, projections(2, 5, 2, 4), strict=True)) | sources | steering
+
+
+@bad_inputs(
+    Bad({"q": torch.zeros(2, 5, 2, 4)}, "q", "shape [2, 5, 2, 4]", "[B, N, C]"),
+    Bad({"k": torch.zeros(2, 5, 9)}, "k", "shape [2, 5, 9]", "the shape of q = [2, 5, 8]"),
+    Bad({"k": torch.zeros(1, 5, 8).expand(2, 5, 8)}, "k", "expanded", "can be written"),
+    Bad({"v": torch.zeros(1, 5, 8).expand(2, 5, 8)}, "v", "expanded", "can be written"),
+    Bad({"v": torch.zeros(2, 5, 8).half()}, "v", "dtype float16", "dtype float32"),
+    Bad({"q_weight": torch.ones(4)}, "q_weight", "shape [4]", "[C] = [8]"),
+    Bad({"k_weight": None}, "k_weight", "NoneType", "a tensor"),
+    Bad({"cos": torch.ones(1, 5, 1, 4)}, "cos", "shape [1, 5, 1, 4]", "[N, D]"),
+    Bad({"cos": torch.ones(5, 3)}, "cos", "shape [5, 3]", "D even and a divisor of C = 8"),
+    Bad({"sin": torch.ones(4, 4)}, "sin", "shape [4, 4]", "[N, D] = [5, 4]"),
+    Bad({"source_row": int32(0, 1, 2)}, "source_row", "shape [3]", "[N] = [5]"),
+    Bad({"source_row": torch.zeros(5)}, "source_row", "dtype float32", "dtype int32"),
+    Bad({"ratio": torch.ones(3)}, "ratio", "shape [3]", "[B] = [2]"),
+    Bad({"k_source": torch.zeros(1, 3, 4, 2)}, "k_source", "shape [1, 3, 4, 2]", "[1, 3, 2, 4]"),
+    Bad({"k_source": torch.zeros(1, 6, 2, 4)}, "k_source", "6 rows", "at most N = 5"),
+    Bad({"v_source": torch.zeros(1, 2, 8)}, "v_source", "shape [1, 2, 8]", "[1, 3, 8]"),
+    Bad({"k_source": torch.zeros(1, 3, 2, 4).to(INT8)}, "k_scale", "None", "because k_source is int8"),
+    Bad({"eps": -1.0}, "eps", "-1.0", "at least 0"),
+)
+def test_bad_inputs_are_named(bad: Bad) -> None:
+    assert_refused(qk_norm_rope_kv_lerp_, _good(), bad)
+
+
+@bad_inputs(
+    Bad({"rows": 6}, "rows", "6", "from 0 to N = 5"),
+    Bad({"rows": 1.0}, "rows", "1.0", "an int"),
+    Bad({"dtype": torch.int16}, "dtype", "torch.int16", "float8_e4m3fn or int8"),
+    Bad({"sin": torch.ones(5, 4, device="meta")}, "sin", "device meta", "device cpu"),
+)
+def test_bad_inputs_of_the_recording_are_named(bad: Bad) -> None:
+    good = _good() | {"rows": 3, "dtype": torch.bfloat16}
+    for name in ("k_source", "v_source", "ratio"):
+        del good[name]
+    assert_refused(qk_norm_rope_kv_pack_, good, bad)
