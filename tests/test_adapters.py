@@ -21,7 +21,8 @@ from torch import nn
 
 import kvlock
 from kvlock import KVLockConfig, preset
-from kvlock.adapters.taps import LayerKey, Taps, TapState
+from kvlock.adapters.modes import LayerKey, LockState
+from kvlock.adapters.taps import Taps
 
 STEPS = 5
 LOCK = {"kappa": 3, "window": 3, "tau": 0.6}
@@ -95,7 +96,7 @@ def test_nothing_is_left_behind_after_the_block(wan):
 
 def test_a_key_with_heads_before_tokens_is_lerped_along_its_tokens():
     rows, tokens = torch.tensor([1, 4], dtype=torch.int32), 6
-    taps = Taps(TapState(rows, tokens))
+    taps = Taps(LockState(rows, tokens))
     for shape, axis in (((1, tokens, 8), 1), ((1, tokens, 2, 4), 1), ((1, 2, tokens, 4), 2)):
         module = nn.Identity()
         taps.install([(LayerKey("blocks", 0, "k"), module)])
@@ -111,7 +112,7 @@ def test_a_key_with_heads_before_tokens_is_lerped_along_its_tokens():
 
 
 def test_a_layer_without_the_masks_token_count_is_refused_by_name():
-    taps = Taps(TapState(torch.tensor([0], dtype=torch.int32), 6))
+    taps = Taps(LockState(torch.tensor([0], dtype=torch.int32), 6))
     module = nn.Identity()
     taps.install([(LayerKey("blocks", 7, "v"), module)])
     taps.record()

@@ -119,11 +119,13 @@ def call(pipe: Any, *, steps: int = 6, guidance_scale: float = 5.0, seed: int = 
 
 
 def locked_call(
-    pipe: Any, config: KVLockConfig, *, source: torch.Tensor | None = None, **extra: Any
+    pipe: Any, config: KVLockConfig, *, source: torch.Tensor | None = None, kernel: str = "hooks", **extra: Any
 ) -> tuple[torch.Tensor, list[dict[str, Any]]]:
     """One attached pipeline call; returns the final latents and the trace."""
     source = source_latents() if source is None else source
-    with attach(pipe, source, masks(pipe), config=config, source_prompt_embeds=SOURCE_PROMPT) as session:
+    with attach(
+        pipe, source, masks(pipe), config=config, source_prompt_embeds=SOURCE_PROMPT, kernel=kernel
+    ) as session:
         latents = call(pipe, **extra)
     return latents, session.trace.rows()
 
@@ -140,6 +142,8 @@ def leftovers(pipe: Any) -> list[str]:
         hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
         found += [f"{path} hook {hook}" for hook in hooks]
         found += [f"{path}.{name}" for name in vars(module) if "kvlock" in name]
+        if "kvlock" in type(getattr(module, "processor", None)).__module__:
+            found.append(f"{path}.processor")
         found += [f"{path} class" for base in type(module).__mro__[1:] if base.__name__ == type(module).__name__]
     return found + [name for name in vars(pipe.scheduler) if name in ("step", "set_timesteps") or "kvlock" in name]
 

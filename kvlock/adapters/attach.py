@@ -11,11 +11,22 @@ import torch
 from torch import Tensor
 
 from kvlock.adapters import root, shim
-from kvlock.adapters.families import STARTS_FROM_VIDEO, check_pipeline, family_of, is_one_of, tapped_modules
-from kvlock.adapters.taps import Taps, TapState
+from kvlock.adapters.families import (
+    STARTS_FROM_VIDEO,
+    check_pipeline,
+    family_of,
+    is_one_of,
+    locked_attentions,
+    tapped_modules,
+)
+from kvlock.adapters.fused import FusedLayers
+from kvlock.adapters.modes import LockState
+from kvlock.adapters.taps import Taps
 from kvlock.config import KVLockConfig
 from kvlock.masks import Masks
 from kvlock.session import Session
+
+KERNELS = {"hooks": (Taps, tapped_modules), "fused": (FusedLayers, locked_attentions)}
 
 
 @contextlib.contextmanager
@@ -26,6 +37,7 @@ def attach(
     *,
     config: KVLockConfig | None = None,
     source_prompt_embeds: Tensor | None = None,
+    kernel: str = "hooks",
 ) -> Iterator[Session]:
     """Lock the background of every call of `pipe` inside the `with` block; leaving it restores the pipeline exactly.
 
@@ -37,17 +49,21 @@ def attach(
         config: settings; None is `KVLockConfig()`.
         source_prompt_embeds: [1 or B, L, C] as ``pipe.encode_prompt`` gives them; zero rows at the end are padding, and
             become as many as the call's own prompt has; None encodes "" and says so.
+        kernel: where the lock acts. ``"hooks"`` on the outputs of key norm and value projection, with every attention;
+            ``"fused"`` in one pass with Wan's QK norm and RoPE, rounded once instead of three times.
 
     Yields:
         The session; ``session.trace`` records each step, also after the block.
 
     Raises:
         ValueError: the pipeline, its transformer, its scheduler or a setting is not supported, or `pipe` is attached
-            already.
+            already; or ``kernel="fused"`` does not fit it.
     """
     config = config or KVLockConfig()
     if config.composite == "pixel":
         raise ValueError('composite="pixel" needs the decoded video; use KVLockPipeline, or "latent" or "none" here')
+    if kernel not in KERNELS:
+        raise ValueError(f"kernel={kernel!r} is not known; wanted one of {', '.join(map(repr, KERNELS))}")
     check_pipeline(pipe)
     if masks.dilate_tokens != config.dilate_tokens:
         raise ValueError(
@@ -65,13 +81,14 @@ def attach(
         given = _empty_prompt(pipe) if source_prompt_embeds is None else source_prompt_embeds
         source_prompt_embeds = _without_padding(given)
 
-    taps = Taps(TapState(masks.index, masks.num_tokens))
+    layers, parts = KERNELS[kernel]
+    locked = layers(LockState(masks.index, masks.num_tokens))
     session = Session(
         config,
         masks,
         source_latents,
         source_prompt_embeds,
-        rows=taps,
+        rows=locked,
         guidance_of=lambda expert: _guidance(pipe, expert),
         begin_index_of=lambda: getattr(pipe.scheduler, "begin_index", None),
         starts_from_video=is_one_of(pipe, STARTS_FROM_VIDEO),
@@ -79,13 +96,13 @@ def attach(
     with contextlib.ExitStack() as undo:
         shim.install(pipe.scheduler, session)
         undo.callback(shim.remove, pipe.scheduler)
-        undo.callback(taps.remove)
+        undo.callback(locked.remove)
         undo.callback(session.close)
         for i, module in experts:
             for handle in root.install(module, families[i], session, i):
                 undo.callback(handle.remove)
             if config.locks:
-                taps.install(tapped_modules(module, config))
+                locked.install(parts(module, config))
         yield session
 
 

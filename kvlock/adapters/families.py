@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from kvlock.adapters.taps import LayerKey
+from kvlock.adapters.modes import LayerKey
 from kvlock.config import KVLockConfig
 
 
@@ -98,8 +98,8 @@ def _has_cache_hook(transformer: nn.Module) -> bool:
     return any(part in name for name in names for part in BLOCK_CACHES)
 
 
-def tapped_modules(transformer: nn.Module, config: KVLockConfig) -> Iterator[tuple[LayerKey, nn.Module]]:
-    """The modules to tap, with their keys, in order of execution within each list of blocks.
+def locked_attentions(transformer: nn.Module, config: KVLockConfig) -> Iterator[tuple[LayerKey, Any]]:
+    """The self-attentions to lock, with their keys, in order of execution within each list of blocks.
 
     Raises:
         ValueError: `config` names a layer that is not there, or control blocks where there are none.
@@ -116,6 +116,12 @@ def tapped_modules(transformer: nn.Module, config: KVLockConfig) -> Iterator[tup
             raise ValueError(f"control_blocks=True, but {type(module).__name__} has no control blocks; wanted False")
         chosen += [(family.control_blocks, i) for i in range(len(getattr(module, family.control_blocks)))]
     for stack, i in chosen:
-        attention = getattr(getattr(module, stack)[i], family.attention)
-        yield LayerKey(stack, i, "k"), getattr(attention, family.key)
-        yield LayerKey(stack, i, "v"), getattr(attention, family.value)
+        yield LayerKey(stack, i, "kv"), getattr(getattr(module, stack)[i], family.attention)
+
+
+def tapped_modules(transformer: nn.Module, config: KVLockConfig) -> Iterator[tuple[LayerKey, nn.Module]]:
+    """The modules of `locked_attentions` whose outputs are K and V, with their keys; raises what that raises."""
+    family = family_of(transformer)
+    for key, attention in locked_attentions(transformer, config):
+        yield key._replace(tensor="k"), getattr(attention, family.key)
+        yield key._replace(tensor="v"), getattr(attention, family.value)

@@ -4,39 +4,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from kvlock.adapters.modes import BATCH, OFF, RECORD, LayerKey, LockedLayers, LockState
 from kvlock_kernels import kv_lerp_
-
-OFF, RECORD, LERP, BATCH = range(4)
-
-
-class LayerKey(NamedTuple):
-    """Which tensor of which layer a tap watches."""
-
-    stack: str  # name of the transformer's block list
-    block: int
-    tensor: str  # "k" or "v"
-
-
-class TapState:
-    """What all taps of a session share. A new `mode` is one more graph for a compiled block, never one a layer."""
-
-    def __init__(self, index: Tensor, num_tokens: int) -> None:
-        self.mode = OFF
-        self.index = index  # [rows] int32, background rows of the token axis
-        self.num_tokens = num_tokens
-        self.ratio = torch.empty(0)  # [B] fp32, refilled in place between steps
-        self.source_batch = 1  # samples at the front of a batch in BATCH mode
 
 
 class Tap:
     """The state of one tapped module; hooks find it there, so that one function serves every layer."""
 
-    def __init__(self, key: LayerKey, shared: TapState, plain_class: type[nn.Module]) -> None:
+    def __init__(self, key: LayerKey, shared: LockState, plain_class: type[nn.Module]) -> None:
         self.key = key
         self.shared = shared
         self.plain_class = plain_class  # of the module
@@ -85,19 +65,19 @@ def _tapped_class(plain_class: type[nn.Module]) -> type[nn.Module]:
     return type(plain_class.__name__, (plain_class,), {"__module__": plain_class.__module__})
 
 
-class Taps:
+class Taps(LockedLayers):
     """All taps of a session, put on by `install` and taken off by `remove`."""
 
-    def __init__(self, shared: TapState) -> None:
-        self.shared = shared
+    def __init__(self, shared: LockState) -> None:
+        super().__init__(shared)
         self._modules: list[Any] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __len__(self) -> int:
         return len(self._modules)
 
-    def install(self, modules: Iterable[tuple[LayerKey, Any]]) -> None:
-        for key, module in modules:
+    def install(self, parts: Iterable[tuple[LayerKey, Any]]) -> None:
+        for key, module in parts:
             if hasattr(module, "kvlock_tap"):
                 raise ValueError(f"{key.stack}[{key.block}] is attached already; leave that context first")
             module.kvlock_tap = Tap(key, self.shared, type(module))
@@ -113,37 +93,18 @@ class Taps:
         self._handles.clear()
         self._modules.clear()
 
-    def to(self, device: torch.device) -> None:
-        self.shared.index = self.shared.index.to(device)
-
-    def off(self) -> None:
-        self._switch(OFF)
-
-    def record(self) -> None:
-        self._switch(RECORD)
-
-    def lerp(self, ratio: Tensor) -> None:
-        self._switch(LERP)
-        self.shared.ratio = ratio
-
-    def lerp_batch(self, ratio: Tensor, source_batch: int) -> None:
-        self._switch(BATCH)
-        self.shared.ratio, self.shared.source_batch = ratio, source_batch
-
     def _switch(self, mode: int) -> None:
         if (mode == OFF) != (self.shared.mode == OFF):
             for module in self._modules:
                 plain = module.kvlock_tap.plain_class
                 module.__class__ = plain if mode == OFF else _tapped_class(plain)
-        self.shared.mode = mode
+        super()._switch(mode)
 
     def free(self) -> None:
-        """Forget the recorded rows."""
         for module in self._modules:
             module.kvlock_tap.source = None
 
     @property
     def source_bytes(self) -> int:
-        """Bytes of the recorded rows."""
         sources = [module.kvlock_tap.source for module in self._modules]
         return sum(source.nbytes for source in sources if source is not None)
