@@ -14,6 +14,9 @@ Launcher = Callable[..., Any]
 OPERATORS = (
     "kv_lerp_",
     "kv_lerp_pair_",
+    "windowed_variance_",
+    "lock_schedule",
+    "guided_velocity",
     "pack_kv",
     "unpack_kv",
     "qk_norm_rope_kv_lerp_",
@@ -29,11 +32,14 @@ def launchers() -> dict[str, Launcher]:
     Raises:
         ImportError: Triton is not installed.
     """
-    from kvlock_kernels._triton import lerp, norm_rope, packing
+    from kvlock_kernels._triton import guidance, lerp, norm_rope, packing, variance
 
     return {
         "kv_lerp_": lerp.kv_lerp_,
         "kv_lerp_pair_": lerp.kv_lerp_pair_,
+        "windowed_variance_": variance.windowed_variance_,
+        "lock_schedule": variance.lock_schedule,
+        "guided_velocity": guidance.guided_velocity,
         "pack_kv": packing.pack_kv,
         "unpack_kv": packing.unpack_kv,
         "qk_norm_rope_kv_lerp_": norm_rope.qk_norm_rope_kv_lerp_,

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from kvlock_kernels import guided_velocity
 
+EACH_IMPLEMENTATION = True
+
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 SHAPES = {"B2-C3-T5-h4-w6": (2, 3, 5, 4, 6), "B1-N1": (1, 1), "B3-scalars": (3,), "B2-N4099-tail": (2, 4099)}
 
@@ -103,6 +105,28 @@ def test_the_mask_selects_between_the_two_scales(shape: tuple[int, ...], dtype: 
     assert not torch.equal(actual, inside) and not torch.equal(actual, outside)
 
 
+@pytest.mark.parametrize("value", [0.0, 1.0], ids=["zeros", "ones"])
+def test_a_constant_mask_leaves_one_of_the_two_scales(value: float) -> None:
+    args = inputs((2, 3, 4))
+    actual = guided_velocity(**args, mask=torch.full((3, 4), value), background_guidance=2.0)
+    scale = args["guidance_scale"] if value else torch.tensor(2.0)
+    for a, b in zip(actual, guided_velocity(**(args | {"guidance_scale": scale})), strict=True):
+        assert_bit_identical(a, b)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(7, 61), (2, 1, 7, 61), (1, 3, 1, 1), (2, 3, 1, 61), (2, 1, 1, 1), ()],
+    ids=["frames", "frames-per-sample", "channels", "rows-per-sample", "samples", "scalar"],
+)
+def test_a_broadcast_mask_is_that_of_every_element(shape: tuple[int, ...]) -> None:
+    args, mask = inputs((2, 3, 7, 61)), normal(*shape, seed=9) > 0
+    spelt_out = mask.expand(2, 3, 7, 61).contiguous()
+    actual = guided_velocity(**args, mask=mask, background_guidance=2.0)
+    for a, b in zip(actual, guided_velocity(**args, mask=spelt_out, background_guidance=2.0), strict=True):
+        assert_bit_identical(a, b)
+
+
 def test_a_mask_without_background_guidance_has_no_effect() -> None:
     args = inputs((2, 3, 4))
     masked, plain = guided_velocity(**args, mask=torch.zeros(4)), guided_velocity(**args)
@@ -161,6 +185,22 @@ def test_a_shared_guidance_scale_is_that_of_every_sample() -> None:
     assert_bit_identical(shared.velocity, each.velocity)
 
 
+@each_dtype
+def test_two_calls_give_the_same_bits(dtype: torch.dtype) -> None:
+    args = inputs((2, 4099), dtype)
+    for a, b in zip(guided_velocity(**args), guided_velocity(**args), strict=True):
+        assert_bit_identical(a, b)
+
+
+def test_each_input_may_have_its_own_dtype() -> None:
+    args = inputs((2, 50))
+    args["uncond"], args["x"] = args["uncond"].bfloat16(), args["x"].half()
+    actual = guided_velocity(**args)
+    expected = guided_velocity(**(args | {"uncond": args["uncond"].float(), "x": args["x"].float()}))
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_samples_are_not_mixed() -> None:
     args = inputs((2, 3, 4))
     both = guided_velocity(**args)
@@ -184,9 +224,10 @@ def test_strided_tensors_give_the_bits_of_contiguous_ones() -> None:
 
 @pytest.mark.parametrize("shape", [(0, 3), (2, 0)], ids=["B0", "N0"])
 def test_an_empty_input_gives_an_empty_output(shape: tuple[int, ...]) -> None:
-    actual = guided_velocity(**inputs(shape))
-    assert actual.velocity.shape == actual.x0.shape == shape
-    assert actual.s_star.shape == shape[:1]
+    for options, s_star in (({}, 0.0), ({"optimized_scale": False}, 1.0)):
+        actual = guided_velocity(**inputs(shape), **options)
+        assert actual.velocity.shape == actual.x0.shape == shape
+        assert actual.s_star.tolist() == [s_star] * shape[0]
 
 
 @bad_inputs(

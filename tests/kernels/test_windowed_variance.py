@@ -11,12 +11,15 @@ from torch import Tensor
 
 from kvlock_kernels import windowed_variance_
 
+EACH_IMPLEMENTATION = True
+
 # W, shape of x0
 RINGS = {
     "W2-B1-N5": (2, (1, 5)),
     "W10-B2-C3-T5-h4-w6": (10, (2, 3, 5, 4, 6)),
     "W3-B3-scalars": (3, (3,)),
     "W1-B2-N5-never-two-entries": (1, (2, 5)),
+    "W3-B2-N2501-several-blocks-tail": (3, (2, 2501)),
 }
 each_ring = pytest.mark.parametrize("ring", RINGS.values(), ids=RINGS.keys())
 
@@ -47,10 +50,11 @@ def test_every_step_of_two_turns_of_the_ring_is_as_accurate_as_torch_var(ring: A
 
 
 @pytest.mark.parametrize("ratio", [1.0, 1e2, 1e4])
-def test_a_mean_far_above_the_deviation_costs_no_accuracy(ratio: float) -> None:
-    history, seen = empty_ring(10, 2, 500), []
+@pytest.mark.parametrize("elements", [500, 1300], ids=["N500", "N1300-several-blocks"])
+def test_a_mean_far_above_the_deviation_costs_no_accuracy(ratio: float, elements: int) -> None:
+    history, seen = empty_ring(10, 2, elements), []
     for step in range(13):
-        seen.append(ratio + normal(2, 500, seed=step))
+        seen.append(ratio + normal(2, elements, seed=step))
         actual = windowed_variance_(seen[-1], history, torch.tensor(step))
     exact = expected_variance([x.double() for x in seen], 10)
     assert ((actual - exact) / exact).abs().max() < 1e-6
@@ -83,6 +87,24 @@ def test_x0_is_written_to_slot_step_modulo_w_and_the_step_stays(shape: tuple[int
     assert step.shape == shape and step.tolist() in (5, [5])
 
 
+def test_a_step_back_to_zero_starts_a_new_window_over_stale_slots() -> None:
+    used, fresh = empty_ring(4, 2, 5), empty_ring(4, 2, 5)
+    for step in range(7):
+        windowed_variance_(1e3 * normal(2, 5, seed=step), used, torch.tensor(step))
+    for step in range(6):
+        x0 = normal(2, 5, seed=10 + step)
+        expected = windowed_variance_(x0, fresh, torch.tensor(step))
+        assert_bit_identical(windowed_variance_(x0, used, torch.tensor(step)), expected)
+        if step == 0:
+            assert expected.tolist() == [0.0, 0.0]
+
+
+def test_two_calls_give_the_same_bits() -> None:
+    x0, ring, weight = normal(2, 2501), normal(3, 2, 2501, seed=1), normal(2501, seed=2).abs()
+    one, two = (windowed_variance_(x0, ring.clone(), torch.tensor(5), weight=weight) for _ in range(2))
+    assert_bit_identical(one, two)
+
+
 def test_a_second_call_at_the_same_step_changes_nothing() -> None:
     """A masked and a global variance share one ring."""
     history, weight = empty_ring(3, 1, 4), torch.tensor([[0.0, 1.0, 0.0, 1.0]])
@@ -106,6 +128,18 @@ def test_the_weight_selects_the_elements_that_count(shape: tuple[int, ...], dtyp
         actual = windowed_variance_(seen[-1], history, torch.tensor(step), weight=weight)
     native = expected_variance(seen, 4, weight)
     assert_as_accurate_as_torch(actual, native, expected_variance([x.double() for x in seen], 4, weight))
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(7, 61), (2, 1, 7, 61), (1, 3, 1, 1), (2, 3, 1, 61), (2, 1, 1, 1), ()],
+    ids=["frames", "frames-per-sample", "channels", "rows-per-sample", "samples", "scalar"],
+)
+def test_a_broadcast_weight_is_that_of_every_element(shape: tuple[int, ...]) -> None:
+    x0, ring, weight = normal(2, 3, 7, 61), normal(3, 2, 3, 7, 61, seed=1), normal(*shape, seed=2).abs()
+    spelt_out = weight.expand_as(x0).contiguous()
+    expected = windowed_variance_(x0, ring.clone(), torch.tensor(5), weight=spelt_out)
+    torch.testing.assert_close(windowed_variance_(x0, ring, torch.tensor(5), weight=weight), expected)
 
 
 def test_the_weighted_mean_divides_by_the_weights_of_all_channels() -> None:
@@ -165,6 +199,22 @@ def test_strided_tensors_give_the_bits_of_contiguous_ones() -> None:
     assert_bit_identical(windowed_variance_(x0, history, torch.tensor(6), weight=weight), expected)
     assert_bit_identical(history, dense)
     assert_bit_identical(history[2], x0)
+
+
+def test_a_ring_that_is_scattered_within_a_sample_is_written_in_place() -> None:
+    history, x0 = normal(4, 2, 5, 3).transpose(2, 3), normal(2, 3, 5, seed=1)
+    dense = history.contiguous()
+    expected = windowed_variance_(x0, dense, torch.tensor(6))
+    torch.testing.assert_close(windowed_variance_(x0, history, torch.tensor(6)), expected)
+    assert_bit_identical(history, dense)
+
+
+def test_a_sample_too_large_for_the_kernels_is_left_to_the_reference() -> None:
+    from kvlock_kernels._triton import Unsupported
+    from kvlock_kernels._triton.blocks import Blocks
+
+    with pytest.raises(Unsupported, match="2147483648 elements"):
+        Blocks.of(torch.empty(1, 2**31, device="meta"), 512)
 
 
 def test_an_empty_sample_gives_zero_and_no_samples_give_an_empty_result() -> None:
