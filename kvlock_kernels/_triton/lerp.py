@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvlock_kernels._triton.tiles import PACKINGS, Tiling, as_bytes, dense, load_source, tile_of, with_heads
+from kvlock_kernels._triton.tiles import PACKINGS, WARPS, Tiling, as_bytes, dense, load_source, tile_of, with_heads
 
 
 @triton.jit
@@ -73,7 +73,7 @@ def kv_lerp_(
         return
     pointers, strides, options, tiling = operand(x, source, source_scale, source_mean)
     common = (dense(index, index), dense(ratio, ratio), rows, samples)
-    lerp_kernel[(tiling.blocks * samples,)](*pointers, *common, *strides, **options)
+    lerp_kernel[(tiling.blocks * samples,)](*pointers, *common, *strides, **options, num_warps=WARPS)
 
 
 def kv_lerp_pair_(
@@ -102,7 +102,7 @@ def kv_lerp_pair_(
     options = {f"K_{name}": value for name, value in k_options.items()}
     options |= {f"V_{name}": value for name, value in v_options.items()}
     grid = (k_programs + v_programs,)
-    lerp_pair_kernel[grid](*k_pointers, *k_strides, *v_pointers, *v_strides, *common, **options)
+    lerp_pair_kernel[grid](*k_pointers, *k_strides, *v_pointers, *v_strides, *common, **options, num_warps=WARPS)
 
 
 def operand(

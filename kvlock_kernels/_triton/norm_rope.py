@@ -11,8 +11,9 @@ from kvlock_kernels._triton import Unsupported
 from kvlock_kernels._triton.packing import encodes_e4m3, store_packed
 from kvlock_kernels._triton.tiles import MAX_HEAD_DIM, PACKINGS, as_bytes, dense, load_source
 
-MAX_TOKEN = 8192  # elements of a token that stay in registers: 32 a thread at eight warps
-SMALL_TOKEN = 2048  # a tile of several tokens is no larger than this: 16 elements a thread at four warps
+MAX_TOKEN = 8192  # elements of a token that stay in registers: 16 a thread at sixteen warps
+SMALL_TOKEN = 1024  # a tile of several tokens is no larger than this
+A_WARP = 256  # elements: 8 a thread, 16 bytes of bf16; with 16 a thread sm_80 spills at 12 heads
 
 
 @triton.jit
@@ -195,5 +196,5 @@ def launch(
     norm_rope_kernel[grid](
         q, k, v, *small, ratio, n, b, rows, eps, *strides, *sources,
         **options, H=c // d, D=d, TOKENS=together, HEADS=heads, DIM=dim,
-        num_warps=8 if heads * dim > SMALL_TOKEN else 4,
+        num_warps=min(max(heads * dim // A_WARP, 4), 16),
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 from kvlock_kernels._triton import Unsupported
 
 MAX_HEAD_DIM = 256  # the largest one the kernels are compiled and tested for
-TILE = 2048  # elements of a tile: 16 a thread at four warps, two 16-byte accesses of bf16 in flight
+TILE, WARPS = 2048, 8  # 8 elements a thread: 16 bytes of bf16, and one layout of threads for rows of 16 and 8 bits
 FLAT_DIM = 128  # rows without heads are cut into pieces of this length, or of the largest power of two in them
 
 PLAIN, INT8, E4M3 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # how source rows are stored
