@@ -74,9 +74,10 @@ def compiling_for(arch: int) -> Iterator[list[Any]]:
         return kernels[-1]
 
     with (
-        mock.patch.object(triton.runtime.driver, "_active", AbsentGPU(arch)),
+        mock.patch.dict(vars(triton.runtime.driver)),  # restores the driver; asking for it would fail here
         mock.patch.object(JITFunction, "run", compile_only),
     ):
+        triton.runtime.driver.set_active(AbsentGPU(arch))
         yield kernels
 
 
