@@ -21,7 +21,7 @@ from kvlock_kernels._triton.tiles import (
 
 E4M3_LIMIT, INT8_LIMIT = tl.constexpr(448.0), tl.constexpr(127.0)  # largest codes that are used
 FP32_TINY = tl.constexpr(2.0**-126)  # smallest normal number
-NATIVE_E4M3 = (8, 9)  # the first compute capability with an instruction that encodes e4m3
+NATIVE_E4M3 = 89  # the first architecture with an instruction that encodes e4m3
 
 
 @triton.jit
@@ -81,8 +81,8 @@ def unpack_kernel(data, scale, mean, out, rows, row_blocks, MEANS: tl.constexpr,
 
 
 def encodes_e4m3(x: Tensor) -> bool:
-    """Whether the GPU of x has an instruction that encodes e4m3; without it the bits are put together by hand."""
-    return x.is_cuda and torch.cuda.get_device_capability(x.device) >= NATIVE_E4M3
+    """Whether the GPU that x is compiled for has an instruction that encodes e4m3; the interpreter has none."""
+    return not x.is_cpu and triton.runtime.driver.active.get_current_target().arch >= NATIVE_E4M3
 
 
 def pack_kv(x: Tensor, index: Tensor, dtype: torch.dtype, *, mean: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,59 @@
+"""The benchmark runner: `python -m benchmarks --gpu` measures, without --gpu it lists the cases."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks import guidance, lerp, norm_rope, packing, variance
+from benchmarks._case import Case
+from benchmarks._harness import Machine, Results, copy_row, rows
+
+CASES = (*lerp.CASES, *packing.CASES, *norm_rope.CASES, *variance.CASES, *guidance.CASES)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit code: 2 where a GPU is asked for and there is none."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--gpu", action="store_true", help="measure on the first CUDA GPU")
+    parser.add_argument("--core", action="store_true", help="the short run: ten minutes on one GPU")
+    parser.add_argument("--only", metavar="NAME", default="", help="cases whose line in the list has NAME in it")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", metavar="DIR")
+    parser.add_argument("--commit", help="what was measured, where this is no git checkout")
+    options = parser.parse_args(arguments)
+    cases = [case for case in CASES if options.only in case.label and (case.core or not options.core)]
+    if not cases:
+        parser.error(f"no case has {options.only!r} in its line")
+    if not options.gpu:
+        print(*map(describe, cases), sep="\n")
+        return 0
+    if not torch.cuda.is_available():
+        print("python -m benchmarks --gpu needs a CUDA GPU, and torch sees none", file=sys.stderr)
+        return 2
+    measure(cases, options.out, options.commit)
+    return 0
+
+
+def describe(case: Case) -> str:
+    """One line: the case, its bytes, the prediction and who computes it."""
+    traffic = case.traffic(case.shape)
+    providers = ", ".join(provider.name for provider in case.providers)
+    return f"{case.label}: {traffic.bytes / 1e6:.1f} MB, predicted {traffic.predicted_us:.1f} us; {providers}"
+
+
+def measure(cases: list[Case], out: Path, commit: str | None) -> None:
+    """Measures and writes the cases; what a cut run has measured stays."""
+    machine = Machine(commit)
+    with Results(out / f"{'-'.join(machine.gpu.lower().split())}.csv") as results:
+        row, copy = copy_row(machine)
+        results.write(row)
+        print(f"device copy: {row.rate} GB/s")
+        for row in rows(cases, machine, copy):
+            results.write(row)
+            time = f"{row.p50} us, {row.share_of_copy or '-'} of copy" if row.status == "ok" else row.note
+            print(f"{row.op} {row.source} {row.shape} {row.setting} {row.provider}: {row.status}, {time}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,169 @@
+"""What a benchmark measures: a call at a model's shape, the bytes it must move, who does it, and when it is right."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import kvlock_kernels
+from kvlock_kernels import _cuda
+
+PREDICTED_BANDWIDTH = 4.3e12  # bytes a second: a device copy on an H200; every prediction is bytes over this
+NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int8: "int8", torch.float8_e4m3fn: "e4m3"}
+RUN = 80  # tokens in a row of a 720p video; the background index comes in runs of about this length
+
+Inputs = dict[str, Any]  # the arguments of an operator by name
+Outputs = tuple[Tensor, ...]
+
+
+class Shape(NamedTuple):
+    """A model's attention: tokens on a grid of frames, rows and columns, H heads of D elements."""
+
+    name: str
+    grid: tuple[int, int, int]
+    heads: int
+    dim: int = 128
+
+    @property
+    def tokens(self) -> int:
+        return math.prod(self.grid)
+
+    @property
+    def latents(self) -> tuple[int, ...]:
+        """One sample of Wan latents: 16 channels, patches of 2 x 2."""
+        frames, rows, columns = self.grid
+        return 1, 16, frames, 2 * rows, 2 * columns
+
+
+WAN_1_3B_480P = Shape("wan-1.3b-480p", (21, 30, 52), 12)
+WAN_14B_480P = Shape("wan-14b-480p", (21, 30, 52), 40)
+WAN_14B_720P = Shape("wan-14b-720p", (21, 45, 80), 40)
+SMALL_H12 = Shape("small-h12", (4, 32, 32), 12)
+SMALL_H40 = Shape("small-h40", (4, 32, 32), 40)
+SHAPES = (WAN_1_3B_480P, WAN_14B_480P, WAN_14B_720P, SMALL_H12, SMALL_H40)
+TINY = Shape("tiny", (2, 4, 10), 3, 16)  # one run of tokens, for a CPU
+
+
+class Traffic(NamedTuple):
+    """The fewest bytes a call moves: of each input read once and of each output written once."""
+
+    elements: int
+    terms: tuple[tuple[float, str], ...]  # bytes an element, and what they are
+
+    @property
+    def bytes(self) -> float:
+        return self.elements * self.per_element
+
+    @property
+    def per_element(self) -> float:
+        return sum(size for size, _ in self.terms)
+
+    @property
+    def formula(self) -> str:
+        return " + ".join(f"{size:.3g} {what}" for size, what in self.terms) or "0"
+
+    @property
+    def predicted_us(self) -> float:
+        return 1e6 * self.bytes / PREDICTED_BANDWIDTH
+
+
+class Check(NamedTuple):
+    """How far a result is from the formula in fp64, over the largest exact value."""
+
+    error: float
+    allowed: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.allowed  # False for NaN
+
+
+class Provider(NamedTuple):
+    """Somebody who computes the operator; in-place ones change their inputs and return what they changed."""
+
+    name: str
+    run: Callable[[Inputs], Outputs]
+    compiled: bool = False  # run through torch.compile
+    prepare: Callable[[Inputs], Inputs] = lambda inputs: inputs  # for one who serves only some inputs
+    roundings: int = 1  # to the result's dtype on the way; the check allows as many times the error of one
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One call of one operator."""
+
+    op: str
+    shape: Shape
+    dtype: str
+    source: str  # how source rows are stored, or blank
+    setting: str  # what else tells the case from its neighbours
+    make: Callable[[Shape, str, int], Inputs]  # from shape, device and seed
+    traffic: Callable[[Shape], Traffic]
+    check: Callable[[Inputs, Outputs], Check]  # from untouched inputs and the result for them
+    providers: tuple[Provider, ...]
+    core: bool = False  # of the short run
+    offline: bool = False  # of the table of compiled kernels
+    wide: bool = True  # moves enough for 128-bit accesses
+
+    @property
+    def name(self) -> str:
+        return f"{self.op}-H{self.shape.heads}-{self.source}" if self.source else f"{self.op}-{self.dtype}"
+
+    @property
+    def label(self) -> str:
+        return " ".join(filter(None, (self.name, self.shape.name, self.setting)))
+
+
+def ours(op: str) -> Provider:
+    """The public operator; the name says where it still runs as plain PyTorch."""
+    name = "kvlock" if op in _cuda.OPERATORS else "kvlock (no kernel yet)"
+    function = getattr(kvlock_kernels, op)
+    return Provider(name, lambda inputs: outputs(function(**inputs)))
+
+
+def formula(function: Callable[..., Any], *changed: str) -> tuple[Provider, Provider]:
+    """Plain PyTorch, eager and to be compiled; `changed` names the arguments that an in-place function changes."""
+
+    def run(inputs: Inputs) -> Outputs:
+        result = outputs(function(**inputs))
+        return result + tuple(inputs[name] for name in changed)
+
+    return Provider("eager", run), Provider("torch.compile", run, compiled=True)
+
+
+def outputs(result: Any) -> Outputs:
+    """The tensors of a result: one, several or none."""
+    if isinstance(result, Tensor):
+        return (result,)
+    return tuple(value for value in result or () if isinstance(value, Tensor))
+
+
+def close(actual: Outputs, exact: Outputs, steps: float) -> Check:
+    """Wants every result within `steps` roundings of the largest exact value; gives the result that is worst."""
+    checks = []
+    for value, wanted in zip(actual, exact, strict=True):
+        error = (value.double() - wanted).abs().max() / wanted.abs().max()
+        checks.append(Check(error.item(), steps * torch.finfo(value.dtype).eps))
+    return max(checks, key=lambda check: (not check.passed, check.error / check.allowed))
+
+
+def normal(*shape: int, device: str, seed: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Standard normal numbers; on the meta device only their shape."""
+    if device == "meta":
+        return torch.empty(shape, dtype=dtype, device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.randn(shape, generator=generator, device=device, dtype=dtype)
+
+
+def background(shape: Shape, share: float, device: str) -> Tensor:
+    """The index of a background that is `share` of all tokens: of each run, the first ones."""
+    token = torch.arange(shape.tokens, dtype=torch.int32)
+    return token[token % RUN < round(share * RUN)].to(device)  # as long on the meta device as anywhere
+
+
+def background_rows(shape: Shape, share: float) -> int:
+    """The length of that index."""
+    return background(shape, share, "cpu").shape[0]

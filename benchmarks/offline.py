@@ -1,0 +1,165 @@
+"""Compiles the kernels for GPUs that are not there, with the arguments the launchers pass, and reads the machine code.
+
+The table goes to benchmarks/README.md with `python -m benchmarks.offline --write`.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+from benchmarks.__main__ import CASES
+from benchmarks._case import Case
+from kvlock_kernels import _cuda
+
+ARCHS = (80, 89, 90)
+SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}  # bytes a program may have
+OFFLINE = tuple(case for case in CASES if case.offline and case.op in _cuda.OPERATORS)
+README = Path(__file__).with_name("README.md")
+BEGIN, END = "<!-- begin: python -m benchmarks.offline --write -->", "<!-- end -->"
+
+
+class Compiled(NamedTuple):
+    """What a kernel became for one architecture."""
+
+    case: str
+    kernel: str
+    arch: int
+    registers: int
+    spills: int  # loads and stores of local memory
+    shared: int  # bytes
+    instructions: int
+    loads_128: int  # LDG instructions of 16 bytes a thread
+    stores_128: int
+    barriers: int
+    bytes_formula: str
+
+
+class AbsentGPU:
+    """A Triton driver that knows a GPU by name only; each architecture is a device, with the JIT's cache of its own."""
+
+    def __init__(self, arch: int) -> None:
+        self._arch = arch
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self._arch, 32)
+
+    def get_current_device(self) -> int:
+        return self._arch
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def compiling_for(arch: int) -> Iterator[list[Any]]:
+    """Inside, `kernel[grid](...)` compiles and launches nothing; gives the list that the compiled kernels join."""
+    import triton
+    from triton.runtime.jit import JITFunction
+
+    run, kernels = JITFunction.run, []
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        kernels.append(run(self, *args, grid=grid, warmup=True, **kwargs))
+        return kernels[-1]
+
+    with (
+        mock.patch.dict(vars(triton.runtime.driver)),  # restores the driver; asking for it would fail here
+        mock.patch.object(JITFunction, "run", compile_only),
+    ):
+        triton.runtime.driver.set_active(AbsentGPU(arch))
+        yield kernels
+
+
+def compile_case(case: Case, arch: int) -> list[Compiled]:
+    """The kernels of one call: tensors are on the meta device, where they have shapes, strides and alignment."""
+    inputs = case.make(case.shape, "meta", 0)
+    with compiling_for(arch) as kernels:
+        _cuda.launchers()[case.op](**inputs)
+    return [_inspected(case, arch, kernel) for kernel in kernels]
+
+
+def _inspected(case: Case, arch: int, kernel: Any) -> Compiled:
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = _output(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name)
+        code = _output(knobs.nvidia.nvdisasm.path, "-c", file.name)
+    registers = re.search(r"REG:(\d+)", usage)
+    if registers is None:
+        raise RuntimeError(f"cuobjdump says nothing of the registers of {kernel.metadata.name}: {usage!r}")
+    opcodes = Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", code))
+
+    def count(name: str, width: str | None = None) -> int:
+        parts = ((opcode.split("."), n) for opcode, n in opcodes.items())
+        return sum(n for words, n in parts if words[0] == name and (width is None or width in words))
+
+    return Compiled(
+        case.name, kernel.metadata.name, arch, int(registers[1]), count("LDL") + count("STL"), kernel.metadata.shared,
+        opcodes.total() - count("NOP"), count("LDG", "128"), count("STG", "128"), count("BAR"),
+        case.traffic(case.shape).formula,
+    )
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def table(kernels: list[Compiled], triton_version: str) -> str:
+    """The Markdown table: a line for each kernel of each case, its numbers for the three architectures."""
+    lines = [
+        f"Triton {triton_version}; sm_80 / sm_89 / sm_90 in each cell.",
+        "",
+        "| case | kernel | bytes an element | registers | spills | shared bytes | instructions | 128-bit loads "
+        "| 128-bit stores | barriers |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    groups: dict[tuple[str, str], list[Compiled]] = {}
+    for kernel in kernels:
+        groups.setdefault((kernel.case, kernel.kernel), []).append(kernel)
+    for (case, name), group in groups.items():
+        numbers = zip(*(kernel[3:-1] for kernel in group), strict=True)
+        cells = [f"`{case}`", f"`{name}`", group[0].bytes_formula, *(" / ".join(map(str, n)) for n in numbers)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def section(text: str) -> str:
+    """What stands between the two marks of the README."""
+    return text.split(BEGIN)[1].split(END)[0].strip()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.offline", description="Compile for sm_80, 89 and 90.")
+    parser.add_argument("--write", action="store_true", help=f"put the table into {README.name}")
+    parser.add_argument("--json", action="store_true", help="print the numbers and the table as JSON")
+    options = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET", "0") != "0":
+        parser.error("TRITON_INTERPRET is set: the interpreter compiles nothing; unset it and run again")
+    import triton
+
+    compiled = [kernel for case in OFFLINE for arch in ARCHS for kernel in compile_case(case, arch)]
+    text = table(compiled, triton.__version__)
+    if options.write:
+        readme = README.read_text(encoding="utf-8")
+        README.write_text(readme.replace(section(readme), text), encoding="utf-8")
+    if options.json:
+        print(json.dumps({"kernels": [kernel._asdict() for kernel in compiled], "table": text}))
+    else:
+        print(text)
+
+
+if __name__ == "__main__":
+    main()

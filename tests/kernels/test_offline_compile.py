@@ -1,0 +1,77 @@
+"""The kernels compiled for GPUs that are not there: no spills, 16-byte accesses, and the table of the benchmarks."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import offline
+from benchmarks._case import Case
+from kvlock_kernels import _cuda
+
+ROOT = Path(__file__).parents[2]
+# Eight bytes, stored and loaded once a tile, where the assembler stops at 48 registers.
+KNOWN_SPILLS = {("qk_norm_rope_kv_pack_-H12-bf16", 80): 2}
+each_case_and_arch = pytest.mark.parametrize(
+    ("case", "arch"),
+    [pytest.param(case, arch, id=f"{case.name}-sm_{arch}") for case in offline.OFFLINE for arch in offline.ARCHS],
+)
+
+
+@pytest.fixture(scope="module")
+def report() -> dict[str, Any]:
+    """What the command prints as JSON; in a process of its own, because the interpreter compiles nothing."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.offline", "--json"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture
+def kernels(report: dict[str, Any], case: Case, arch: int) -> list[dict[str, Any]]:
+    """The kernels of one case for one architecture; every case launches one or more."""
+    found = [one for one in report["kernels"] if (one["case"], one["arch"]) == (case.name, arch)]
+    assert found
+    return found
+
+
+@each_case_and_arch
+def test_nothing_spills(kernels: list[dict[str, Any]], case: Case, arch: int) -> None:
+    assert sum(kernel["spills"] for kernel in kernels) <= KNOWN_SPILLS.get((case.name, arch), 0)
+
+
+@each_case_and_arch
+def test_loads_and_stores_are_16_bytes_wide(kernels: list[dict[str, Any]], case: Case) -> None:
+    if not case.wide:
+        pytest.skip("moves a few numbers")
+    assert sum(kernel["loads_128"] for kernel in kernels) > 0
+    assert sum(kernel["stores_128"] for kernel in kernels) > 0
+
+
+@each_case_and_arch
+def test_shared_memory_is_within_the_limit_of_the_card(kernels: list[dict[str, Any]], arch: int) -> None:
+    assert all(kernel["shared"] <= offline.SHARED_LIMIT[arch] for kernel in kernels)
+
+
+def test_every_operator_with_a_kernel_is_compiled() -> None:
+    assert {case.op for case in offline.OFFLINE} == set(_cuda.OPERATORS)
+
+
+def test_the_table_in_the_readme_is_what_the_command_prints(report: dict[str, Any]) -> None:
+    stated, printed = offline.section(offline.README.read_text(encoding="utf-8")), report["table"]
+    version = lambda table: table.split(";")[0]
+    if version(stated) != version(printed):
+        pytest.skip(f"the table was made with {version(stated)}, this is {version(printed)}")
+    assert stated == printed
+
+
+def test_the_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(SystemExit):
+        offline.main([])
+    assert "TRITON_INTERPRET is set" in capsys.readouterr().err

@@ -1,0 +1,182 @@
+"""The benchmarks on a CPU: every case passes its own check at a tiny shape, and what is written can be read."""
+
+import dataclasses
+import re
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks import __main__ as runner
+from benchmarks import _harness
+from benchmarks._case import TINY, WAN_1_3B_480P, Case, Provider, Traffic
+from benchmarks._harness import Results, Row
+
+README = (Path(__file__).parents[1] / "benchmarks" / "README.md").read_text(encoding="utf-8")
+TINY_CASES = {
+    f"{case.op}-{case.source or case.dtype}-{case.setting}".replace(" ", "-"): dataclasses.replace(case, shape=TINY)
+    for case in runner.CASES
+}
+EVERYBODY = [
+    pytest.param(case, provider, id=f"{name}-{provider.name}".replace(" ", "-"))
+    for name, case in TINY_CASES.items()
+    for provider in case.providers
+    if provider.name != "torch.compile"  # the function of "eager" once more
+]
+
+
+class NoMachine:
+    """Says nothing of GPU and versions."""
+
+    def now(self) -> dict[str, str]:
+        return {}
+
+
+@pytest.mark.parametrize(("case", "provider"), EVERYBODY)
+def test_a_provider_passes_the_check(case: Case, provider: Provider) -> None:
+    check = _harness.gate(case, provider, "cpu")
+    assert check.passed, check
+
+
+def spoiled(case: Case) -> Provider:
+    """The eager formula with one element of its first result off by an eighth of the largest value."""
+    provider = next(provider for provider in case.providers if provider.name == "eager")
+
+    def run(inputs):
+        first, *rest = provider.run(inputs)
+        values = first.float()
+        values.view(-1)[0] += max(values.abs().max() / 8, 1)
+        return values.to(first.dtype), *rest
+
+    return Provider("spoiled", run)
+
+
+@pytest.mark.parametrize("name", [name for name, case in TINY_CASES.items() if len(case.providers) > 1])
+def test_a_wrong_result_is_written_as_failed_and_not_timed(name: str) -> None:
+    case = dataclasses.replace(TINY_CASES[name], providers=(spoiled(TINY_CASES[name]),))
+    (row,) = _harness.rows([case], NoMachine(), 1.0, "cpu")
+    assert (row.status, row.p50, row.rate) == ("failed", "", "")
+
+
+def test_a_provider_that_cannot_run_does_not_end_the_run() -> None:
+    case = TINY_CASES["pack_kv-int8-share-0.8"]
+
+    def run(inputs):
+        raise RuntimeError("no\nway")
+
+    case = dataclasses.replace(case, providers=(Provider("broken", run), spoiled(case)))
+    broken, failed = _harness.rows([case], NoMachine(), 1.0, "cpu")
+    assert (broken.status, broken.note, broken.p50) == ("error", "RuntimeError: no", "")
+    assert failed.status == "failed"
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA's events on the clock of the host, so that the path of a timed row runs; its times mean nothing."""
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            self.at = 0.0
+
+        def record(self) -> None:
+            self.at = time.perf_counter()
+
+        def elapsed_time(self, end: "Event") -> float:
+            return 1e3 * (end.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=2**19))
+    monkeypatch.setattr(_harness, "SECONDS", 0.01)
+    monkeypatch.setattr(_harness, "WARM_UP_SECONDS", 0.01)
+    monkeypatch.setattr(_harness, "COPY_BYTES", 2**12)
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_row_that_passes_has_a_time_and_the_rate_that_follows_from_it() -> None:
+    case = TINY_CASES["kv_lerp_-int8-share-0.8,-ratio-0.3"]
+    case = dataclasses.replace(case, providers=case.providers[:2])
+    copy, ceiling = _harness.copy_row(NoMachine(), "cpu")
+    assert copy.status == "ok" and float(copy.share_of_copy) == 1.0
+    for row in _harness.rows([case], NoMachine(), ceiling, "cpu"):
+        assert row.status == "ok" and float(row.p20) <= float(row.p50) <= float(row.p80)
+        rate = float(row.bytes) / float(row.p50) / 1e3
+        assert float(row.rate) == pytest.approx(rate, rel=0.01)
+        assert float(row.share_of_copy) == pytest.approx(rate * 1e9 / ceiling, rel=0.01, abs=1e-3)  # three digits
+
+
+@pytest.mark.usefixtures("clock")
+def test_input_sets_are_three_or_more_and_larger_than_twice_the_cache() -> None:
+    case = TINY_CASES["windowed_variance_-fp32-10-slots"]
+    sets = _harness.rotation(case, case.providers[0], "cpu")
+    size = sum(value.nbytes for inputs in sets for value in inputs.values())
+    assert len(sets) >= 3 and size > 2 * 2**19
+    assert not torch.equal(sets[0]["x0"], sets[1]["x0"])
+
+
+def test_rows_round_trip_through_the_file_and_a_second_run_appends(tmp_path: Path) -> None:
+    path = tmp_path / "results" / "gpu.csv"
+    rows = [Row(*(f"{field}, {number}" for field in Row._fields)) for number in range(3)]
+    written = [row._replace(note='a "note"\nof two lines') for row in rows]
+    with Results(path) as results:
+        results.write(written[0])
+        assert _harness.read(path) == written[:1]  # on the disk before the file is closed
+        results.write(written[1])
+    with Results(path) as results:
+        results.write(written[2])
+    assert _harness.read(path) == written
+
+
+def test_a_file_with_other_columns_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "gpu.csv"
+    path.write_text("op,provider\nlerp,me\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="other columns"):
+        Results(path)
+    assert path.read_text(encoding="utf-8") == "op,provider\nlerp,me\n"
+
+
+def test_the_bytes_of_a_lerp_are_those_of_x_source_and_result() -> None:
+    case = next(case for case in runner.CASES if case.core and case.op == "kv_lerp_" and case.source == "int8")
+    traffic = case.traffic(case.shape)
+    assert traffic == Traffic(26216 * 12 * 128, ((2, "x"), (1, "source"), (4 / 128, "scale"), (2, "written")))
+    assert traffic.bytes == 26216 * 12 * (128 * 5 + 4)
+
+
+def test_the_short_run_is_short_and_serves_every_target() -> None:
+    core = [case for case in runner.CASES if case.core]
+    assert sum(len(case.providers) for case in core) <= 48
+    assert {case.op for case in core} >= set(re.findall(r"^\| `(\w+)` \|", README, flags=re.MULTILINE))
+
+
+def test_the_predictions_of_the_readme_are_those_of_the_cases() -> None:
+    stored = {"kv_lerp_": "bf16", "pack_kv": "int8", "qk_norm_rope_kv_lerp_": "bf16"}
+    predicted: dict[str, str] = {}  # of the first case of each operator
+    for case in runner.CASES:
+        if case.core and case.shape == WAN_1_3B_480P and case.source == stored.get(case.op, ""):
+            predicted.setdefault(case.op, f"{case.traffic(case.shape).predicted_us:.1f} us")
+    rows = re.findall(r"^\| `(\w+)` \|.*\| (.*) \| not yet measured \|$", README, flags=re.MULTILINE)
+    assert len(rows) == 5
+    assert dict(rows) == {op: predicted[op] for op, _ in rows}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_run_ends_with_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert runner.main(["--gpu", "--core", "--out", str(tmp_path)]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1) and "needs a CUDA GPU" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_list_names_every_case(capsys: pytest.CaptureFixture[str]) -> None:
+    assert runner.main(["--only", "windowed_variance_"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and all(line.startswith("windowed_variance_-fp32 ") for line in lines)
+
+
+def test_a_name_that_no_case_has_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        runner.main(["--only", "nonsense"])
+    assert "no case has 'nonsense'" in capsys.readouterr().err
