@@ -142,8 +142,8 @@ def diffusers_sequence(inputs: Inputs) -> Outputs:
     k, v = normed("k"), inputs["v"].unflatten(2, heads)
     if len(index):
         for x, name in ((k, "k"), (v, "v")):
-            scale, mean = inputs[f"{name}_scale"], inputs[f"{name}_mean"]
-            reference.kv_lerp_(x, inputs[f"{name}_source"], index, inputs["ratio"], source_scale=scale, source_mean=mean)
+            source, scale, mean = (inputs[f"{name}_{part}"] for part in ("source", "scale", "mean"))
+            reference.kv_lerp_(x, source, index, inputs["ratio"], source_scale=scale, source_mean=mean)
     return rotated(normed("q")), rotated(k), v.flatten(2)
 
 

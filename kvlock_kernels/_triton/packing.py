@@ -14,6 +14,7 @@ from kvlock_kernels._triton.tiles import (
     as_bytes,
     dense,
     fp32_to_e4m3,
+    load_mean,
     load_source,
     round_half_even,
     tile_of,
@@ -62,8 +63,7 @@ def pack_kernel(x, index, data, scale, mean, rows, row_blocks, stride_b, stride_
     if PACKING != PLAIN:
         values = values.to(tl.float32)
         if MEANS > 0:
-            mean_b = b if MEANS > 1 else 0
-            values -= tl.load(mean + (mean_b * H + head) * D + d, mask=d < D, other=0.0)
+            values -= load_mean(mean, b if MEANS > 1 else 0, row, head, d, H, D)
     store_packed(values, data, scale, (b * rows + row) * H + head, d, row < rows, valid, D, PACKING, NATIVE)
 
 

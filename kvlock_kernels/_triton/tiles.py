@@ -99,6 +99,13 @@ def fp32_to_e4m3(x):
 
 
 @triton.jit
+def load_mean(mean, b, row, head, d, H: tl.constexpr, D: tl.constexpr):
+    """The mean of each row's head and element, once a row: as a smaller tile it would be spread over other threads."""
+    at = tl.broadcast_to((b * H + head) * D + d, (row + head + d).shape)
+    return tl.load(mean + at, mask=(row >= 0) & (head < H) & (d < D), other=0.0)
+
+
+@triton.jit
 def load_source(source, scale, mean, row, head, d, valid, heads_valid, rows, b, mean_b, H: tl.constexpr,
                 D: tl.constexpr, PACKING: tl.constexpr, HAS_MEAN: tl.constexpr):
     """A tile of sample b's source rows: decoded to fp32 where packed, in the dtype they are stored in where not."""
@@ -108,5 +115,5 @@ def load_source(source, scale, mean, row, head, d, valid, heads_valid, rows, b, 
         values = e4m3_to_fp32(values) if PACKING == E4M3 else values.to(tl.float32)
         values *= tl.load(scale + at, mask=heads_valid)
         if HAS_MEAN:
-            values += tl.load(mean + (mean_b * H + head) * D + d, mask=(head < H) & (d < D))
+            values += load_mean(mean, mean_b, row, head, d, H, D)
     return values

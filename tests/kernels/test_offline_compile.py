@@ -14,8 +14,6 @@ from benchmarks._case import Case
 from kvlock_kernels import _cuda
 
 ROOT = Path(__file__).parents[2]
-# Eight bytes, stored and loaded once a tile, where the assembler stops at 48 registers.
-KNOWN_SPILLS = {("qk_norm_rope_kv_pack_-H12-bf16", 80): 2}
 each_case_and_arch = pytest.mark.parametrize(
     ("case", "arch"),
     [pytest.param(case, arch, id=f"{case.name}-sm_{arch}") for case in offline.OFFLINE for arch in offline.ARCHS],
@@ -42,15 +40,17 @@ def kernels(report: dict[str, Any], case: Case, arch: int) -> list[dict[str, Any
 
 @each_case_and_arch
 def test_nothing_spills(kernels: list[dict[str, Any]], case: Case, arch: int) -> None:
-    assert sum(kernel["spills"] for kernel in kernels) <= KNOWN_SPILLS.get((case.name, arch), 0)
+    assert sum(kernel["spills"] for kernel in kernels) == 0
 
 
 @each_case_and_arch
-def test_loads_and_stores_are_16_bytes_wide(kernels: list[dict[str, Any]], case: Case) -> None:
+def test_loads_and_stores_of_16_bit_rows_are_16_bytes_wide(kernels: list[dict[str, Any]], case: Case) -> None:
+    """A thread holds 8 elements, so that 8-bit rows, which are all that unpack_kv reads or pack_kv writes, take 8."""
     if not case.wide:
         pytest.skip("moves a few numbers")
-    assert sum(kernel["loads_128"] for kernel in kernels) > 0
-    assert sum(kernel["stores_128"] for kernel in kernels) > 0
+    packed = case.source in ("int8", "e4m3")
+    assert (case.op == "unpack_kv" and packed) or sum(kernel["loads_128"] for kernel in kernels) > 0
+    assert (case.op == "pack_kv" and packed) or sum(kernel["stores_128"] for kernel in kernels) > 0
 
 
 @each_case_and_arch
