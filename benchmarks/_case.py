@@ -11,7 +11,7 @@ from torch import Tensor
 import kvlock_kernels
 from kvlock_kernels import _cuda
 
-PREDICTED_BANDWIDTH = 4.3e12  # bytes a second: a device copy on an H200; every prediction is bytes over this
+PREDICTED_BANDWIDTH = 4.3e12  # bytes a second, nine tenths of an H200's 4.8; every prediction is bytes over this
 NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int8: "int8", torch.float8_e4m3fn: "e4m3"}
 RUN = 80  # tokens in a row of a 720p video; the background index comes in runs of about this length
 

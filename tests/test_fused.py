@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import kvlock
 from kvlock import KVLockConfig, preset
 from kvlock.adapters.families import locked_attentions
-from kvlock.adapters.fused import FusedLayers
+from kvlock.adapters.fused import FusedLayers, FusedWanProcessor
 from kvlock.adapters.modes import LockState
 
 STEPS = 5
@@ -115,10 +115,15 @@ def test_nothing_is_left_behind_also_after_an_exception(pipes):
     pipe = pipes["vace"]
     processors = [block.attn1.processor for block in pipe.transformer.blocks]
     before = tiny.call(pipe, steps=2)
+
+    def interrupt(_pipe, step, timestep, kwargs):
+        if step == STEPS - 2:  # a locked one, so that the fused processors are in their places
+            assert all(type(block.attn1.processor) is FusedWanProcessor for block in pipe.transformer.blocks)
+            raise KeyboardInterrupt
+        return kwargs
+
     with pytest.raises(KeyboardInterrupt), attach(pipe):
-        assert tiny.leftovers(pipe)
-        tiny.call(pipe, steps=STEPS)
-        raise KeyboardInterrupt
+        tiny.call(pipe, steps=STEPS, callback_on_step_end=interrupt)
     assert [block.attn1.processor for block in pipe.transformer.blocks] == processors
     assert tiny.leftovers(pipe) == []
     assert torch.equal(tiny.call(pipe, steps=2), before)
@@ -194,6 +199,16 @@ class OtherProcessor(WanAttnProcessor):
     pass
 
 
+def test_a_processor_set_inside_the_block_is_named_and_stays(pipes):
+    pipe = tiny.pipeline(WanPipeline)
+    other = OtherProcessor()
+    with pytest.raises(ValueError, match=r"blocks\[1\] has had its processor replaced by OtherProcessor"), attach(pipe):
+        pipe.transformer.blocks[1].attn1.set_processor(other)
+        tiny.call(pipe, steps=STEPS)
+    assert pipe.transformer.blocks[1].attn1.processor is other
+    assert tiny.leftovers(pipe) == []
+
+
 def test_an_unknown_kernel_is_refused_with_the_known_ones(pipes):
     with pytest.raises(ValueError, match=r"kernel='triton'.*'hooks', 'fused'"), attach(pipes["wan"], kernel="triton"):
         pass
@@ -208,10 +223,11 @@ def test_an_unknown_kernel_is_refused_with_the_known_ones(pipes):
         (lambda attn: setattr(attn, "norm_q", nn.RMSNorm(24, elementwise_affine=False)), "norm_q is RMSNorm"),
         (lambda attn: setattr(attn.norm_q, "eps", None), "eps None"),
         (lambda attn: setattr(attn.norm_k, "eps", 1e-3), "eps 1e-06 and 0.001"),
-        (lambda attn: setattr(attn.norm_k, "_diffusers_hook", SimpleNamespace(hooks={})), "offloaded by itself"),
+        (lambda attn: setattr(attn.norm_k, "_diffusers_hook", SimpleNamespace(hooks={})), "norm_k has hooks"),
+        (lambda attn: attn.norm_q.register_forward_hook(print), "norm_q has hooks"),
         (lambda attn: setattr(attn.processor, "_parallel_config", object()), "split over several devices"),
     ],
-    ids=["processor", "per-head-norm", "layer-norm", "no-weight", "no-eps", "two-eps", "leaf-offload", "parallel"],
+    ids=["processor", "per-head-norm", "layer-norm", "no-weight", "no-eps", "two-eps", "offload", "hook", "parallel"],
 )
 def test_what_the_fused_pass_cannot_serve_is_refused_with_the_reason(change, reason):
     pipe = tiny.pipeline(WanPipeline)
@@ -219,7 +235,7 @@ def test_what_the_fused_pass_cannot_serve_is_refused_with_the_reason(change, rea
     with pytest.raises(ValueError, match=r'kernel="fused" does not fit blocks\[1\].*' + reason), attach(pipe):
         pass
     assert all("kvlock" not in type(b.attn1.processor).__module__ for b in pipe.transformer.blocks)
-    assert [name for name in tiny.leftovers(pipe) if "_diffusers_hook" not in name] == []
+    assert [name for name in tiny.leftovers(pipe) if "norm_q hook" not in name] == []
 
 
 def test_a_mask_of_another_size_is_refused_by_name(pipes):

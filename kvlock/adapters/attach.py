@@ -50,7 +50,8 @@ def attach(
         source_prompt_embeds: [1 or B, L, C] as ``pipe.encode_prompt`` gives them; zero rows at the end are padding, and
             become as many as the call's own prompt has; None encodes "" and says so.
         kernel: where the lock acts. ``"hooks"`` on the outputs of key norm and value projection, with every attention;
-            ``"fused"`` in one pass with Wan's QK norm and RoPE, rounded once instead of three times.
+            ``"fused"`` in one pass with Wan's QK norm and RoPE, rounded once instead of three times (so that in half
+            precision a ratio of 0 is not the plain pipeline to the last bit).
 
     Yields:
         The session; ``session.trace`` records each step, also after the block.

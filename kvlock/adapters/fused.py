@@ -72,7 +72,7 @@ class FusedWanProcessor:
             )
             k_source, v_source = rows.k.data, rows.v.data
         if k_source is None or v_source is None:
-            raise ValueError(f"{self._name} has no source rows; record them first")
+            raise ValueError(f"{self.name} has no source rows; record them first")
         qk_norm_rope_kv_lerp_(
             q[edit:], k[edit:], v[edit:], *layer, k_source, v_source, shared.source_row, shared.ratio, eps=eps
         )
@@ -80,13 +80,13 @@ class FusedWanProcessor:
     def _check(self, q: Tensor, encoder_hidden_states: Tensor | None, rotary_emb: Any) -> None:
         # The key is read where something is wrong only: a compiled block would be guarded on its number.
         if encoder_hidden_states is not None or rotary_emb is None:
-            raise ValueError(f'{self._name} is not called as self-attention with RoPE; wanted that with kernel="fused"')
+            raise ValueError(f'{self.name} is not called as self-attention with RoPE; wanted that with kernel="fused"')
         wanted = self.shared.num_tokens
         if q.shape[1] != wanted:
-            raise ValueError(f"{self._name} has {q.shape[1]} tokens, not {wanted}; the mask was made for another size")
+            raise ValueError(f"{self.name} has {q.shape[1]} tokens, not {wanted}; the mask was made for another size")
 
     @property
-    def _name(self) -> str:
+    def name(self) -> str:
         return f"{self.key.stack}[{self.key.block}]"
 
 
@@ -107,8 +107,9 @@ def check_fit(key: LayerKey, attention: Any) -> None:
         norm = getattr(attention, name)
         if type(norm) is not nn.RMSNorm or norm.weight is None or tuple(norm.normalized_shape) != (width,):
             raise ValueError(f"{where}: {name} is {norm}, wanted an RMSNorm with weights over {width}; {instead}")
-        if hasattr(norm, "_hf_hook") or hasattr(norm, "_diffusers_hook"):
-            raise ValueError(f"{where}: {name} is offloaded by itself, and its weights are read directly; {instead}")
+        hooks = norm._forward_hooks or norm._forward_pre_hooks
+        if hooks or hasattr(norm, "_hf_hook") or hasattr(norm, "_diffusers_hook"):
+            raise ValueError(f"{where}: {name} has hooks, and its weights are read without calling it; {instead}")
     if attention.norm_q.eps is None or attention.norm_q.eps != attention.norm_k.eps:
         eps = f"{attention.norm_q.eps} and {attention.norm_k.eps}"
         raise ValueError(f"{where}: norm_q and norm_k have eps {eps}, wanted one number; {instead}")
@@ -134,10 +135,18 @@ class FusedLayers(LockedLayers):
         self._layers.clear()
 
     def _switch(self, mode: int) -> None:
-        if (mode == OFF) != (self.shared.mode == OFF):
+        changes = (mode == OFF) != (self.shared.mode == OFF)
+        super()._switch(mode)  # first, so that a refusal half-way is undone by going OFF
+        if changes:
             for attention, fused in self._layers:
-                attention.set_processor(fused.plain if mode == OFF else fused)
-        super()._switch(mode)
+                here, there = (fused, fused.plain) if mode == OFF else (fused.plain, fused)
+                if attention.processor is here:
+                    attention.set_processor(there)
+                elif mode != OFF:  # going OFF leaves another's processor where it is
+                    raise ValueError(
+                        f"{fused.name} has had its processor replaced by {type(attention.processor).__name__} since "
+                        "attach; leave the block first"
+                    )
 
     def free(self) -> None:
         for _, fused in self._layers:

@@ -70,6 +70,7 @@ def norm_rope_kernel(
     valid, at = known & inner, head * D + d
     c, s = load_angles(cos, token, d, known, D, False), load_angles(sin, token, d, known, D, True)
     row = tl.load(source_row + token, mask=known, other=-1).to(tl.int64)
+    row = tl.where(row < rows, row, -1)  # without rows nothing mixes
 
     q_at = q + b * q_stride_b + token * q_stride_n + at
     new = rms_norm(tl.load(q_at, mask=valid, other=0.0), q_weight, at, inner, H * D, eps)

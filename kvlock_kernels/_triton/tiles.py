@@ -66,8 +66,8 @@ def tile_of(block, HEADS_OF_ROW: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.c
     """Row, head and element numbers of tile `block`, int64 [TOKENS, 1, 1], [1, HEADS, 1] and [1, 1, DIM]."""
     across: tl.constexpr = HEADS_OF_ROW // HEADS
     rows = (block // across).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    heads = (block % across) * HEADS + tl.arange(0, HEADS)
-    return rows[:, None, None], heads[None, :, None], tl.arange(0, DIM)[None, None, :]
+    heads = (block % across).to(tl.int64) * HEADS + tl.arange(0, HEADS)
+    return rows[:, None, None], heads[None, :, None], tl.arange(0, DIM).to(tl.int64)[None, None, :]
 
 
 @triton.jit

@@ -31,6 +31,8 @@ def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
     """What the operators run on: the reference, or the kernels in the interpreter or on a GPU."""
     name = getattr(request, "param", "reference")
     if name == "interpreter":
+        if torch.cuda.is_available():
+            pytest.skip("the kernels are compiled where there is a GPU; run them with -m gpu")
         import interpreter
 
         with interpreter.kernels_on_cpu():

@@ -132,6 +132,16 @@ def test_ratio_one_does_not_depend_on_the_locked_keys_and_values(dtype: torch.dt
     )
 
 
+def test_a_row_beyond_the_source_counts_as_none() -> None:
+    args, (_, source_row) = projections(1, 21, 3, 24), rows_of(21, 13)
+    nothing, none = torch.empty(1, 0, 3, 24), torch.full((21,), -1, dtype=torch.int32)
+    plain = qk_norm_rope_kv_lerp_(*(x.clone() for x in args), nothing, nothing, none, torch.ones(1), eps=EPS)
+    for one, other in zip(
+        qk_norm_rope_kv_lerp_(*args, nothing, nothing, source_row, torch.ones(1), eps=EPS), plain, strict=True
+    ):
+        assert_bit_identical(one, other)
+
+
 def test_an_angle_of_zero_and_a_weight_of_one_leave_the_norm_alone() -> None:
     q, k, v = (normal(1, 5, 8, seed=seed) for seed in range(3))
     one, zero = torch.ones(8), torch.zeros(5, 4)
