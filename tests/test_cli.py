@@ -5,11 +5,12 @@ import json
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from diffusers import WanVACEPipeline
 from PIL import Image
 
-from kvlock import cli, mini, video
+from kvlock import cli, mini, preset, video
 from kvlock.cli import edit, inputs, models
 from kvlock.geometry import Geometry
 from kvlock.mini import scenes
@@ -20,7 +21,7 @@ EDIT_FILES = ["out.mp4", *edit.BESIDE]
 
 
 def test_the_example_needs_no_file_and_writes_everything(kvlock, here, model, written):
-    code, out, _ = kvlock("edit", "--example", "--model", model, "--steps", 5)
+    code, out, _ = kvlock("edit", "--example", "--model", model, "--steps", 5, "--preset", "fixed-0.5")
     assert code == 0
     assert written(here) == sorted(f"kvlock-out/{name}" for name in [*EDIT_FILES, *edit.BESIDE_EXAMPLE])
     scene = scenes.sample(10**6 + inputs.EXAMPLE_SCENE)
@@ -28,9 +29,10 @@ def test_the_example_needs_no_file_and_writes_everything(kvlock, here, model, wr
     assert trace["input"]["source_prompt"] == scene.caption
     assert trace["input"]["prompt"] == edit.another(scene).caption
     assert [row["locked"] for row in trace["steps"]] == [False, False, False, True, True]
-    assert trace["steps"][-1]["fusion_ratio"][0] > 0
+    assert trace["summary"]["background_rows"] > 0
+    tiny.assert_locked(trace["steps"], preset("fixed-0.5"))
     assert trace["summary"]["composite"] == "none"
-    assert set(trace["summary"]["background"]) == {"kv-lock", "plain", "vae_round_trip"}
+    assert set(trace["summary"]["background"]) == {"fixed-0.5", "plain", "vae_round_trip"}
     edited, plain = (video.read_video(here / "kvlock-out" / name).frames for name in ("out.mp4", "plain.mp4"))
     assert edited.shape == plain.shape == (17, 96, 96, 3)
     assert "composite   none" in out
@@ -93,9 +95,10 @@ def test_the_vae_stays_in_float32(model, dtype):
 @pytest.mark.parametrize("offload", ["model", "group"])
 def test_an_offloaded_model_edits_too(kvlock, here, model, clip, offload):
     where = ("--video", clip.video, "--mask", clip.mask, "--model", model, "--steps", 3)
-    prompts = ("--prompt", "a red circle", "--source-prompt", "a star")
-    assert kvlock("edit", *where, *prompts, "--device", "cpu", "--offload", offload)[0] == 0
-    assert kvlock("edit", *where, *prompts, "--device", "cpu", "--out", "plain/out.mp4")[0] == 0
+    options = ("--prompt", "a red circle", "--source-prompt", "a star", "--preset", "fixed-0.5", "--device", "cpu")
+    assert kvlock("edit", *where, *options, "--offload", offload)[0] == 0
+    assert kvlock("edit", *where, *options, "--out", "plain/out.mp4")[0] == 0
+    tiny.assert_locked(json.loads((here / "kvlock-out/trace.json").read_text())["steps"], preset("fixed-0.5"))
     assert (here / "kvlock-out/out.mp4").read_bytes() == (here / "plain/out.mp4").read_bytes()
 
 

@@ -39,7 +39,7 @@ def test_without_an_unconditional_branch_the_trace_shows_no_guidance_and_one_not
     _, rows, notices = run(wan, KVLockConfig(**LOCK, **settings), guidance_scale=1.0)
     assert [row["guidance_scale"] for row in rows] == [[1.0]] * STEPS
     assert [row["s_star"] for row in rows] == [[1.0]] * STEPS
-    assert any(0 < row["fusion_ratio"][0] <= 1 for row in rows)
+    tiny.assert_locked(rows, KVLockConfig(**LOCK))
     assert len(notices) == 1 and "no unconditional branch" in notices[0]
 
 
@@ -62,36 +62,29 @@ def test_a_run_without_a_locked_step_says_so(wan, settings, steps):
 
 
 def test_a_locked_run_has_nothing_to_say(wan):
-    assert run(wan, KVLockConfig(**LOCK))[2] == []
+    config = KVLockConfig(**LOCK)
+    _, rows, notices = run(wan, config)
+    tiny.assert_locked(rows, config)
+    assert notices == []
 
 
 def test_text_prompts_meet_a_source_prompt_encoded_by_the_pipelines_own_default():
     pipe = tiny.miniature()
     arguments = {"prompt_embeds": None, "negative_prompt_embeds": None, "prompt": "a red circle", "steps": 2}
-    with pytest.warns(UserWarning, match="no source prompt"), kvlock.attach(
-        pipe, tiny.source_latents(), tiny.masks(pipe), config=preset("full-lock", kappa=1)
-    ) as session:
+    config = preset("fixed-0.5", kappa=1)
+    with pytest.warns(UserWarning, match="no source prompt"), tiny.attached(pipe, config, prompt=None):
         default = tiny.call(pipe, **arguments)
-    assert session.trace.rows()[-1]["fusion_ratio"] == [1.0]
     embeds = pipe.encode_prompt("", do_classifier_free_guidance=False, max_sequence_length=512)[0]
-    with kvlock.attach(
-        pipe,
-        tiny.source_latents(),
-        tiny.masks(pipe),
-        config=preset("full-lock", kappa=1),
-        source_prompt_embeds=embeds,
-    ):
+    with tiny.attached(pipe, config, prompt=embeds):
         assert torch.equal(tiny.call(pipe, **arguments), default)
 
 
 def test_prompts_of_two_lengths_may_follow_each_other_in_one_block(wan):
-    config = preset("full-lock", kappa=2)
+    config = preset("fixed-0.5", kappa=2)
     short = {"prompt_embeds": tiny.rand(1, 8, 32, seed=2), "negative_prompt_embeds": tiny.rand(1, 8, 32, seed=3)}
     long = {name: torch.nn.functional.pad(value, (0, 0, 0, 4)) for name, value in short.items()}
     expected = [run(wan, config, **prompt)[0] for prompt in (long, short)]
-    with kvlock.attach(
-        wan, tiny.source_latents(), tiny.masks(wan), config=config, source_prompt_embeds=tiny.SOURCE_PROMPT
-    ):
+    with tiny.attached(wan, config):
         found = [tiny.call(wan, steps=STEPS, **prompt) for prompt in (long, short)]
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
@@ -109,16 +102,16 @@ def test_a_subclass_of_a_pipeline_starts_as_its_base_does():
     class Mine(WanVideoToVideoPipeline):
         pass
 
-    config = preset("full-lock", kappa=1.0)
-    base, _, _ = run(tiny.pipeline(WanVideoToVideoPipeline), config, strength=0.7)
-    mine, _, _ = run(tiny.pipeline(Mine), config, strength=0.7)
+    config = preset("fixed-0.5", kappa=1.0)
+    base, _ = tiny.locked_call(tiny.pipeline(WanVideoToVideoPipeline), config, strength=0.7)
+    mine, _ = tiny.locked_call(tiny.pipeline(Mine), config, strength=0.7)
     assert torch.equal(mine, base)
 
 
 def test_one_prompt_for_two_samples_works_beside_the_source_too(wan):
     two = {"num_videos_per_prompt": 2}
-    store, _, _ = run(wan, KVLockConfig(**LOCK), **two)
-    batch, _, _ = run(wan, KVLockConfig(**LOCK, source="batch"), **two)
+    store, _ = tiny.locked_call(wan, KVLockConfig(**LOCK), **two)
+    batch, _ = tiny.locked_call(wan, KVLockConfig(**LOCK, source="batch"), **two)
     torch.testing.assert_close(batch, store, rtol=1e-5, atol=1e-5)
 
 
@@ -146,20 +139,19 @@ def test_a_transformer_attached_through_its_compiled_wrapper_is_not_attached_aga
     pipe, other = tiny.pipeline(WanPipeline), tiny.pipeline(WanPipeline)
     other.transformer = torch.compile(pipe.transformer, backend="eager")
     config = KVLockConfig(**LOCK)
-    expected, _, _ = run(pipe, config)
-    arguments = {"config": config, "source_prompt_embeds": tiny.SOURCE_PROMPT}
-    with kvlock.attach(pipe, tiny.source_latents(), tiny.masks(pipe), **arguments):
-        with pytest.raises(ValueError, match=r"blocks\[0\] is attached already"):
-            kvlock.attach(other, tiny.source_latents(), tiny.masks(pipe), **arguments).__enter__()
+    expected, _ = tiny.locked_call(pipe, config, steps=STEPS)
+    with tiny.attached(pipe, config):
+        with pytest.raises(ValueError, match=r"blocks\[0\] is attached already"), tiny.attached(other, config):
+            pass
         assert torch.equal(tiny.call(pipe, steps=STEPS), expected)
     assert tiny.leftovers(pipe) == []
 
 
 def test_a_source_prompt_padded_longer_than_the_calls_own_is_cut_to_it(wan):
-    config = preset("full-lock", kappa=2)
+    config = preset("fixed-0.5", kappa=2)
     padded = torch.nn.functional.pad(tiny.SOURCE_PROMPT, (0, 0, 0, 9))
-    expected, _, _ = run(wan, config)
-    with kvlock.attach(wan, tiny.source_latents(), tiny.masks(wan), config=config, source_prompt_embeds=padded):
+    expected, _ = tiny.locked_call(wan, config, steps=STEPS)
+    with tiny.attached(wan, config, prompt=padded):
         assert torch.equal(tiny.call(wan, steps=STEPS), expected)
 
 

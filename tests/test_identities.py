@@ -9,7 +9,6 @@ import tiny
 import torch
 from diffusers import WanPipeline, WanVACEPipeline, WanVideoToVideoPipeline
 
-import kvlock
 from kvlock import KVLockConfig, preset
 
 STEPS = 5
@@ -113,8 +112,7 @@ def test_a_ratio_of_one_replays_the_keys_and_values_of_the_source_bit_for_bit(pi
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_leaving_the_context_gives_back_the_pipeline_bit_for_bit(pipe_of, plain_of, kind):
-    latents, trace = tiny.locked_call(pipe_of(kind, "unipc"), MIXING, steps=STEPS)
-    assert tiny.mixes(trace)
+    latents, _ = tiny.locked_call(pipe_of(kind, "unipc"), MIXING, steps=STEPS)
     assert not torch.equal(latents, plain_of(kind, "unipc"))
     assert torch.equal(tiny.call(pipe_of(kind, "unipc"), steps=STEPS), plain_of(kind, "unipc"))
 
@@ -125,11 +123,8 @@ def test_runs_with_one_seed_are_identical_inside_one_context_and_across_contexts
     config = KVLockConfig(kappa=3, window=3, tau=0.6, source=source)
     first, first_trace = tiny.locked_call(pipe, config, steps=STEPS)
     second, _ = tiny.locked_call(pipe, config, steps=STEPS)
-    assert tiny.mixes(first_trace)
     assert torch.equal(first, second)
-    with kvlock.attach(
-        pipe, tiny.source_latents(), tiny.masks(pipe), config=config, source_prompt_embeds=tiny.SOURCE_PROMPT
-    ) as session:
+    with tiny.attached(pipe, config) as session:
         other = tiny.call(pipe, steps=STEPS, seed=1)
         again = tiny.call(pipe, steps=STEPS)
     assert not torch.equal(other, again)

@@ -24,9 +24,14 @@ def pipe():
 
 
 def edit(pipe, preset="kv-lock", video=VIDEO, mask=MASK, **kwargs):
-    config = kvlock.preset(preset, **kwargs.pop("config", {}))
+    settings = {"tau": 10.0} if preset == "kv-lock" else {}  # far above the variances of random weights: alpha < 1
+    config = kvlock.preset(preset, **(settings | kwargs.pop("config", {})))
     arguments = {"num_inference_steps": 5, "generator": torch.Generator().manual_seed(0)} | kwargs
-    return kvlock.KVLockPipeline(pipe, config)(video, mask, "a red circle", **arguments)
+    out = kvlock.KVLockPipeline(pipe, config)(video, mask, "a red circle", **arguments)
+    assert out.masks.background_rows > 0
+    if config.locks:
+        tiny.assert_locked(out.trace.rows(), config)
+    return out
 
 
 def test_plain_is_the_pipeline_on_the_grey_filled_video(pipe):
@@ -46,10 +51,9 @@ def test_plain_is_the_pipeline_on_the_grey_filled_video(pipe):
 
 
 def test_a_locked_edit_differs_from_the_plain_one_and_says_how_it_was_steered(pipe):
-    locked = edit(pipe, config={"kappa": 3, "tau": 10.0})
+    locked = edit(pipe, config={"kappa": 3})
     assert not torch.equal(locked.frames, edit(pipe, "plain").frames)
     assert locked.frames.shape == VIDEO.shape and locked.frames.dtype == torch.float32
-    assert locked.masks.background_rows > 0
     ratios = [row["fusion_ratio"][0] for row in locked.trace.rows()]
     assert ratios[:2] == [0, 0] and all(0 < ratio < 1 for ratio in ratios[2:])
 
@@ -68,14 +72,14 @@ def test_vace_never_sees_the_object_to_be_replaced(pipe):
 
 
 def test_a_pixel_composite_is_the_source_outside_the_mask_bit_for_bit(pipe):
-    out = edit(pipe, "full-lock", composite="pixel")
+    out = edit(pipe, "fixed-0.5", composite="pixel")
     assert torch.equal(out.frames[~MASK], VIDEO[~MASK])
     assert not torch.equal(out.frames[MASK], VIDEO[MASK])
     assert out.trace.to_dict()["config"]["composite"] == "pixel"
 
 
 def test_a_latent_composite_changes_the_background_only_towards_the_source(pipe):
-    free, pasted = edit(pipe, "full-lock").frames, edit(pipe, "full-lock", composite="latent").frames
+    free, pasted = edit(pipe, "fixed-0.5").frames, edit(pipe, "fixed-0.5", composite="latent").frames
     round_trip = decode(pipe, encode(pipe, VIDEO.movedim(-1, 1) * 2 - 1)).movedim(1, -1) / 2 + 0.5
     far = lambda frames: (frames - round_trip)[~MASK].square().mean()
     assert far(pasted) < far(free)

@@ -55,7 +55,7 @@ class Calls:
 
 def test_the_source_pass_runs_before_the_branches_on_the_noised_source_with_its_own_prompt(wan):
     calls, start = Calls(wan), tiny.rand(1, *tiny.LATENT, seed=8)
-    with attach(wan) as session:
+    with tiny.attached(wan, MIXING) as session:
         tiny.call(wan, steps=STEPS, latents=start)
     calls.restore()
     trace = session.trace.rows()
@@ -72,7 +72,6 @@ def test_the_source_pass_runs_before_the_branches_on_the_noised_source_with_its_
         assert torch.equal(uncond["encoder_hidden_states"], tiny.PROMPT["negative_prompt_embeds"])
     assert next(found, None) is None
     assert [row["locked"] for row in trace] == [False, False, True, True, True]
-    assert tiny.mixes(trace)
 
 
 def test_video_to_video_takes_the_noise_out_of_its_first_latents(v2v):
@@ -81,7 +80,7 @@ def test_video_to_video_takes_the_noise_out_of_its_first_latents(v2v):
     sigma = float(v2v.scheduler.sigmas[1])
     start = (1 - sigma) * tiny.source_latents() + sigma * noise
     calls = Calls(v2v)
-    with attach(v2v) as session:
+    with tiny.attached(v2v, MIXING) as session:
         tiny.call(v2v, steps=STEPS, latents=start, video=None, strength=0.8)
     calls.restore()
     trace = session.trace.rows()
@@ -91,12 +90,11 @@ def test_video_to_video_takes_the_noise_out_of_its_first_latents(v2v):
     assert len(sources) == len(locked) == 2
     for found, level in zip(sources, locked, strict=True):
         torch.testing.assert_close(found, (1 - level) * tiny.source_latents() + level * noise, rtol=1e-5, atol=1e-5)
-    assert tiny.mixes(trace)
 
 
 def test_vace_runs_the_source_with_the_controls_of_the_edit(vace):
     calls = Calls(vace)
-    with attach(vace, preset("full-lock", kappa=1)):
+    with tiny.attached(vace, preset("fixed-0.5", kappa=1)):
         tiny.call(vace, steps=2)
     calls.restore()
     source, cond = calls.found[2:4]
@@ -108,13 +106,12 @@ def test_vace_runs_the_source_with_the_controls_of_the_edit(vace):
 def test_a_latent_composite_ends_on_the_source_outside_the_mask_bit_for_bit(wan, vace, kind):
     pipe = {"wan": wan, "vace": vace}[kind]
     masks = tiny.masks(pipe)
-    latents, trace = tiny.locked_call(pipe, KVLockConfig(kappa=3, tau=0.6, composite="latent"), steps=STEPS)
+    latents, _ = tiny.locked_call(pipe, KVLockConfig(kappa=3, tau=0.6, composite="latent"), steps=STEPS)
     free, _ = tiny.locked_call(pipe, KVLockConfig(kappa=3, tau=0.6), steps=STEPS)
     inside = (masks.latent > 0).expand_as(latents)
     assert torch.equal(latents[~inside], tiny.source_latents()[~inside])
     assert torch.equal(latents[inside], free[inside])
     assert not torch.equal(free[~inside], tiny.source_latents()[~inside])
-    assert tiny.mixes(trace)
 
 
 class Syncs(TorchDispatchMode):
@@ -163,11 +160,12 @@ def test_from_the_second_step_on_kvlock_reads_no_tensor_on_the_host(wan, source,
 
     for name in READS:
         watch(name)
-    with attach(wan, config=KVLockConfig(kappa=3, window=3, source=source)) as session:
+    with attach(wan, config=KVLockConfig(kappa=3, window=3, tau=0.6, source=source)) as session:
         tiny.call(wan, steps=STEPS, callback_on_step_end=after_step)
         assert read == []
-        session.trace.rows()
+        trace = session.trace.rows()
     assert read == ["tolist in _to_rows"]
+    tiny.assert_locked(trace, session.trace.config)
 
 
 @pytest.mark.parametrize("source", ["store", "batch"])
@@ -177,9 +175,8 @@ def test_from_the_second_step_on_the_host_waits_no_more_often_than_in_the_plain_
     config = KVLockConfig(kappa=3, window=3, tau=0.6, source=source, background_guidance=1.0, composite="latent")
     with Syncs() as plain:
         tiny.call(pipe, steps=STEPS, callback_on_step_end=plain.next_step)
-    with attach(pipe, config) as session, Syncs() as locked:
+    with tiny.attached(pipe, config) as session, Syncs() as locked:
         tiny.call(pipe, steps=STEPS, callback_on_step_end=locked.next_step)
-    assert tiny.mixes(session.trace.rows())
     steps = len(session.trace)
     assert len(plain.steps) == len(locked.steps) == steps + 1
     assert locked.steps[1:steps] == plain.steps[1:steps]
@@ -223,7 +220,7 @@ def test_a_run_broken_off_inside_the_block_does_not_disturb_the_next_one(wan):
     def fail(pipe, step, timestep, tensors):
         raise RuntimeError("stop")
 
-    with attach(wan) as session:
+    with tiny.attached(wan, MIXING) as session:
         with pytest.raises(RuntimeError, match="stop"):
             tiny.call(wan, steps=STEPS, callback_on_step_end=fail)
         assert torch.equal(tiny.call(wan, steps=STEPS), expected)

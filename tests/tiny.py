@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from diffusers import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kvlock import KVLockConfig, Masks, attach
+from kvlock import KVLockConfig, Masks, Session, attach
 
 SIZE, FRAMES, TEXT = 96, 17, 8
 LATENT = (16, 5, 12, 12)
@@ -118,21 +120,43 @@ def call(pipe: Any, *, steps: int = 6, guidance_scale: float = 5.0, seed: int = 
     return pipe(**(kwargs | extra)).frames
 
 
+@contextlib.contextmanager
+def attached(
+    pipe: Any,
+    config: KVLockConfig,
+    *,
+    source: torch.Tensor | None = None,
+    prompt: torch.Tensor | None = SOURCE_PROMPT,
+    kernel: str = "hooks",
+) -> Iterator[Session]:
+    """`kvlock.attach` around calls that are meant to lock; leaving the block asserts that the last one did."""
+    source = source_latents() if source is None else source
+    made = masks(pipe, dilate_tokens=config.dilate_tokens)
+    with attach(pipe, source, made, config=config, source_prompt_embeds=prompt, kernel=kernel) as session:
+        yield session
+    assert_locked(session.trace.rows(), config)
+
+
 def locked_call(
     pipe: Any, config: KVLockConfig, *, source: torch.Tensor | None = None, kernel: str = "hooks", **extra: Any
 ) -> tuple[torch.Tensor, list[dict[str, Any]]]:
-    """One attached pipeline call; returns the final latents and the trace."""
-    source = source_latents() if source is None else source
-    with attach(
-        pipe, source, masks(pipe), config=config, source_prompt_embeds=SOURCE_PROMPT, kernel=kernel
-    ) as session:
+    """One attached pipeline call that is meant to lock; returns the final latents and the trace."""
+    with attached(pipe, config, source=source, kernel=kernel) as session:
         latents = call(pipe, **extra)
     return latents, session.trace.rows()
 
 
-def mixes(trace: list[dict[str, Any]]) -> bool:
-    """Whether some step mixed new and source rows in earnest, 0 < alpha < 1."""
-    return any(0 < ratio < 1 for row in trace for ratio in row["fusion_ratio"])
+def assert_locked(trace: list[dict[str, Any]], config: KVLockConfig) -> None:
+    """Some step mixed new and source rows in earnest, 0 < alpha < 1.
+
+    A config that fixes alpha at 0 or 1, or switches the lock off, leaves no such step; every step then has that alpha.
+    """
+    ratios = {ratio for row in trace if row["locked"] for ratio in row["fusion_ratio"]}
+    fixed = {"full": 1.0, "off": 0.0}.get(str(config.fusion), config.fusion)
+    if fixed in (0.0, 1.0):
+        assert ratios == {fixed}
+    else:
+        assert any(0 < ratio < 1 for ratio in ratios), f"no partial fusion ratio among {sorted(ratios)}"
 
 
 def leftovers(pipe: Any) -> list[str]:
