@@ -195,12 +195,20 @@ class OtherProcessor(WanAttnProcessor):
     pass
 
 
-def test_a_processor_set_inside_the_block_is_named_and_stays(pipes):
+@pytest.mark.parametrize("source", ["store", "batch"])
+@pytest.mark.parametrize("step", [0, 3], ids=["before-the-window", "inside-it"])
+def test_a_processor_set_inside_the_block_is_named_and_stays(source, step):
     pipe = tiny.pipeline(WanPipeline)
     other = OtherProcessor()
-    with pytest.raises(ValueError, match=r"blocks\[1\] has had its processor replaced by OtherProcessor"), attach(pipe):
-        pipe.transformer.blocks[1].attn1.set_processor(other)
-        tiny.call(pipe, steps=STEPS)
+
+    def replace(_pipe, now, timestep, kwargs):
+        if now == step:
+            pipe.transformer.blocks[1].attn1.set_processor(other)
+        return kwargs
+
+    message = r"blocks\[1\] has had its processor replaced by OtherProcessor"
+    with pytest.raises(ValueError, match=message), attach(pipe, KVLockConfig(**WINDOW, source=source)):
+        tiny.call(pipe, steps=STEPS, callback_on_step_end=replace)
     assert pipe.transformer.blocks[1].attn1.processor is other
     assert tiny.leftovers(pipe) == []
 

@@ -135,18 +135,19 @@ class FusedLayers(LockedLayers):
         self._layers.clear()
 
     def _switch(self, mode: int) -> None:
-        changes = (mode == OFF) != (self.shared.mode == OFF)
+        was_off = self.shared.mode == OFF
         super()._switch(mode)  # first, so that a refusal half-way is undone by going OFF
-        if changes:
-            for attention, fused in self._layers:
-                here, there = (fused, fused.plain) if mode == OFF else (fused.plain, fused)
-                if attention.processor is here:
-                    attention.set_processor(there)
-                elif mode != OFF:  # going OFF leaves another's processor where it is
-                    raise ValueError(
-                        f"{fused.name} has had its processor replaced by {type(attention.processor).__name__} since "
-                        "attach; leave the block first"
-                    )
+        for attention, fused in self._layers:
+            if mode == OFF:
+                if attention.processor is fused:  # another's stays where it is
+                    attention.set_processor(fused.plain)
+            elif attention.processor is not (fused.plain if was_off else fused):
+                raise ValueError(
+                    f"{fused.name} has had its processor replaced by {type(attention.processor).__name__} since "
+                    "attach; leave the block first"
+                )
+            elif was_off:
+                attention.set_processor(fused)
 
     def free(self) -> None:
         for _, fused in self._layers:

@@ -6,7 +6,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvlock_kernels._triton.tiles import PACKINGS, WARPS, Tiling, as_bytes, dense, load_source, tile_of, with_heads
+from kvlock_kernels._triton.tiles import (
+    PACKINGS,
+    WARPS,
+    Tiling,
+    as_bytes,
+    dense,
+    lerp,
+    load_source,
+    tile_of,
+    with_heads,
+)
 
 
 @triton.jit
@@ -24,9 +34,7 @@ def lerp_rows(x, source, scale, mean, index, ratio, rows, samples, block, stride
                     0 if SHARED else b, b if MEANS > 1 else 0, H, D, PACKING, MEANS > 0)
     at = x + b * stride_b + token * stride_n + head * stride_h + d * stride_d
     old = tl.load(at, mask=valid & mixes & ((a < 1) | (a != a)))
-    mixed = (1 - a) * old.to(tl.float32) + a * s.to(tl.float32)
-    new = tl.where(a >= 1, s.to(old.dtype), mixed.to(old.dtype))
-    tl.store(at, new, mask=valid & mixes)
+    tl.store(at, lerp(old, s, a), mask=valid & mixes)
 
 
 @triton.jit

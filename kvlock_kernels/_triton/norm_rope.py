@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvlock_kernels._triton import Unsupported
 from kvlock_kernels._triton.packing import encodes_e4m3, store_packed
-from kvlock_kernels._triton.tiles import MAX_HEAD_DIM, PACKINGS, as_bytes, dense, load_source
+from kvlock_kernels._triton.tiles import MAX_HEAD_DIM, PACKINGS, as_bytes, dense, lerp, load_source
 
 MAX_TOKEN = 8192  # elements of a token that stay in registers: 16 a thread at sixteen warps
 SMALL_TOKEN = 1024  # a tile of several tokens is no larger than this
@@ -42,13 +42,6 @@ def rope(x, cos, sin):
     first, second = tl.split(tl.reshape(x, [x.shape[0], x.shape[1], HALF, 2]))
     rotated = tl.join(first * cos - second * sin, first * sin + second * cos)
     return tl.reshape(rotated, x.shape)
-
-
-@triton.jit
-def mix(new, source, a):
-    """The lerp with its exact ends, in fp32."""
-    s = source.to(tl.float32)
-    return tl.where(a <= 0, new, tl.where(a >= 1, s, (1 - a) * new + a * s))
 
 
 @triton.jit
@@ -92,12 +85,11 @@ def norm_rope_kernel(
         mixes = (row >= 0) & ((a > 0) | (a != a))
         source = load_source(k_rows, k_scale, k_mean, row, head, d, valid & mixes, mixes & (head < H), rows,
                              0 if K_SHARED else b, b if K_MEANS > 1 else 0, H, D, K_PACKING, K_MEANS > 0)
-        new = tl.where(mixes, mix(new, source, a), new)
+        new = tl.where(mixes, lerp(new, source, a), new)
         source = load_source(v_rows, v_scale, v_mean, row, head, d, valid & mixes, mixes & (head < H), rows,
                              0 if V_SHARED else b, b if V_MEANS > 1 else 0, H, D, V_PACKING, V_MEANS > 0)
         old = tl.load(v_at, mask=valid & mixes & ((a < 1) | (a != a)))
-        mixed = tl.where(a >= 1, source.to(old.dtype), mix(old.to(tl.float32), source, a).to(old.dtype))
-        tl.store(v_at, mixed, mask=valid & mixes)
+        tl.store(v_at, lerp(old, source, a), mask=valid & mixes)
     tl.store(k_at, rope(new, c, s).to(k.dtype.element_ty), mask=valid)
 
 

@@ -117,3 +117,10 @@ def load_source(source, scale, mean, row, head, d, valid, heads_valid, rows, b, 
         if HAS_MEAN:
             values += load_mean(mean, mean_b, row, head, d, H, D)
     return values
+
+
+@triton.jit
+def lerp(x, source, a):
+    """Mixes in fp32, rounded once to x's dtype; source itself where a >= 1. Where a <= 0 the caller keeps x."""
+    mixed = (1 - a) * x.to(tl.float32) + a * source.to(tl.float32)
+    return tl.where(a >= 1, source.to(x.dtype), mixed.to(x.dtype))

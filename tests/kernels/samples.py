@@ -59,6 +59,18 @@ def packed(
     return data, scale, average
 
 
+def source_rows(
+    dtype: torch.dtype, samples: int, rows: int, h: int, d: int, *, mean: bool = False, seed: int = 1
+) -> tuple[Tensor, dict[str, Tensor | None], Tensor]:
+    """Source rows [samples, rows, H, D], the options that go with them, and their values in float64."""
+    if dtype in DTYPES:
+        source = normal(samples, rows, h, d, seed=seed, dtype=dtype)
+        return source, {}, source.double()
+    data, scale, average = packed(dtype, samples, rows, h, d, seed=seed, mean=mean and rows > 0)
+    decoded = data.double() * scale.double()[..., None] + (0 if average is None else average.double()[:, None])
+    return data, {"source_scale": scale, "source_mean": average}, decoded
+
+
 def _lerp() -> Call:
     return Call((normal(2, 7, 2, 4), normal(1, 3, 2, 4, seed=1), int32(6, 0, 3), torch.tensor([0.0, 0.3])), {})
 

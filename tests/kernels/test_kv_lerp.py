@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 from refusals import Bad, assert_refused, bad_inputs
-from samples import DTYPES, NAN, int32, nan_with_payload, normal, packed, scattered
+from regimes import each_regime, rows_of
+from samples import DTYPES, NAN, int32, nan_with_payload, normal, packed, source_rows
 from tolerance import assert_as_accurate_as_torch, assert_bit_identical
 from torch import Tensor
 
@@ -16,16 +17,6 @@ EACH_IMPLEMENTATION = True
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 each_layout = pytest.mark.parametrize("inner", [(2, 4), (8,)], ids=["H2-D4", "C8"])
 
-# B, Bs, N, rows, H, D
-SHAPES = {
-    "B1-N45-H2-D32-tail": (1, 1, 45, 19, 2, 32),
-    "B2-N64-H3-D24-odd-heads-D-below-64": (2, 2, 64, 64, 3, 24),
-    "B3-N130-H1-D128-shared-source": (3, 1, 130, 129, 1, 128),
-    "B2-N5-H2-D8-one-row": (2, 2, 5, 1, 2, 8),
-}
-each_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-
-
 def formula(x: Tensor, source: Tensor, index: Tensor, ratio: Tensor) -> Tensor:
     """The definition in float64, one sample after the other; x and source are [B, N, ...] and [Bs, rows, ...]."""
     result = x.double()
@@ -35,34 +26,18 @@ def formula(x: Tensor, source: Tensor, index: Tensor, ratio: Tensor) -> Tensor:
     return result
 
 
-@each_shape
-@each_dtype
-@pytest.mark.parametrize("source_dtype", DTYPES, ids=str)
-def test_the_lerp_is_as_accurate_as_torch_lerp(shape: Any, dtype: torch.dtype, source_dtype: torch.dtype) -> None:
-    b, bs, n, rows, h, d = shape
-    x, source = normal(b, n, h, d, dtype=dtype), normal(bs, rows, h, d, seed=1, dtype=source_dtype)
-    index, ratio = scattered(n, rows), torch.tensor([0.3, 0.77, 0.05])[:b]
-    exact = formula(x, source, index, ratio)
-    native = x.clone()
-    native[:, index.long()] = torch.lerp(x[:, index.long()], source.to(dtype), ratio.to(dtype).reshape(b, 1, 1, 1))
-    assert_as_accurate_as_torch(kv_lerp_(x, source, index, ratio), native, exact)
-
-
-@each_shape
-@each_dtype
-@pytest.mark.parametrize("mean", [False, True], ids=["no-mean", "mean"])
-@pytest.mark.parametrize("packing", [torch.int8, torch.float8_e4m3fn], ids=["int8", "fp8"])
-def test_packed_source_rows_are_decoded_before_the_lerp(
-    shape: Any, dtype: torch.dtype, mean: bool, packing: torch.dtype
-) -> None:
-    b, bs, n, rows, h, d = shape
-    x, index, ratio = normal(b, n, h, d, dtype=dtype), scattered(n, rows), torch.tensor([0.3, 0.77, 0.05])[:b]
-    data, scale, average = packed(packing, bs, rows, h, d, seed=1, mean=mean)
-    decoded = data.double() * scale.double()[..., None] + (0 if average is None else average.double()[:, None])
+@each_regime()
+def test_the_lerp_is_as_accurate_as_torch_lerp_of_the_decoded_rows(regime: dict[str, Any]) -> None:
+    n, h, d, dtype = (regime[name] for name in ("tokens", "heads", "dim", "dtype"))
+    (b, sources), (source_dtype, mean) = regime["samples"], regime["source"]
+    x = normal(b, n, 3, h, d, dtype=dtype)[:, :, 1]  # k of q, k, v side by side
+    x = x.contiguous() if regime["contiguous"] else x
+    (index, _), ratio = rows_of(n, regime["share"]), torch.tensor([regime["ratio"], 0.77])[:b]
+    source, options, decoded = source_rows(source_dtype, sources, len(index), h, d, mean=mean)
     exact = formula(x, decoded, index, ratio)
-    native = kv_lerp_(x.clone(), decoded.to(dtype), index, ratio)
-    kv_lerp_(x, data, index, ratio, source_scale=scale, source_mean=average)
-    assert_as_accurate_as_torch(x, native, exact)
+    native = x.clone()
+    native[:, index.long()] = torch.lerp(x[:, index.long()], decoded.to(dtype), ratio.to(dtype).reshape(b, 1, 1, 1))
+    assert_as_accurate_as_torch(kv_lerp_(x, source, index, ratio, **options), native, exact)
 
 
 @each_dtype

@@ -1,9 +1,12 @@
 """kv_lerp_pair_: source rows mixed into keys and values at once."""
 
+from typing import Any
+
 import pytest
 import torch
 from refusals import Bad, assert_refused, bad_inputs
-from samples import DTYPES, int32, normal, packed
+from regimes import each_regime, rows_of
+from samples import int32, normal, source_rows
 from tolerance import assert_bit_identical
 
 from kvlock_kernels import kv_lerp_, kv_lerp_pair_
@@ -11,17 +14,21 @@ from kvlock_kernels import kv_lerp_, kv_lerp_pair_
 EACH_IMPLEMENTATION = True
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_pair_has_the_bits_of_two_single_lerps(dtype: torch.dtype) -> None:
-    k, v = normal(2, 7, 2, 4, dtype=dtype), normal(2, 7, 3, 8, seed=1, dtype=dtype)
-    k_data, k_scale, k_mean = packed(torch.int8, 1, 3, 2, 4, seed=2, mean=True)
-    v_data, v_scale, v_mean = packed(torch.float8_e4m3fn, 2, 3, 3, 8, seed=3, mean=True)
-    index, ratio = int32(6, 0, 3), torch.tensor([0.3, 0.8])
-    expected_k = kv_lerp_(k.clone(), k_data, index, ratio, source_scale=k_scale, source_mean=k_mean)
-    expected_v = kv_lerp_(v.clone(), v_data, index, ratio, source_scale=v_scale, source_mean=v_mean)
-    pair = kv_lerp_pair_(
-        k, v, k_data, v_data, index, ratio, k_scale=k_scale, v_scale=v_scale, k_mean=k_mean, v_mean=v_mean
-    )
+@each_regime()
+def test_the_pair_has_the_bits_of_two_single_lerps(regime: dict[str, Any]) -> None:
+    n, h, d, dtype = (regime[name] for name in ("tokens", "heads", "dim", "dtype"))
+    (b, sources), (source_dtype, mean) = regime["samples"], regime["source"]
+    k, v = normal(b, n, 2, h, d, dtype=dtype).unbind(2)
+    if regime["contiguous"]:
+        k, v = k.contiguous(), v.contiguous().flatten(2)
+    (index, _), ratio = rows_of(n, regime["share"]), torch.tensor([regime["ratio"], 0.77])[:b]
+    k_source, k_options, _ = source_rows(source_dtype, sources, len(index), h, d, mean=mean)
+    v_source, v_options, _ = source_rows(torch.int8, b, len(index), h, d)
+    expected_k = kv_lerp_(k.clone(), k_source, index, ratio, **k_options)
+    expected_v = kv_lerp_(v.clone(), v_source, index, ratio, **v_options)
+    options = {name.replace("source", "k"): value for name, value in k_options.items()}
+    options |= {name.replace("source", "v"): value for name, value in v_options.items()}
+    pair = kv_lerp_pair_(k, v, k_source, v_source, index, ratio, **options)
     assert pair.k is k and pair.v is v
     assert_bit_identical(k, expected_k)
     assert_bit_identical(v, expected_v)

@@ -1,12 +1,15 @@
 """pack_kv and unpack_kv: source rows in a storage dtype, with a scale per token and head, and back."""
 
+from typing import Any
+
 import pytest
 import torch
 from refusals import Bad, assert_refused, bad_inputs
+from regimes import each_regime, rows_of
 from samples import DTYPES, NAN, int32, normal
 from tolerance import assert_bit_identical
 
-from kvlock_kernels import pack_kv, unpack_kv
+from kvlock_kernels import pack_kv, reference, unpack_kv
 
 EACH_IMPLEMENTATION = True
 
@@ -14,6 +17,22 @@ INT8, FP8 = torch.int8, torch.float8_e4m3fn
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 each_packing = pytest.mark.parametrize(("packing", "limit"), [(INT8, 127.0), (FP8, 448.0)], ids=["int8", "fp8"])
 ROWS = [6, 0, 3]
+
+
+@each_regime()
+def test_packing_and_unpacking_give_the_bits_of_the_reference(regime: dict[str, Any]) -> None:
+    n, h, d, dtype = (regime[name] for name in ("tokens", "heads", "dim", "dtype"))
+    (b, means), (storage, has_mean) = regime["samples"], regime["source"]
+    x = normal(b, n, 3, h, d, dtype=dtype)[:, :, 1]
+    x = x.contiguous() if regime["contiguous"] else x
+    mean = normal(means, h, d, seed=1) if has_mean else None
+    index, _ = rows_of(n, regime["share"])
+    data, scale = pack_kv(x, index, storage, mean=mean)
+    expected_data, expected_scale = reference.pack_kv(x, index, storage, mean=mean)
+    assert_bit_identical(data, expected_data)
+    assert_bit_identical(expected_scale if scale is None else scale, expected_scale)
+    expected = reference.unpack_kv(data, scale, mean=mean, dtype=dtype)
+    assert_bit_identical(unpack_kv(data, scale, mean=mean, dtype=dtype), expected)
 
 
 @each_dtype

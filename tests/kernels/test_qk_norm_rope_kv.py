@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from refusals import Bad, assert_refused, bad_inputs
-from samples import DTYPES, NAN, int32, nan_with_payload, normal, packed, projections, scattered
+from regimes import each_regime, rows_of
+from samples import DTYPES, NAN, int32, nan_with_payload, normal, packed, projections, source_rows
 from tolerance import assert_as_accurate_as_torch, assert_bit_identical
 from torch import Tensor
 
@@ -28,14 +29,6 @@ SHAPES = {
     "B1-N3-H40-D128-eight-warps": (1, 1, 3, 2, 40, 128),
 }
 each_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-
-
-def rows_of(tokens: int, rows: int) -> tuple[Tensor, Tensor]:
-    """A scattered index and its inverse, the row of each token."""
-    index = scattered(tokens, rows)
-    source_row = torch.full((tokens,), -1, dtype=torch.int32)
-    source_row[index.long()] = torch.arange(rows, dtype=torch.int32)
-    return index, source_row
 
 
 def normed(x: Tensor, weight: Tensor) -> Tensor:
@@ -64,7 +57,7 @@ def step_by_step(args: tuple[Tensor, ...], rows: tuple[Tensor, Tensor], index: T
 @each_dtype
 def test_the_pass_is_as_accurate_as_norm_lerp_and_rope_in_torch(shape: Any, dtype: torch.dtype) -> None:
     b, bs, n, rows, h, d = shape
-    args, (index, source_row) = projections(b, n, h, d, dtype), rows_of(n, rows)
+    args, (index, source_row) = projections(b, n, h, d, dtype), rows_of(n, rows / n)
     sources = normal(bs, rows, h, d, seed=6, dtype=dtype), normal(bs, rows, h * d, seed=7, dtype=dtype)
     ratio = torch.tensor([0.3, 0.77])[:b]
     native = step_by_step(args, sources, index, ratio)
@@ -75,11 +68,31 @@ def test_the_pass_is_as_accurate_as_norm_lerp_and_rope_in_torch(shape: Any, dtyp
         assert_as_accurate_as_torch(one, by_torch, wanted)
 
 
+@each_regime()
+def test_the_pass_agrees_with_norm_lerp_and_rope_in_torch(regime: dict[str, Any]) -> None:
+    n, h, d, dtype = (regime[name] for name in ("tokens", "heads", "dim", "dtype"))
+    (b, sources), (source_dtype, mean) = regime["samples"], regime["source"]
+    q, k, v, *rest = projections(b, n, h, d, dtype)
+    if not regime["contiguous"]:
+        q, k, v = torch.stack([q, k, v], 2).unbind(2)
+    (index, source_row), ratio = rows_of(n, regime["share"]), torch.tensor([regime["ratio"], 0.77])[:b]
+    k_source, k_options, k_decoded = source_rows(source_dtype, sources, len(index), h, d, mean=mean)
+    v_source, v_options, v_decoded = source_rows(source_dtype, sources, len(index), h, d, mean=mean, seed=2)
+    options = {name.replace("source", "k"): value for name, value in k_options.items()}
+    options |= {name.replace("source", "v"): value for name, value in v_options.items()}
+    decoded = k_decoded, v_decoded
+    native = step_by_step((q, k, v, *rest), tuple(x.to(dtype) for x in decoded), index, ratio)
+    exact = step_by_step(tuple(x.double() for x in (q, k, v, *rest)), decoded, index, ratio.double())
+    actual = qk_norm_rope_kv_lerp_(q, k, v, *rest, k_source, v_source, source_row, ratio, eps=EPS, **options)
+    for one, by_torch, wanted in zip(actual, native, exact, strict=True):
+        assert_as_accurate_as_torch(one, by_torch, wanted)
+
+
 @each_packing
 @pytest.mark.parametrize("mean", [False, True], ids=["no-mean", "mean"])
 def test_packed_rows_are_mixed_as_their_decoded_values(packing: torch.dtype, mean: bool) -> None:
     b, n, rows, h, d = 2, 21, 13, 3, 24
-    args, (_, source_row), ratio = projections(b, n, h, d), rows_of(n, rows), torch.tensor([0.3, 1.0])
+    args, (_, source_row), ratio = projections(b, n, h, d), rows_of(n, rows / n), torch.tensor([0.3, 1.0])
     k_data, k_scale, k_mean = packed(packing, 1, rows, h, d, seed=6, mean=mean)
     v_data, v_scale, v_mean = packed(packing, b, rows, h, d, seed=7, mean=mean)
     expected = qk_norm_rope_kv_lerp_(
@@ -100,7 +113,7 @@ def test_packed_rows_are_mixed_as_their_decoded_values(packing: torch.dtype, mea
 
 @each_dtype
 def test_ratio_zero_is_the_pass_without_rows_bit_for_bit(dtype: torch.dtype) -> None:
-    args, (_, source_row) = projections(2, 21, 3, 24, dtype), rows_of(21, 13)
+    args, (_, source_row) = projections(2, 21, 3, 24, dtype), rows_of(21, 13 / 21)
     args[2][:, 4] = nan_with_payload(dtype, 1)
     v = args[2].clone()
     poison, nothing = torch.full((1, 13, 3, 24), NAN), torch.empty(1, 0, 3, 24)
@@ -114,7 +127,7 @@ def test_ratio_zero_is_the_pass_without_rows_bit_for_bit(dtype: torch.dtype) -> 
 
 @each_dtype
 def test_ratio_one_does_not_depend_on_the_locked_keys_and_values(dtype: torch.dtype) -> None:
-    args, (index, source_row) = projections(2, 21, 3, 24, dtype), rows_of(21, 13)
+    args, (index, source_row) = projections(2, 21, 3, 24, dtype), rows_of(21, 13 / 21)
     sources, where = [normal(2, 13, 3, 24, seed=seed, dtype=dtype) for seed in (6, 7)], index.long()
     sources[1][:, 0, 0, 0] = nan_with_payload(dtype, 1)
     clean = qk_norm_rope_kv_lerp_(*(x.clone() for x in args), *sources, source_row, torch.ones(2), eps=EPS)
@@ -133,7 +146,7 @@ def test_ratio_one_does_not_depend_on_the_locked_keys_and_values(dtype: torch.dt
 
 
 def test_a_row_beyond_the_source_counts_as_none() -> None:
-    args, (_, source_row) = projections(1, 21, 3, 24), rows_of(21, 13)
+    args, (_, source_row) = projections(1, 21, 3, 24), rows_of(21, 13 / 21)
     nothing, none = torch.empty(1, 0, 3, 24), torch.full((21,), -1, dtype=torch.int32)
     plain = qk_norm_rope_kv_lerp_(*(x.clone() for x in args), nothing, nothing, none, torch.ones(1), eps=EPS)
     for one, other in zip(
@@ -164,24 +177,25 @@ def test_a_pair_turns_by_its_own_angle() -> None:
 
 
 def test_each_sample_has_its_own_ratio_and_the_source_is_shared() -> None:
-    args, (index, source_row) = projections(3, 7, 2, 4), rows_of(7, 4)
+    args, (index, source_row) = projections(3, 7, 2, 4), rows_of(7, 4 / 7)
     source = normal(1, 4, 2, 4, seed=6)
     ratio, v = torch.tensor([0.0, 0.25, 1.0]), args[2].clone()
     actual = qk_norm_rope_kv_lerp_(*args, source, source, source_row, ratio, eps=EPS).v
     assert_bit_identical(actual, kv_lerp_(v, source, index, ratio))
 
 
-@each_dtype
-@pytest.mark.parametrize("storage", [*DTYPES, INT8, FP8], ids=str)
-def test_recording_packs_what_pack_kv_packs(dtype: torch.dtype, storage: torch.dtype) -> None:
-    args, (index, source_row) = projections(2, 21, 3, 24, dtype), rows_of(21, 13)
-    v, none, nothing = args[2].clone(), torch.full((21,), -1, dtype=torch.int32), torch.empty(1, 0, 3, 24)
-    plain = qk_norm_rope_kv_lerp_(*(x.clone() for x in args), nothing, nothing, none, torch.ones(2), eps=EPS)
-    k = normed(args[1].double(), args[4].double()).unflatten(2, (3, 24))[:, index.long()]
-    recorded = qk_norm_rope_kv_pack_(*args, source_row, 13, storage, eps=EPS)
+@each_regime()
+def test_recording_packs_what_pack_kv_packs(regime: dict[str, Any]) -> None:
+    n, h, d, dtype = (regime[name] for name in ("tokens", "heads", "dim", "dtype"))
+    (b, _), (storage, _), (index, source_row) = regime["samples"], regime["source"], rows_of(n, regime["share"])
+    args = projections(b, n, h, d, dtype)
+    v, none, nothing = args[2].clone(), torch.full((n,), -1, dtype=torch.int32), torch.empty(1, 0, h, d)
+    plain = qk_norm_rope_kv_lerp_(*(x.clone() for x in args), nothing, nothing, none, torch.ones(b), eps=EPS)
+    k = normed(args[1].double(), args[4].double()).unflatten(2, (h, d))[:, index.long()]
+    recorded = qk_norm_rope_kv_pack_(*args, source_row, len(index), storage, eps=EPS)
     for one, other in zip(args[:3], plain, strict=True):
         assert_bit_identical(one, other)
-    data, scale = pack_kv(v.unflatten(2, (3, 24)), index, storage)
+    data, scale = pack_kv(v.unflatten(2, (h, d)), index, storage)
     assert_bit_identical(recorded.v.data, data)
     if scale is None:
         assert recorded.k.scale is None and recorded.v.scale is None
@@ -198,7 +212,7 @@ def test_recording_packs_what_pack_kv_packs(dtype: torch.dtype, storage: torch.d
 
 
 def test_rows_recorded_from_the_same_projections_give_them_back_at_ratio_one() -> None:
-    args, (_, source_row) = projections(1, 21, 3, 24), rows_of(21, 13)
+    args, (_, source_row) = projections(1, 21, 3, 24), rows_of(21, 13 / 21)
     v = args[2].clone()
     recorded = qk_norm_rope_kv_pack_(*(x.clone() for x in args), source_row, 13, torch.float32, eps=EPS)
     plain, locked = (
@@ -216,7 +230,7 @@ def test_strided_projections_give_the_bits_of_contiguous_ones() -> None:
     fused = normal(2, 9, 3, 24)  # q, k, v side by side
     q, k, v = fused.unbind(2)
     _, _, _, *rest = projections(2, 9, 3, 8)
-    _, source_row = rows_of(9, 5)
+    _, source_row = rows_of(9, 5 / 9)
     sources = normal(5, 2, 3, 8, seed=6).transpose(0, 1), normal(2, 5, 48, seed=7)[..., ::2]
     ratio = torch.tensor([0.3, 0.6])
     expected = qk_norm_rope_kv_lerp_(
