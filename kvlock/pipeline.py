@@ -35,7 +35,9 @@ class KVLockPipeline:
 
     def __init__(self, pipe: Any, config: KVLockConfig | None = None) -> None:
         self.pipe = pipe
-        self.config = config or KVLockConfig()
+        self.config = KVLockConfig() if config is None else config
+        if not isinstance(self.config, KVLockConfig):
+            raise ValueError(f"config is a {type(config).__name__}; wanted a kvlock.KVLockConfig")
         check_pipeline(pipe)
         repair_stride(pipe)
 

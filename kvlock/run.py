@@ -54,6 +54,7 @@ class Run:
         self.extra_rows = 0  # of the source, in front of the edit's in the call under way
         self.outputs: list[Tensor] = []  # of this step: conditional, then unconditional
         self.recorded_step = -1
+        self.mixes = False  # whether the lock acts on the call under way
         self.mixed = False  # whether the lock acted on a branch of this step
         self.ever_mixed = False
         self._window = config.locked_steps(steps, flow.sigmas, start=flow.start)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Protocol
@@ -29,6 +30,7 @@ class SourceRows(Protocol):
     def lerp(self, ratio: Tensor) -> None: ...
     def lerp_batch(self, ratio: Tensor, source_batch: int) -> None: ...
     def free(self) -> None: ...
+    def require_all(self, expert: int) -> None: ...
 
 
 class Session:
@@ -55,6 +57,7 @@ class Session:
         source_prompt_embeds: Tensor | None,
         *,
         rows: SourceRows,
+        check_layers: Callable[[], None],
         guidance_of: Callable[[int], float],
         begin_index_of: Callable[[], int | None],
         starts_from_video: bool,
@@ -67,6 +70,7 @@ class Session:
         self._source_prompt_embeds = source_prompt_embeds
         self._run_prompt: Tensor | None = None  # the same, as the run's prompt is: device, dtype and length
         self._rows = rows
+        self._check_layers = check_layers
         self._guidance_of = guidance_of
         self._begin_index_of = begin_index_of
         self._starts_from_video = starts_from_video
@@ -100,6 +104,7 @@ class Session:
         run.forwards += len(x)
         mixes = run.locked and run.has_ratio and self.config.locks and self.config.branches in ("both", branch)
         run.extra_rows = 0
+        run.mixes = mixes
         if not mixes:
             self._rows.off()
             return None
@@ -125,6 +130,7 @@ class Session:
         self._rows.record()
         try:
             yield
+            self._rows.require_all(run.expert)
         finally:
             self.in_source_pass = False
             self._rows.off()
@@ -152,6 +158,8 @@ class Session:
     def end_call(self, output: Tensor) -> Tensor:
         """The transformer has run; returns the edit's part of its prediction."""
         run = self._require_run()
+        if run.mixes:
+            self._rows.require_all(run.expert)
         output = output[run.extra_rows :]
         run.outputs.append(output)
         return output
@@ -207,6 +215,7 @@ class Session:
         if self._flow is None:
             raise ValueError("the scheduler has set no timesteps since attach; was pipe.scheduler replaced?")
         flow = self._flow
+        self._check_layers()
         self._rows.to(x.device)
         # Read now: pipelines that set a begin index do so after they have set the timesteps.
         start = self._begin_index_of()
@@ -222,8 +231,10 @@ class Session:
             starts_from_video=self._starts_from_video,
         )
         config = self.config
-        guides = config.optimized_scale or config.dynamic_guidance or config.background_guidance is not None
         pipeline_guidance = self._guidance_of(0)  # by this one alone a pipeline decides whether there are two branches
+        if not math.isfinite(pipeline_guidance):
+            raise ValueError(f"guidance_scale={pipeline_guidance} is not allowed; wanted a finite number")
+        guides = config.optimized_scale or config.dynamic_guidance or config.background_guidance is not None
         if pipeline_guidance <= 1 and (guides or config.guidance_scale is not None):
             warnings.warn(
                 f"guidance_scale={pipeline_guidance:g} means no unconditional branch: s*, the guidance schedule, "

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import itertools
 
+import numpy as np
 import pytest
 import tiny
 import torch
+import torch.nn.functional as F
 from diffusers import (
     EulerDiscreteScheduler,
     FirstBlockCacheConfig,
@@ -17,6 +19,7 @@ from diffusers import (
     WanVACEPipeline,
 )
 from diffusers.hooks import apply_first_block_cache
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import nn
 
 import kvlock
@@ -31,7 +34,8 @@ LOCK = {"kappa": 3, "window": 3, "tau": 0.6}
 def attach(pipe, config: KVLockConfig | None = None, **changes):
     arguments = {"config": config, "source_prompt_embeds": tiny.SOURCE_PROMPT} | changes
     source = arguments.pop("source", tiny.source_latents())
-    return kvlock.attach(pipe, source, arguments.pop("masks", None) or tiny.masks(pipe), **arguments)
+    masks = arguments.pop("masks", None)
+    return kvlock.attach(pipe, source, tiny.masks(pipe) if masks is None else masks, **arguments)
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +120,51 @@ def test_a_layer_without_the_masks_token_count_is_refused_by_name():
     taps.record()
     with pytest.raises(ValueError, match=r"blocks\[7\] gives v of shape \[1, 5, 8\].*6 tokens"):
         module(torch.zeros(1, 5, 8))
+
+
+class ReadsTheWeights(WanAttnProcessor):
+    """Makes values of the weights of the module that projects them, without calling it."""
+
+    def __call__(self, attn, hidden_states, *args, **kwargs):
+        q, k = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(hidden_states))
+        v = F.linear(hidden_states, attn.to_v.weight, attn.to_v.bias)
+        return attn.to_out[0](F.scaled_dot_product_attention(q, k, v))
+
+
+@pytest.mark.parametrize("source", ["store", "batch"])
+@pytest.mark.parametrize("when", ["before", "inside"])
+def test_a_layer_that_runs_past_its_tap_is_refused_by_name(source, when):
+    pipe = tiny.pipeline(WanPipeline)
+    change = lambda: pipe.transformer.blocks[1].attn1.set_processor(ReadsTheWeights())
+    if when == "before":
+        change()
+    message = r"blocks\[1\] ran past the lock on its v: .*wanted diffusers' own processor"
+    with pytest.raises(ValueError, match=message), attach(pipe, KVLockConfig(**LOCK, source=source)):
+        if when == "inside":
+            change()
+        tiny.call(pipe, steps=STEPS)
+    assert tiny.leftovers(pipe) == []
+
+
+def test_projections_fused_inside_the_block_are_refused():
+    pipe = tiny.pipeline(WanPipeline)
+    with pytest.raises(ValueError, match="fused QKV projections"), attach(pipe):
+        pipe.transformer.fuse_qkv_projections()
+        tiny.call(pipe, steps=STEPS)
+
+
+@pytest.mark.parametrize("kernel", ["hooks", "fused"])
+def test_a_module_replaced_inside_the_block_is_refused_by_name(kernel):
+    pipe = tiny.pipeline(WanPipeline)
+    block, another = pipe.transformer.blocks[1], tiny.transformer(seed=3).blocks[1]
+    holder, name, tensor, other = {
+        "hooks": (block.attn1, "to_v", "v", another.attn1.to_v),
+        "fused": (block, "attn1", "k and v", another.attn1),
+    }[kernel]
+    message = rf"blocks\[1\] has had the module that gives {tensor} replaced by \w+ since attach"
+    with pytest.raises(ValueError, match=message), attach(pipe, kernel=kernel):
+        setattr(holder, name, other)
+        tiny.call(pipe, steps=STEPS)
 
 
 class Adapted(nn.Module):
@@ -213,6 +262,15 @@ REFUSALS = {
         "control_blocks=True, but WanTransformer3DModel has no control blocks",
     ),
     "a-composite-in-pixels": (None, {"config": KVLockConfig(composite="pixel")}, "use KVLockPipeline"),
+    "latents-of-another-type": (None, {"source": np.zeros((1, *tiny.LATENT))}, "source_latents is a ndarray; wanted"),
+    "latents-of-whole-numbers": (None, {"source": torch.zeros(1, *tiny.LATENT).int()}, "tensor of torch.int32 on cpu"),
+    "latents-without-values": (None, {"source": torch.zeros(1, *tiny.LATENT, device="meta")}, "torch.float32 on meta"),
+    "latents-with-nan": (None, {"source": torch.full((1, *tiny.LATENT), torch.nan)}, "source_latents holds NaN"),
+    "a-prompt-in-words": (None, {"source_prompt_embeds": "a cat"}, "source_prompt_embeds is a str; wanted a tensor"),
+    "a-prompt-with-infinity": (None, {"source_prompt_embeds": tiny.SOURCE_PROMPT / 0}, "prompt_embeds holds NaN"),
+    "masks-of-another-type": (None, {"masks": torch.zeros(5)}, "masks is a Tensor; wanted a kvlock.Masks"),
+    "a-config-of-another-type": (None, {"config": "plain"}, "config is a str; wanted a kvlock.KVLockConfig"),
+    "an-empty-dict-for-a-config": (None, {"config": {}}, "config is a dict; wanted a kvlock.KVLockConfig"),
     "no-source-prompt": (None, {"source_prompt_embeds": None}, "no text encoder; pass source_prompt_embeds"),
 }
 
@@ -224,7 +282,7 @@ def test_attach_refuses_by_name_and_leaves_nothing(name):
     masks = tiny.masks(pipe)
     if change is not None:
         change(pipe)
-    with pytest.raises(ValueError, match=message), attach(pipe, masks=masks, **arguments):
+    with pytest.raises(ValueError, match=message), attach(pipe, **({"masks": masks} | arguments)):
         pass
     if pipe.transformer is not None:
         assert [found for found in tiny.leftovers(pipe) if "cache" not in found.lower()] == []

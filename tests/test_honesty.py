@@ -43,6 +43,13 @@ def test_without_an_unconditional_branch_the_trace_shows_no_guidance_and_one_not
     assert len(notices) == 1 and "no unconditional branch" in notices[0]
 
 
+@pytest.mark.parametrize("scale", [float("nan"), float("inf")], ids=str)
+def test_a_guidance_scale_that_is_no_number_is_refused(wan, scale):
+    with pytest.raises(ValueError, match=rf"guidance_scale={scale} is not allowed; wanted a finite number"):
+        run(wan, preset("plain"), guidance_scale=scale)
+    assert tiny.leftovers(wan) == []
+
+
 def test_plain_without_an_unconditional_branch_has_nothing_to_say(wan):
     assert run(wan, preset("plain"), guidance_scale=1.0)[2] == []
 

@@ -20,7 +20,7 @@ from kvlock.adapters.families import (
     tapped_modules,
 )
 from kvlock.adapters.fused import FusedLayers
-from kvlock.adapters.modes import LockState
+from kvlock.adapters.modes import LayerKey, LockState
 from kvlock.adapters.taps import Taps
 from kvlock.config import KVLockConfig
 from kvlock.masks import Masks
@@ -57,10 +57,17 @@ def attach(
         The session; ``session.trace`` records each step, also after the block.
 
     Raises:
-        ValueError: the pipeline, its transformer, its scheduler or a setting is not supported, or `pipe` is attached
-            already; or ``kernel="fused"`` does not fit it.
+        ValueError: an argument is of another type or holds NaN or infinity; the pipeline, its transformer, its
+            scheduler or a setting is not supported, or `pipe` is attached already; or ``kernel="fused"`` does not fit
+            it. Inside the block: the transformer was changed in a way that the lock would not follow.
     """
-    config = config or KVLockConfig()
+    config = KVLockConfig() if config is None else config
+    for name, value, wanted in (("config", config, KVLockConfig), ("masks", masks, Masks)):
+        if not isinstance(value, wanted):
+            raise ValueError(f"{name} is a {type(value).__name__}; wanted a kvlock.{wanted.__name__}")
+    _check_numbers("source_latents", source_latents)
+    if source_prompt_embeds is not None:
+        _check_numbers("source_prompt_embeds", source_prompt_embeds)
     if config.composite == "pixel":
         raise ValueError('composite="pixel" needs the decoded video; use KVLockPipeline, or "latent" or "none" here')
     if kernel not in KERNELS:
@@ -84,12 +91,19 @@ def attach(
 
     layers, parts = KERNELS[kernel]
     locked = layers(LockState(masks.index, masks.num_tokens))
+
+    def parts_of(experts: list[tuple[int, Any]]) -> Iterator[tuple[LayerKey, Any]]:
+        """Looked up anew, and refused where it does not fit, each time."""
+        for i, module in experts:
+            yield from ((key._replace(expert=i), part) for key, part in parts(module, config))
+
     session = Session(
         config,
         masks,
         source_latents,
         source_prompt_embeds,
         rows=locked,
+        check_layers=lambda: locked.require_same(parts_of(experts) if config.locks else ()),
         guidance_of=lambda expert: _guidance(pipe, expert),
         begin_index_of=lambda: getattr(pipe.scheduler, "begin_index", None),
         starts_from_video=is_one_of(pipe, STARTS_FROM_VIDEO),
@@ -102,9 +116,19 @@ def attach(
         for i, module in experts:
             for handle in root.install(module, families[i], session, i):
                 undo.callback(handle.remove)
-            if config.locks:
-                locked.install(parts(module, config))
+        if config.locks:
+            locked.install(parts_of(experts))
         yield session
+
+
+def _check_numbers(name: str, value: Tensor) -> None:
+    """Wants a floating-point tensor of finite numbers; waits for its device."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} is a {type(value).__name__}; wanted a tensor")
+    if not value.is_floating_point() or value.is_meta:
+        raise ValueError(f"{name} is a tensor of {value.dtype} on {value.device}; wanted floating point with values")
+    if not value.isfinite().all():
+        raise ValueError(f"{name} holds NaN or infinity; wanted finite numbers")
 
 
 def _guidance(pipe: Any, expert: int) -> float:

@@ -9,7 +9,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor, nn
 
-from kvlock.adapters.modes import BATCH, OFF, RECORD, LayerKey, LockedLayers, LockState
+from kvlock.adapters.modes import BATCH, OFF, RECORD, LayerKey, LockedLayers, LockState, require_same
 from kvlock_kernels import qk_norm_rope_kv_lerp_, qk_norm_rope_kv_pack_
 
 
@@ -23,6 +23,7 @@ class FusedWanProcessor:
         self.key = key
         self.shared = shared
         self.plain = plain
+        self.reached = False
         self.k_source: Tensor | None = None  # [Bs, rows, H, D] in the dtype of the model
         self.v_source: Tensor | None = None
 
@@ -47,6 +48,7 @@ class FusedWanProcessor:
         assert rotary_emb is not None
         cos, sin = (angles.flatten(0, 2) for angles in rotary_emb)  # [1, N, 1, D] in diffusers
         self._norm_rope(attn, q, k, v, cos, sin)
+        self.reached = True
         out = dispatch_attention_fn(
             *(x.unflatten(2, (attn.heads, -1)) for x in (q, k, v)),
             attn_mask=attention_mask,
@@ -130,6 +132,15 @@ class FusedLayers(LockedLayers):
             check_fit(key, attention)
             self._layers.append((attention, FusedWanProcessor(key, self.shared, attention.processor)))
 
+    def holders(self) -> Iterable[FusedWanProcessor]:
+        return [fused for _, fused in self._layers]
+
+    def require_same(self, parts: Iterable[tuple[LayerKey, Any]]) -> None:
+        found = list(parts)
+        require_same(found, [attention for attention, _ in self._layers])
+        for key, attention in found:
+            check_fit(key, attention)
+
     def remove(self) -> None:
         self.off()
         self._layers.clear()
@@ -150,10 +161,10 @@ class FusedLayers(LockedLayers):
                 attention.set_processor(fused)
 
     def free(self) -> None:
-        for _, fused in self._layers:
+        for fused in self.holders():
             fused.k_source = fused.v_source = None
 
     @property
     def source_bytes(self) -> int:
-        sources = [source for _, fused in self._layers for source in (fused.k_source, fused.v_source)]
+        sources = [source for fused in self.holders() for source in (fused.k_source, fused.v_source)]
         return sum(source.nbytes for source in sources if source is not None)

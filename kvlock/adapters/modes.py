@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ class LayerKey(NamedTuple):
     stack: str  # name of the transformer's block list
     block: int
     tensor: str  # "k", "v", or "kv" for both
+    expert: int = 0  # number of the transformer in its pipeline
 
 
 class LockState:
@@ -34,11 +35,32 @@ class LockState:
         self.source_batch = 1  # samples at the front of a batch in BATCH mode
 
 
+class Holder(Protocol):
+    """What records or lerps in one layer."""
+
+    key: LayerKey
+    reached: bool  # whether it has, since the last switch
+
+
 class LockedLayers(ABC):
     """The layers of a session, whatever it is that records and lerps in them; a session switches them together."""
 
     def __init__(self, shared: LockState) -> None:
         self.shared = shared
+
+    def require_all(self, expert: int) -> None:
+        """After a forward of transformer number `expert` that recorded or lerped: each of its layers has.
+
+        Raises:
+            ValueError: names the first layer that has not, which would go on without the lock.
+        """
+        for holder in self.holders():
+            key = holder.key
+            if key.expert == expert and not holder.reached:
+                raise ValueError(
+                    f"{key.stack}[{key.block}] ran past the lock on its {' and '.join(key.tensor)}: its attention does "
+                    "not call the module that gives it; wanted diffusers' own processor and projections"
+                )
 
     def to(self, device: torch.device) -> None:
         self.shared.index = self.shared.index.to(device)
@@ -60,6 +82,12 @@ class LockedLayers(ABC):
 
     def _switch(self, mode: int) -> None:
         self.shared.mode = mode
+        for holder in self.holders():
+            holder.reached = False
+
+    @abstractmethod
+    def holders(self) -> Iterable[Holder]:
+        """One or more for each layer."""
 
     @abstractmethod
     def install(self, parts: Iterable[tuple[LayerKey, Any]]) -> None:
@@ -67,6 +95,14 @@ class LockedLayers(ABC):
 
         Raises:
             ValueError: a part is held by a session already, or does not fit.
+        """
+
+    @abstractmethod
+    def require_same(self, parts: Iterable[tuple[LayerKey, Any]]) -> None:
+        """These are the very parts that were installed.
+
+        Raises:
+            ValueError: names one that has been replaced since.
         """
 
     @abstractmethod
@@ -81,3 +117,13 @@ class LockedLayers(ABC):
     @abstractmethod
     def source_bytes(self) -> int:
         """Bytes of the recorded rows."""
+
+
+def require_same(parts: Iterable[tuple[LayerKey, Any]], installed: Iterable[Any]) -> None:
+    """What `LockedLayers.require_same` says, of modules in the order of their installation."""
+    for (key, found), module in zip(parts, installed, strict=True):
+        if found is not module:
+            raise ValueError(
+                f"{key.stack}[{key.block}] has had the module that gives {' and '.join(key.tensor)} replaced by "
+                f"{type(found).__name__} since attach; leave the block, change the model, then attach"
+            )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvlock.adapters.modes import BATCH, OFF, RECORD, LayerKey, LockedLayers, LockState
+from kvlock.adapters.modes import BATCH, OFF, RECORD, LayerKey, LockedLayers, LockState, require_same
 from kvlock_kernels import kv_lerp_
 
 
@@ -20,6 +20,7 @@ class Tap:
         self.key = key
         self.shared = shared
         self.plain_class = plain_class  # of the module
+        self.reached = False
         self.source: Tensor | None = None  # [Bs, rows, C] (or [Bs, rows, H, D]), in the dtype of the model
 
 
@@ -30,6 +31,7 @@ def tap_hook(module: Any, args: tuple, output: Tensor) -> Tensor | None:
     if shared.mode == OFF:
         return None
     rows = _token_rows(output, shared.num_tokens, tap.key)
+    tap.reached = True
     if shared.mode == RECORD:
         tap.source = rows.index_select(1, shared.index)
         return None
@@ -84,6 +86,12 @@ class Taps(LockedLayers):
             self._modules.append(module)
             self._handles.append(module.register_forward_hook(tap_hook))
 
+    def holders(self) -> Iterable[Tap]:
+        return [module.kvlock_tap for module in self._modules]
+
+    def require_same(self, parts: Iterable[tuple[LayerKey, Any]]) -> None:
+        require_same(parts, self._modules)
+
     def remove(self) -> None:
         self.off()
         for handle in self._handles:
@@ -101,10 +109,9 @@ class Taps(LockedLayers):
         super()._switch(mode)
 
     def free(self) -> None:
-        for module in self._modules:
-            module.kvlock_tap.source = None
+        for tap in self.holders():
+            tap.source = None
 
     @property
     def source_bytes(self) -> int:
-        sources = [module.kvlock_tap.source for module in self._modules]
-        return sum(source.nbytes for source in sources if source is not None)
+        return sum(tap.source.nbytes for tap in self.holders() if tap.source is not None)
