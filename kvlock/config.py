@@ -85,6 +85,7 @@ class KVLockConfig:
                 f"alpha_min={self.alpha_min!r} has no effect with fusion={self.fusion!r}: "
                 "it bounds the ratio of fusion='variance' only; leave it at 0"
             )
+        self._refuse_what_a_lock_alone_has()
         _check_real("tau", self.tau, MIN_TAU, math.inf)
         _check_real("boost", self.boost, 1.0, math.inf)
         self._settle_kappa()
@@ -103,6 +104,16 @@ class KVLockConfig:
         _check_choice("source", self.source, ("store", "batch"))
         _check_count("dilate_tokens", self.dilate_tokens)
         _check_choice("composite", self.composite, ("none", "latent", "pixel"))
+
+    def _refuse_what_a_lock_alone_has(self) -> None:
+        if self.fusion != "off":
+            return
+        for name in ("layers", "control_blocks", "branches", "source"):
+            value, default = getattr(self, name), self.__dataclass_fields__[name].default
+            if value != default:
+                raise ValueError(
+                    f"{name}={value!r} has no effect with fusion='off', which locks nothing; leave it at {default!r}"
+                )
 
     def _settle_kappa(self) -> None:
         if self.kappa_sigma is None:

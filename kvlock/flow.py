@@ -206,6 +206,16 @@ def _read_multistep_flow(scheduler: Any) -> Flow:
     return _flow_table(scheduler)
 
 
+def _read_dpm_solver(scheduler: Any) -> Flow:
+    if scheduler.config.prediction_type != "v_prediction":
+        return _read_multistep_flow(scheduler)
+    _require(scheduler, "use_flow_sigmas", False)
+    _require(scheduler, "thresholding", False)
+    ratio = _sigmas_of_steps(scheduler)  # noise over signal
+    a = (1.0 + ratio**2) ** -0.5
+    return _table(scheduler, "v_prediction", a=a, b=ratio * a, x_scale=a, v_scale=ratio * a, sigmas=ratio / (1 + ratio))
+
+
 def _read_v_prediction(scheduler: Any) -> Flow:
     _require(scheduler, "prediction_type", "v_prediction")
     alphas_cumprod = scheduler.alphas_cumprod.detach().cpu()[scheduler.timesteps.detach().cpu().long()]
@@ -223,7 +233,7 @@ def _read_ddim(scheduler: Any) -> Flow:
 SCHEDULERS: dict[str, Callable[[Any], Flow]] = {
     "FlowMatchEulerDiscreteScheduler": _read_flow_match,
     "UniPCMultistepScheduler": _read_multistep_flow,
-    "DPMSolverMultistepScheduler": _read_multistep_flow,
+    "DPMSolverMultistepScheduler": _read_dpm_solver,
     "DDIMScheduler": _read_ddim,
     "CogVideoXDDIMScheduler": _read_v_prediction,
     "CogVideoXDPMScheduler": _read_v_prediction,

@@ -26,9 +26,11 @@ def binarize(mask: Tensor) -> Tensor:
     Raises:
         ValueError: another dtype or shape, an empty video, values outside the range, or a uint8 mask of zeros and ones.
     """
-    dtype = getattr(mask, "dtype", type(mask).__name__)
-    if dtype not in (torch.bool, torch.uint8) and dtype not in _FLOATING:
-        raise ValueError(f"mask has dtype {dtype}; wanted a tensor of bool, uint8 in 0..255 or floating point in 0..1")
+    wanted = "wanted a tensor of bool, uint8 in 0..255 or floating point in 0..1"
+    if not isinstance(mask, Tensor):
+        raise ValueError(f"mask is a {type(mask).__name__}; {wanted}")
+    if mask.dtype not in (torch.bool, torch.uint8) and mask.dtype not in _FLOATING:
+        raise ValueError(f"mask has dtype {mask.dtype}; {wanted}")
     frames = _as_frames(mask)
     if frames.numel() == 0:
         raise ValueError(f"mask is empty: its shape is {list(mask.shape)}; wanted at least one pixel")

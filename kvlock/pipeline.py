@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kvlock.adapters.attach import attach
+from kvlock.adapters.attach import attach, notice_empty_prompt
 from kvlock.adapters.families import PIPELINES, check_pipeline
 from kvlock.adapters.vae import encode, repair_stride
 from kvlock.config import KVLockConfig
@@ -65,8 +65,13 @@ class KVLockPipeline:
             video: [F, H, W, 3], uint8 or floating point in [0, 1]; F = 4n + 1, H and W multiples of a token's side.
             mask: [F, H, W], bool, uint8 in 0..255 or floating point in 0..1; above one half = edit.
             prompt: what the edited video shows.
-            source_prompt: what the source shows; "" works, a description locks better.
+            source_prompt: what the source shows; "" works and is noticed, a description locks better.
+            negative_prompt: what to steer away from; None is the pipeline's own default.
             reference_images: PIL images for VACE.
+            num_inference_steps: denoising steps, >= 1.
+            guidance_scale: the pipeline's; above 1 it runs an unconditional branch, and the config's own
+                `guidance_scale`, where set, then takes its place.
+            generator: of the initial noise; None draws from torch's own.
             composite: overrides the config's: "none", "latent" or "pixel" (the source's own pixels outside the mask).
             trim: drop trailing frames down to 4n + 1 instead of refusing the video.
             progress: called after every step with (step, steps, trace).
@@ -91,6 +96,10 @@ class KVLockPipeline:
             if not isinstance(text, str):
                 raise ValueError(f"{name} is a {type(text).__name__}; wanted one str")
         references = _as_list(reference_images)
+        if isinstance(guidance_scale, bool) or not isinstance(guidance_scale, int | float):
+            raise ValueError(f"guidance_scale={guidance_scale!r} is not allowed; wanted a finite number")
+        if generator is not None and not isinstance(generator, torch.Generator | list | tuple):
+            raise ValueError(f"generator is a {type(generator).__name__}; wanted a torch.Generator")
         if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, int) or num_inference_steps < 1:
             raise ValueError(f"num_inference_steps={num_inference_steps!r} is not allowed; wanted an int >= 1")
         arguments = _accepted(pipe, pipeline_arguments) | _conditions(pipe, pixels, inside, references)
@@ -111,6 +120,8 @@ class KVLockPipeline:
         }
         embeds = None
         if config.locks:
+            if not source_prompt:
+                notice_empty_prompt(stacklevel=3)
             embeds = pipe.encode_prompt(
                 source_prompt, do_classifier_free_guidance=False, **_sequence_length(pipe, pipeline_arguments)
             )[0]
@@ -150,10 +161,11 @@ def encode_source(pipe: Any, video: Tensor) -> Tensor:
 
 def _pixels(video: Tensor) -> Tensor:
     """[F, H, W, 3] fp32 in [0, 1], on the CPU."""
-    shape = list(getattr(video, "shape", ()))
-    if not isinstance(video, Tensor) or len(shape) != 4 or shape[-1] != 3 or 0 in shape:
-        found = f"shape {shape}" if shape else type(video).__name__
-        raise ValueError(f"video has {found}; wanted a tensor [F, H, W, 3]")
+    if not isinstance(video, Tensor):
+        raise ValueError(f"video is a {type(video).__name__}; wanted a tensor [F, H, W, 3]")
+    shape = list(video.shape)
+    if len(shape) != 4 or shape[-1] != 3 or 0 in shape:
+        raise ValueError(f"video has shape {shape}; wanted a tensor [F, H, W, 3]")
     if video.dtype == torch.uint8:
         return video.cpu().float() / 255
     if not video.is_floating_point():

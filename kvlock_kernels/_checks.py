@@ -8,8 +8,10 @@ import math
 import torch
 from torch import Tensor
 
+from kvlock_kernels.reference import EIGHT_BIT
+
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
-EIGHT_BIT = (torch.float8_e4m3fn, torch.int8)
+FP32 = torch.finfo(torch.float32)
 Shape = tuple[int, ...]
 LerpNames = tuple[str, str, str, str]  # of x, source, scale, mean
 
@@ -71,14 +73,21 @@ def check_per_sample(name: str, value: Tensor, samples: int, like: Tensor) -> No
 def check_number(
     name: str, value: float, wanted: str, low: float = -math.inf, high: float = math.inf, *, above: bool = False
 ) -> None:
-    """Wants a finite Python number in [low, high], or in (low, high] when `above`."""
+    """Wants a Python number in [low, high] that fp32 holds; when `above`, a normal fp32 number above low."""
     # Chained comparisons refuse NaN and, unlike math.isfinite, trace when the compiler makes the number symbolic.
     if (
-        not isinstance(value, (int, float))
-        or not (-math.inf < value < math.inf and low <= value <= high)
-        or (above and value == low)
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or not (-FP32.max <= value <= FP32.max and low <= value <= high)
+        or (above and value < low + FP32.tiny)
     ):
         raise refuse(name, repr(value), wanted)
+
+
+def check_bool(name: str, value: bool) -> None:
+    """Wants True or False."""
+    if not isinstance(value, bool):
+        raise refuse(name, repr(value), "True or False")
 
 
 def check_index(index: Tensor, tokens: int, like: Tensor) -> None:

@@ -47,7 +47,7 @@ def _velocity_shapes(cond: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, T
 def _packed_shapes(x: Tensor, index: Tensor, dtype: torch.dtype, **kwargs: Any) -> tuple[Tensor, Tensor]:
     b, _, h, d = x.shape
     rows = index.shape[0]
-    scale_shape = (b, rows, h) if dtype in (torch.float8_e4m3fn, torch.int8) else (0,)
+    scale_shape = (b, rows, h) if dtype in reference.EIGHT_BIT else (0,)
     return x.new_empty((b, rows, h, d), dtype=dtype), x.new_empty(scale_shape, dtype=torch.float32)
 
 
@@ -55,13 +55,26 @@ def _unpacked_shape(data: Tensor, *args: Any, dtype: torch.dtype, **kwargs: Any)
     return data.new_empty(data.shape, dtype=dtype)
 
 
-def _recorded_shapes(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _, k, _, _, _, cos, _, _, rows, dtype = args
+def _recorded_shapes(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    source_row: Tensor,
+    rows: int,
+    dtype: torch.dtype,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     d = cos.shape[1]
     shape = (k.shape[0], rows, k.shape[2] // d, d)
-    scale_shape = shape[:3] if dtype in (torch.float8_e4m3fn, torch.int8) else (0,)
-    pair = (k.new_empty(shape, dtype=dtype), k.new_empty(scale_shape, dtype=torch.float32))
-    return *pair, *(t.new_empty(t.shape) for t in pair)
+    scale_shape = shape[:3] if dtype in reference.EIGHT_BIT else (0,)
+    (k_data, v_data), (k_scale, v_scale) = (
+        [k.new_empty(size, dtype=kind) for _ in "kv"] for size, kind in ((shape, dtype), (scale_shape, torch.float32))
+    )
+    return k_data, k_scale, v_data, v_scale
 
 
 def _define(schema: str, plain: Callable[..., Any], shapes: Callable[..., Any]) -> None:

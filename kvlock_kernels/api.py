@@ -15,6 +15,7 @@ from torch import Tensor
 from kvlock_kernels._checks import (
     EIGHT_BIT,
     FLOATING,
+    check_bool,
     check_broadcast,
     check_index,
     check_lerp,
@@ -157,6 +158,7 @@ def kv_lerp_attention(
     check_rows(("v", "v_source", "v_scale", "v_mean"), v, v_source, index, ratio, v_scale, v_mean)
     if scale is not None:
         check_number("scale", scale, "a finite number")
+    check_bool("return_lse", return_lse)
     out, lse = ops.kv_lerp_attention(
         q,
         k,
@@ -288,6 +290,7 @@ def guided_velocity(
             raise refuse("mask", "None", "a mask, because background_guidance acts outside it")
     if x_scale is not None:
         check_per_sample("x_scale", x_scale, b, cond)
+    check_bool("optimized_scale", optimized_scale)
     check_number("eps", eps, "a finite number above 0", 0.0, above=True)
     return GuidedVelocity(
         *ops.guided_velocity(

@@ -9,6 +9,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+EIGHT_BIT = (torch.float8_e4m3fn, torch.int8)  # dtypes of rows that have a scale
 E4M3_MAX = 448.0  # largest finite float8_e4m3fn
 INT8_MAX = 127.0  # -128 stays unused, so that the code is symmetric
 FP32_TINY = 2.0**-126  # smallest normal fp32; the reciprocal of a smaller scale may overflow
@@ -187,7 +188,7 @@ def guided_velocity(
 def pack_kv(x: Tensor, index: Tensor, dtype: torch.dtype, *, mean: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Packs rows of x [B, N, H, D]: data [B, rows, H, D] of dtype and scale [B, rows, H] fp32 (empty if not 8-bit)."""
     rows = x.index_select(1, index).contiguous()
-    if dtype not in (torch.float8_e4m3fn, torch.int8):
+    if dtype not in EIGHT_BIT:
         return rows.to(dtype), x.new_empty(0, dtype=torch.float32)
     rows = rows.float() if mean is None else rows.float() - mean[:, None]
     scale = rows.abs().amax(-1) / (INT8_MAX if dtype == torch.int8 else E4M3_MAX)

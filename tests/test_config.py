@@ -80,6 +80,17 @@ def test_layers_given_as_a_list_become_a_tuple():
     assert KVLockConfig(layers=[2, 5]).layers == (2, 5)
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [{"layers": (3,)}, {"control_blocks": True}, {"branches": "cond"}, {"source": "batch"}],
+    ids=lambda setting: next(iter(setting)),
+)
+def test_a_setting_of_the_lock_without_a_lock_is_a_contradiction(setting):
+    (name,) = setting
+    with pytest.raises(ValueError, match=rf"{name}=.* has no effect with fusion='off'"):
+        preset("plain", **setting)
+
+
 @pytest.mark.parametrize("fusion", ["full", "off", 0.5])
 def test_alpha_min_without_the_variance_schedule_is_a_contradiction(fusion):
     with pytest.raises(ValueError, match="alpha_min"):

@@ -165,8 +165,8 @@ def test_binarizing_does_not_share_memory_with_its_input():
         (torch.full((5, 8, 8), -1.0), "from -1 to -1; wanted 0..1"),
         (torch.full((5, 8, 8), torch.nan), "from nan to nan; wanted 0..1"),
         (torch.ones(5, 8, 8, dtype=torch.uint8), "uint8 with largest value 1"),
-        (torch.zeros(5, 8, 8).numpy(), "dtype float32; wanted a tensor"),
-        ([[[0.0]]], "dtype list; wanted a tensor"),
+        (torch.zeros(5, 8, 8).numpy(), "mask is a ndarray; wanted a tensor"),
+        ([[[0.0]]], "mask is a list; wanted a tensor"),
     ],
     ids=["2d", "rgb", "batch", "empty", "int64", "0..255", "-1..1", "nan", "uint8-0-1", "numpy", "list"],
 )

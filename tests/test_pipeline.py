@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import PIL.Image
 import pytest
@@ -26,7 +28,8 @@ def pipe():
 def edit(pipe, preset="kv-lock", video=VIDEO, mask=MASK, **kwargs):
     settings = {"tau": 10.0} if preset == "kv-lock" else {}  # far above the variances of random weights: alpha < 1
     config = kvlock.preset(preset, **(settings | kwargs.pop("config", {})))
-    arguments = {"num_inference_steps": 5, "generator": torch.Generator().manual_seed(0)} | kwargs
+    arguments = {"num_inference_steps": 5, "generator": torch.Generator().manual_seed(0), "source_prompt": "a star"}
+    arguments |= kwargs
     out = kvlock.KVLockPipeline(pipe, config)(video, mask, "a red circle", **arguments)
     assert out.masks.background_rows > 0
     if config.locks:
@@ -179,6 +182,20 @@ def test_a_pipeline_that_is_not_supported_is_refused():
         kvlock.KVLockPipeline(Other())
 
 
+def test_a_config_of_another_type_is_refused(pipe):
+    with pytest.raises(ValueError, match=r"config is a str; wanted a kvlock\.KVLockConfig"):
+        kvlock.KVLockPipeline(pipe, "plain")
+
+
+def test_an_edit_without_a_source_prompt_is_told_so_and_a_plain_one_has_no_use_for_it(pipe):
+    with pytest.warns(UserWarning, match="no source prompt"):
+        edit(pipe, num_inference_steps=3, source_prompt="")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        edit(pipe, "plain", num_inference_steps=1, source_prompt="")
+        edit(pipe, num_inference_steps=3)
+
+
 def test_progress_hears_of_every_step(pipe):
     heard = []
     edit(pipe, progress=lambda step, steps, trace: heard.append((step, steps, len(trace))))
@@ -203,7 +220,9 @@ def test_the_stride_of_a_patchified_vae_is_repaired():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"video": VIDEO.numpy()}, r"video has.*wanted a tensor \[F, H, W, 3\]"),
+        ({"video": VIDEO.numpy()}, r"video is a ndarray; wanted a tensor \[F, H, W, 3\]"),
+        ({"guidance_scale": "5"}, r"guidance_scale='5' is not allowed; wanted a finite number"),
+        ({"generator": 3}, r"generator is a int; wanted a torch.Generator"),
         ({"video": VIDEO.movedim(-1, 1)}, r"video has shape \[17, 3, 96, 96\]"),
         ({"video": VIDEO[:0]}, r"video has shape \[0, 96, 96, 3\]"),
         ({"video": VIDEO * 255}, r"video has values from \S+ to 25\d.*\[0, 1\]"),

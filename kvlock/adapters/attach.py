@@ -148,5 +148,11 @@ def _without_padding(embeds: Tensor) -> Tensor:
 def _empty_prompt(pipe: Any) -> Tensor:
     if getattr(pipe, "text_encoder", None) is None:
         raise ValueError("source_prompt_embeds is None and the pipeline has no text encoder; pass source_prompt_embeds")
-    warnings.warn('no source prompt: the source runs with "" (a description of the source locks better)', stacklevel=4)
+    notice_empty_prompt(stacklevel=5)
     return pipe.encode_prompt("", do_classifier_free_guidance=False)[0]
+
+
+def notice_empty_prompt(stacklevel: int) -> None:
+    """The warning that the source runs without a description."""
+    text = 'no source prompt: the source runs with "" (a description of the source locks better)'
+    warnings.warn(text, stacklevel=stacklevel)

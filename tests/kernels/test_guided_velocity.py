@@ -247,6 +247,8 @@ def test_an_empty_input_gives_an_empty_output(shape: tuple[int, ...]) -> None:
     Bad({"background_guidance": NAN, "mask": torch.ones(4)}, "background_guidance", "nan", "a finite number or None"),
     Bad({"x_scale": 0.9}, "x_scale", "float 0.9", "a tensor"),
     Bad({"eps": 0.0}, "eps", "0.0", "above 0"),
+    Bad({"optimized_scale": None}, "optimized_scale", "None", "True or False"),
+    Bad({"optimized_scale": "no"}, "optimized_scale", "'no'", "True or False"),
 )
 def test_bad_inputs_are_named(bad: Bad) -> None:
     assert_refused(guided_velocity, inputs((2, 4)), bad)

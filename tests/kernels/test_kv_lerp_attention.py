@@ -167,6 +167,7 @@ def test_no_samples_or_no_queries_give_an_empty_output(b: int, m: int) -> None:
     Bad({"ratio": torch.ones(1)}, "ratio", "shape [1]", "[B] = [2]"),
     Bad({"scale": NAN}, "scale", "nan", "a finite number"),
     Bad({"scale": "1"}, "scale", "'1'", "a finite number"),
+    Bad({"return_lse": None}, "return_lse", "None", "True or False"),
 )
 def test_bad_inputs_are_named(bad: Bad) -> None:
     assert_refused(kv_lerp_attention, inputs((2, 1, 5, 7, 3, 2, 4), torch.float32), bad)

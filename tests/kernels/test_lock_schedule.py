@@ -84,9 +84,12 @@ def test_strided_input_is_taken() -> None:
     Bad({"guidance_scale": torch.tensor(5)}, "guidance_scale", "dtype int64", "dtype float32"),
     Bad({"tau": 0.0}, "tau", "0.0", "above 0"),
     Bad({"tau": NAN}, "tau", "nan", "above 0"),
+    Bad({"tau": 1e-46}, "tau", "1e-46", "above 0"),  # 0 in fp32
+    Bad({"tau": True}, "tau", "True", "a finite number"),
     Bad({"tau": torch.tensor(0.1)}, "tau", "tensor(0.1000)", "a finite number"),
     Bad({"boost": 0.5}, "boost", "0.5", "at least 1"),
     Bad({"boost": float("inf")}, "boost", "inf", "a finite number"),
+    Bad({"boost": 1e300}, "boost", "1e+300", "a finite number"),  # inf in fp32
     Bad({"alpha_min": -0.1}, "alpha_min", "-0.1", "a number in [0, 1]"),
     Bad({"alpha_min": 1.5}, "alpha_min", "1.5", "a number in [0, 1]"),
 )
