@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 
 import numpy as np
@@ -67,6 +68,9 @@ def test_every_expected_tap_lerps_once_a_call_and_no_other_does(wan, settings, b
     expected = {("blocks", block, tensor): branches * locked_steps for block in blocks for tensor in "kv"}
     assert dict(lerps.counts) == expected
     assert sum(row["locked"] for row in trace) == locked_steps
+    with tiny.Lerps(wan) as beside:  # who lerped cannot be told; that every tap did, the session asserts itself
+        tiny.locked_call(wan, dataclasses.replace(config, source="batch"), steps=STEPS)
+    assert dict(beside.counts) == {None: sum(expected.values())}
 
 
 @pytest.mark.parametrize("control", [False, True])

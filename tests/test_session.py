@@ -134,6 +134,37 @@ class Syncs(TorchDispatchMode):
         return tensors
 
 
+class Waits(Exception):
+    pass
+
+
+class NoWaits(Syncs):
+    """Raises where the host would wait, from the second step on."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if len(self.steps) > 1 and func.overloadpacket.__name__ in self.WAITS:
+            raise Waits(func.overloadpacket.__name__)
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+@pytest.mark.parametrize("source", ["store", "batch"])
+@pytest.mark.parametrize("kind", [WanVACEPipeline, WanVideoToVideoPipeline])
+@pytest.mark.parametrize("schedule", ["euler", "unipc"])
+def test_no_number_is_read_from_a_device_inside_the_loop(kind, schedule, source):
+    """In pipelines that read none themselves; `WanPipeline` compares its timestep with a bound at every step."""
+    pipe = tiny.pipeline(kind, schedule)
+    config = KVLockConfig(kappa=3, window=3, tau=0.6, source=source, background_guidance=1.0)
+    with tiny.attached(pipe, config), NoWaits() as watched:
+        tiny.call(pipe, steps=STEPS, callback_on_step_end=watched.next_step)
+
+    def read(pipe, step, timestep, tensors):
+        tensors["latents"].sum().item()
+        return watched.next_step(pipe, step, timestep, tensors)
+
+    with pytest.raises(Waits, match="_local_scalar_dense"), attach(pipe, config), NoWaits() as watched:
+        tiny.call(pipe, steps=STEPS, callback_on_step_end=read)
+
+
 READS = ("tolist", "cpu", "numpy", "item", "__bool__", "__float__", "__int__", "__index__")
 
 

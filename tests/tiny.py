@@ -173,17 +173,17 @@ def leftovers(pipe: Any) -> list[str]:
 
 
 class Lerps(TorchDispatchMode):
-    """Counts the lerps of stored rows for each tap of a pipeline, by its key."""
+    """Counts the lerps of stored rows for each tap of a pipeline, by its key; None is a source beside the edit."""
 
     def __init__(self, pipe: Any) -> None:
         super().__init__()
-        self.counts: Counter[tuple[str, int, str]] = Counter()
+        self.counts: Counter[tuple | None] = Counter()
         self._modules = [*pipe.transformer.modules()]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is torch.ops.kvlock_kernels.kv_lerp_.default:
             taps = [m.kvlock_tap for m in self._modules if hasattr(m, "kvlock_tap")]
-            self.counts[next(tap.key[:3] for tap in taps if tap.source is args[1])] += 1
+            self.counts[next((tap.key[:3] for tap in taps if tap.source is args[1]), None)] += 1
         return func(*args, **(kwargs or {}))
 
 
