@@ -104,6 +104,12 @@ _define(
     _attention_shapes,
 )
 _define(
+    "kv_lerp_attention_(Tensor q, Tensor(a!) k, Tensor(b!) v, Tensor k_source, Tensor v_source, Tensor index, "
+    f"Tensor ratio, *, float scale, {_PAIR_OPTIONS}) -> Tensor",
+    reference.kv_lerp_attention_,
+    lambda q, *args, **kwargs: q.new_empty(q.shape),
+)
+_define(
     "windowed_variance_(Tensor x0, Tensor(a!) history, Tensor step, *, Tensor? weight=None) -> Tensor",
     reference.windowed_variance_,
     _variance_shape,

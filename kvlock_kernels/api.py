@@ -24,7 +24,6 @@ from kvlock_kernels._checks import (
     check_number,
     check_packing,
     check_per_sample,
-    check_rows,
     check_shape,
     check_tensor,
     check_writable,
@@ -38,13 +37,6 @@ class LerpedPair(NamedTuple):
 
     k: Tensor  # [B, N, H, D] or [B, N, C]
     v: Tensor  # [B, N, H, D] or [B, N, C]
-
-
-class AttentionOutput(NamedTuple):
-    """Attention output and, on request, the log-sum-exp of the scaled scores."""
-
-    out: Tensor  # [B, M, H, D] in q's dtype
-    lse: Tensor | None  # [B, H, M] fp32, natural logarithm
 
 
 class LockSchedule(NamedTuple):
@@ -117,64 +109,6 @@ def kv_lerp_pair_(
         k, v, k_source, v_source, index, ratio, k_scale=k_scale, v_scale=v_scale, k_mean=k_mean, v_mean=v_mean
     )
     return LerpedPair(k, v)
-
-
-def kv_lerp_attention(
-    q: Tensor,  # [B, M, H, D] floating
-    k: Tensor,  # [B, N, H, D] floating, N >= 1
-    v: Tensor,  # [B, N, H, D] in k's dtype
-    k_source: Tensor,  # [Bs, rows, H, D] floating, float8_e4m3fn or int8; Bs is 1 or B
-    v_source: Tensor,  # [Bs, rows, H, D] likewise
-    index: Tensor,  # [rows] int32, no row twice
-    ratio: Tensor,  # [B] fp32
-    *,
-    scale: float | None = None,  # D ** -0.5 by default
-    k_scale: Tensor | None = None,  # [Bs, rows, H] fp32
-    v_scale: Tensor | None = None,  # [Bs, rows, H] fp32
-    k_mean: Tensor | None = None,  # [1 or Bs, H, D] fp32
-    v_mean: Tensor | None = None,  # [1 or Bs, H, D] fp32
-    return_lse: bool = False,
-) -> AttentionOutput:
-    """Attends, without a causal mask, to keys and values as `kv_lerp_` would leave them; k and v stay as they are.
-
-        out = softmax(scale * q lerp(k)^T) lerp(v),    lse = log sum exp(scale * q lerp(k)^T)
-
-    The mixed rows are rounded to k's dtype first, so that the result is that of `kv_lerp_` on copies followed by
-    attention; the attention itself is computed in fp32. M may differ from N. No queries or no samples give an empty
-    out and lse; no keys is an error.
-    """
-    check_tensor("q", q, FLOATING)
-    check_ndim("q", q, "[B, M, H, D]", 4)
-    b, _, h, d = q.shape
-    check_tensor("k", k, FLOATING, q)
-    check_tensor("v", v, (k.dtype,), q)
-    check_ndim("k", k, "[B, N, H, D]", 4)
-    n = k.shape[1]
-    if n == 0 or d == 0:
-        raise refuse("k", f"shape {list(k.shape)}", "[B, N, H, D] with N >= 1 and D >= 1")
-    check_shape("k", k, "[B, N, H, D]", (b, n, h, d))
-    check_shape("v", v, "[B, N, H, D]", (b, n, h, d))
-    check_rows(("k", "k_source", "k_scale", "k_mean"), k, k_source, index, ratio, k_scale, k_mean)
-    check_rows(("v", "v_source", "v_scale", "v_mean"), v, v_source, index, ratio, v_scale, v_mean)
-    if scale is not None:
-        check_number("scale", scale, "a finite number")
-    check_bool("return_lse", return_lse)
-    out, lse = ops.kv_lerp_attention(
-        q,
-        k,
-        v,
-        k_source,
-        v_source,
-        index,
-        ratio,
-        scale=d**-0.5 if scale is None else float(scale),
-        k_scale=k_scale,
-        v_scale=v_scale,
-        k_mean=k_mean,
-        v_mean=v_mean,
-        return_lse=return_lse,
-    )
-    return AttentionOutput(out, lse if return_lse else None)
 
 
 def windowed_variance_(

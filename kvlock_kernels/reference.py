@@ -7,6 +7,7 @@ Arguments are trusted here; `api` checks them. No function waits for the device.
 from math import prod
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 EIGHT_BIT = (torch.float8_e4m3fn, torch.int8)  # dtypes of rows that have a scale
@@ -108,6 +109,30 @@ def kv_lerp_attention(
     out = torch.softmax(scores, dim=-1) @ v.float().transpose(1, 2)
     out = out.transpose(1, 2).to(q.dtype).contiguous()
     return out, lse if return_lse else lse.new_empty(0)
+
+
+# k <- lerp(k);   v <- lerp(v);   out = softmax(scale * q k^T) v
+def kv_lerp_attention_(
+    q: Tensor,  # [B, M, H, D]
+    k: Tensor,  # [B, N, H, D], mutated
+    v: Tensor,  # [B, N, H, D], mutated
+    k_source: Tensor,  # [Bs, rows, H, D]
+    v_source: Tensor,  # [Bs, rows, H, D]
+    index: Tensor,  # [rows] int32
+    ratio: Tensor,  # [B] fp32
+    *,
+    scale: float,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    k_mean: Tensor | None = None,
+    v_mean: Tensor | None = None,
+) -> Tensor:
+    """Mixes keys and values in place and attends to them by torch, which needs no memory for the scores."""
+    kv_lerp_pair_(
+        k, v, k_source, v_source, index, ratio, k_scale=k_scale, v_scale=v_scale, k_mean=k_mean, v_mean=v_mean
+    )
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).contiguous()
 
 
 # ring[step % W] <- x0;   n = min(step + 1, W);   var = sum_{j < n} (ring[j] - mean)^2 / (n - 1), 0 where n < 2

@@ -101,6 +101,12 @@ def _attention_packed(dtype: torch.dtype) -> Call:
     return Call((*args, k_data, v_data, int32(6, 0, 3), torch.tensor([0.6, 0.3])), options)
 
 
+def _attention_in_place() -> Call:
+    call = _attention_packed(INT8)
+    del call.kwargs["return_lse"]
+    return call
+
+
 def _variance() -> Call:
     return Call((normal(2, 3, 4, 5), normal(4, 2, 3, 4, 5, seed=1), torch.tensor(6)), {})
 
@@ -183,6 +189,7 @@ CALLS: dict[str, tuple[str, Callable[[], Call]]] = {
     "attention": ("kv_lerp_attention", _attention),
     "attention-bf16-int8-mean-lse": ("kv_lerp_attention", partial(_attention_packed, INT8)),
     "attention-bf16-fp8-mean-lse": ("kv_lerp_attention", partial(_attention_packed, FP8)),
+    "attention-in-place-int8-mean": ("kv_lerp_attention_", _attention_in_place),
     "variance": ("windowed_variance_", _variance),
     "variance-bf16-weight": ("windowed_variance_", _variance_weighted),
     "schedule": ("lock_schedule", _schedule),

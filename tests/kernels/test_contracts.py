@@ -22,6 +22,7 @@ each_call = pytest.mark.parametrize(("name", "make"), CALLS.values(), ids=CALLS.
 MUTATED = {
     "kv_lerp_": [0],
     "kv_lerp_pair_": [0, 1],
+    "kv_lerp_attention_": [1, 2],
     "windowed_variance_": [1],
     "qk_norm_rope_kv_lerp_": [0, 1, 2],
     "qk_norm_rope_kv_pack_": [0, 1],

@@ -9,7 +9,7 @@ from samples import DTYPES, NAN, int32, normal, packed, scattered
 from tolerance import assert_as_accurate_as_torch, assert_bit_identical
 from torch import Tensor
 
-from kvlock_kernels import kv_lerp_attention, kv_lerp_pair_
+from kvlock_kernels import kv_lerp_attention, kv_lerp_attention_, kv_lerp_pair_
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
@@ -103,6 +103,19 @@ def test_ratio_one_attends_to_the_source_only() -> None:
     assert_bit_identical(kv_lerp_attention(**args).out, expected)
 
 
+@each_shape
+@each_dtype
+def test_in_place_it_is_attention_to_lerped_copies_and_uses_up_nothing_else(shape: Any, dtype: torch.dtype) -> None:
+    args = inputs(shape, dtype)
+    before, (k, v) = {name: tensor.clone() for name, tensor in args.items()}, lerped(args)
+    native, _ = plain_attention(args["q"], k, v, shape[-1] ** -0.5)
+    exact, _ = plain_attention(args["q"].double(), k.double(), v.double(), shape[-1] ** -0.5)
+    assert_as_accurate_as_torch(kv_lerp_attention_(**args), native, exact)
+    for name, mixed in (("k", k), ("v", v)):
+        assert ((args[name] == before[name]) | (args[name] == mixed)).all()
+    assert all(torch.equal(args[name], before[name]) for name in args if name not in ("k", "v"))
+
+
 def test_one_key_gives_its_value() -> None:
     one = torch.ones(1, 1, 1, 2)
     out, lse = kv_lerp_attention(
@@ -171,3 +184,15 @@ def test_no_samples_or_no_queries_give_an_empty_output(b: int, m: int) -> None:
 )
 def test_bad_inputs_are_named(bad: Bad) -> None:
     assert_refused(kv_lerp_attention, inputs((2, 1, 5, 7, 3, 2, 4), torch.float32), bad)
+
+
+@bad_inputs(
+    Bad({"k": torch.zeros(2, 7, 2, 4).half()}, "k", "dtype float16", "dtype float32"),
+    Bad({"v": torch.zeros(2, 7, 2, 4).half()}, "v", "dtype float16", "dtype float32"),
+    Bad({"k": torch.zeros(1, 7, 2, 4).expand(2, 7, 2, 4)}, "k", "expanded", "can be written"),
+    Bad({"v": torch.zeros(1, 7, 2, 4).expand(2, 7, 2, 4)}, "v", "expanded", "can be written"),
+    Bad({"v": torch.zeros(2, 6, 2, 4)}, "v", "shape [2, 6, 2, 4]", "[2, 7, 2, 4]"),
+    Bad({"scale": NAN}, "scale", "nan", "a finite number"),
+)
+def test_bad_inputs_to_attention_in_place_are_named(bad: Bad) -> None:
+    assert_refused(kv_lerp_attention_, inputs((2, 1, 5, 7, 3, 2, 4), torch.float32), bad)
