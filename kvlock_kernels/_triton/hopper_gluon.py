@@ -1,7 +1,7 @@
-"""Plain attention for sm_90 in Gluon, QK of a tile over PV of the one before: not to be chosen before it ran on a GPU.
+"""Plain attention for sm_90 in Gluon, with QK of a tile and its softmax over PV of the tile before.
 
-The interpreter does not run Gluon, so nothing but the machine code has been looked at; tests/kernels/test_hopper.py
-says what was. `kvlock_kernels._triton.hopper` holds the kernel that the interpreter has checked.
+Not to be chosen before a benchmark row from a device shows that its results agree: the interpreter does not run
+Gluon, so only the machine code has been looked at. `kvlock_kernels._triton.hopper` has a kernel that was interpreted.
 """
 
 from torch import Tensor
@@ -139,6 +139,7 @@ def attention_kernel(
     D: gl.constexpr, DIM: gl.constexpr, LSE: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):
     """Program = CONSUMERS * ROWS queries of one head; neighbours share the head's keys and values in the cache."""
+    gl.static_assert(STAGES >= 2)  # a consumer waits for the values of a tile before it leaves those of the last one
     program = gl.program_id(0)
     head = (program // blocks).to(gl.int64)
     row = program % blocks * (CONSUMERS * ROWS)

@@ -67,10 +67,9 @@ def test_it_is_as_accurate_as_torch(regime: dict[str, Any]) -> None:
 @pytest.mark.parametrize("sign", [1, -1], ids=["high", "low"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_scores_of_ten_thousand_do_not_overflow(dtype: torch.dtype, sign: int) -> None:
-    """A key that is not there must not win against scores of -10000 as one of score 0 would."""
-    q, k, v = torch.full((1, 1, 1, 64), 12.5, dtype=dtype), normal(1, 45, 1, 64, dtype=dtype), normal(1, 45, 1, 64)
-    k[:] = sign * 12.5
-    v = v.to(dtype)
+    """A key that is not there must not win against scores of -10000, as one with score 0 would."""
+    q = torch.full((1, 1, 1, 64), 12.5, dtype=dtype)
+    k, v = (sign * q).expand(1, 45, 1, 64), normal(1, 45, 1, 64, dtype=dtype)
     out, lse = hopper.attention(q, k, v, scale=1.0, return_lse=True)
     assert lse.item() == pytest.approx(sign * 10000 + math.log(45), abs=2e-3)
     assert_as_accurate_as_torch(out, torch_attention(q, k, v, 1.0), v.double().mean(1, keepdim=True))
@@ -91,8 +90,7 @@ def test_what_lies_beside_the_rows_is_not_read(dtype: torch.dtype) -> None:
 
     def among_nan(x: Tensor) -> Tensor:
         around = torch.full((B, x.shape[1] + 128, H + 1, 128), NAN, dtype=dtype)
-        inside = around[:, : x.shape[1], :H, :96]
-        return inside.copy_(x)
+        return around[:, : x.shape[1], :H, :96].copy_(x)
 
     expected = hopper.attention(q, k, v, scale=0.1, return_lse=True)
     actual = hopper.attention(*map(among_nan, (q, k, v)), scale=0.1, return_lse=True)
@@ -116,16 +114,19 @@ def test_what_lies_behind_the_results_is_not_written(monkeypatch: pytest.MonkeyP
 
 
 def test_rows_that_a_descriptor_cannot_address_are_copied() -> None:
-    """Strides of 4 bytes, elements apart, an address off by 2 bytes, and one row for all tokens."""
+    """Rows 132 bytes apart, elements 4 bytes apart, an address off by 2 bytes, and one row for all tokens."""
     q, k, v = inputs(45, 45, 64, torch.float16)
-    expected, _ = hopper.attention(q, k[:, :1].expand_as(k), v, scale=0.1, return_lse=False)
-    odd = torch.zeros(B, 45, H, 66, dtype=torch.float16)[..., 1:65].copy_(q)
-    apart = torch.zeros(B, 45, H, 128, dtype=torch.float16)[..., ::2].copy_(v)
-    actual, _ = hopper.attention(odd, k[:, :1].contiguous().expand_as(k), apart, scale=0.1, return_lse=False)
-    assert_bit_identical(actual, expected)
-    shifted = torch.zeros(q.numel() + 1, dtype=torch.float16)[1:].view_as(q).copy_(q)
-    assert hopper.described(shifted).data_ptr() % hopper.ALIGNMENT == 0 and hopper.described(q) is q
-    assert hopper.described(k[:, :1].expand_as(k)).stride(1) == H * 64
+    memory = torch.zeros(B * 45 * H * 128 + 1, dtype=torch.float16)
+
+    def laid_out(x: Tensor, *strides: int, start: int = 0) -> Tensor:
+        return memory.clone().as_strided(x.shape, strides, start).copy_(x)
+
+    expected, _ = hopper.attention(q, k, v, scale=0.1, return_lse=False)
+    for strides, start in (((45 * H * 66, H * 66, 66, 1), 0), ((45 * H * 128, H * 128, 128, 2), 0), (q.stride(), 1)):
+        odd = (laid_out(x, *strides, start=start) for x in (q, k, v))
+        assert_bit_identical(hopper.attention(*odd, scale=0.1, return_lse=False)[0], expected)
+    assert hopper.described(q) is q
+    assert hopper.described(k[:, :1].expand_as(k)).is_contiguous()
 
 
 def test_the_log_sum_exp_is_empty_where_nobody_asks_for_it() -> None:
