@@ -17,7 +17,7 @@ def kernels_on_cpu() -> Iterator[None]:
     """Registers every kernel for the CPU, as it is registered for CUDA, until the block is left."""
     library = torch.library.Library("kvlock_kernels", "IMPL")
     # The interpreter computes in numpy, which warns of NaN and inf where a GPU goes on.
-    with rounding_as_a_gpu(), np.errstate(all="ignore"):
+    with bf16_as_on_a_gpu(), np.errstate(all="ignore"):
         for name, launcher in _cuda.launchers().items():
             library.impl(name, launcher, "CPU")
         try:
@@ -27,23 +27,35 @@ def kernels_on_cpu() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def rounding_as_a_gpu() -> Iterator[None]:
-    """Rounds fp32 to bf16 to nearest even, as every GPU does; the interpreter cuts the bits off."""
-    original = InterpreterBuilder.cast_impl
+def bf16_as_on_a_gpu() -> Iterator[None]:
+    """Rounds fp32 to bf16 to nearest even and multiplies bf16 values, as every GPU does.
+
+    The interpreter keeps bf16 as codes in uint16: it cuts the bits off, and tl.dot multiplies the codes.
+    """
+    original = {name: vars(InterpreterBuilder)[name] for name in ("cast_impl", "create_fp_trunc", "create_dot")}
 
     def cast_impl(self: Any, src: TensorHandle, dst_type: Any) -> TensorHandle:
         if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.bfloat16:
             values = torch.from_numpy(np.ascontiguousarray(src.data, dtype=np.float32))
             codes = values.to(torch.bfloat16).view(torch.uint16).numpy().reshape(src.data.shape)
             return TensorHandle(codes, tl.bfloat16)
-        return original(self, src, dst_type)
+        return original["cast_impl"](self, src, dst_type)
 
-    methods = ("cast_impl", "create_fp_trunc")
-    before = {name: vars(InterpreterBuilder)[name] for name in methods}
-    for name in methods:
-        setattr(InterpreterBuilder, name, cast_impl)
+    def create_dot(self: Any, a: TensorHandle, b: TensorHandle, *options: Any) -> TensorHandle:
+        return original["create_dot"](self, decoded(a), decoded(b), *options)
+
+    repaired = {"cast_impl": cast_impl, "create_fp_trunc": cast_impl, "create_dot": create_dot}
+    for name, method in repaired.items():
+        setattr(InterpreterBuilder, name, method)
     try:
         yield
     finally:
-        for name, method in before.items():
+        for name, method in original.items():
             setattr(InterpreterBuilder, name, method)
+
+
+def decoded(x: TensorHandle) -> TensorHandle:
+    """The values of a bf16 block in fp32, of which bf16 is the upper half; other blocks as they are."""
+    if x.dtype.scalar != tl.bfloat16:
+        return x
+    return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)

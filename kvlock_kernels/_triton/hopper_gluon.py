@@ -1,0 +1,193 @@
+"""Plain attention for sm_90 in Gluon, with QK of a tile and its softmax over PV of the tile before.
+
+Not to be chosen before a benchmark row from a device shows that its results agree: the interpreter does not run
+Gluon, so only the machine code has been looked at. `kvlock_kernels._triton.hopper` has a kernel that was interpreted.
+"""
+
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from kvlock_kernels._triton.hopper import launch
+
+ROWS = gl.constexpr(64)  # queries of a consumer: the M of a wgmma, so that a row lies within four threads
+CONSUMERS = gl.constexpr(2)
+CONSUMER_REGISTERS, PRODUCER_REGISTERS = gl.constexpr(240), gl.constexpr(24)  # with the first consumer's: all 64 Ki
+LN2 = gl.constexpr(0.6931471805599453)
+
+
+@gluon.jit
+def tile_start(i, tiles, BLOCK_N: gl.constexpr):
+    """The first key of the i-th tile taken. The last tile, which may be ragged, comes first; softmax does not care."""
+    return gl.where(i == 0, tiles - 1, i - 1) * BLOCK_N
+
+
+@gluon.jit
+def stage_of(i, STAGES: gl.constexpr):
+    """Which buffer the i-th tile lies in, and the parity of its turn there."""
+    return i % STAGES, (i // STAGES) & 1
+
+
+@gluon.jit
+def fill(tensor, start, ring, i, STAGES: gl.constexpr):
+    """Loads a tile [BLOCK_N, DIM] into its buffer once every consumer has left it; rows beyond N become zero."""
+    tiles, full, empty = ring
+    stage, parity = stage_of(i, STAGES)
+    mbarrier.wait(empty.index(stage), parity ^ 1)
+    mbarrier.expect(full.index(stage), tensor.block_type.nbytes)
+    tma.async_copy_global_to_shared(tensor, [start, 0], full.index(stage), tiles.index(stage))
+
+
+@gluon.jit
+def produce(q_desc, k_desc, v_desc, q_s, q_full, k_ring, v_ring, row, tiles, BLOCK_N: gl.constexpr,
+            STAGES: gl.constexpr):
+    """One warp: all loads of the program."""
+    for c in gl.static_range(CONSUMERS):
+        mbarrier.expect(q_full.index(c), q_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(q_desc, [row + c * ROWS, 0], q_full.index(c), q_s.index(c))
+    for i in range(tiles):
+        start = tile_start(i, tiles, BLOCK_N)
+        fill(k_desc, start, k_ring, i, STAGES)
+        fill(v_desc, start, v_ring, i, STAGES)
+
+
+@gluon.jit
+def arrived(ring, i, STAGES: gl.constexpr):
+    """The buffer of tile i, when the tile lies in it."""
+    tiles, full, _ = ring
+    stage, parity = stage_of(i, STAGES)
+    mbarrier.wait(full.index(stage), parity)
+    return tiles.index(stage)
+
+
+@gluon.jit
+def leave(ring, i, STAGES: gl.constexpr):
+    """Says that this consumer has read tile i."""
+    _, _, empty = ring
+    stage, _ = stage_of(i, STAGES)
+    mbarrier.arrive(empty.index(stage), count=1)
+
+
+@gluon.jit
+def online_softmax(s, row_max, row_sum, scale_log2):
+    """Weights of a tile relative to the new maximum, the new maximum and sum, and what scales the old ones."""
+    new_max = gl.maximum(row_max, gl.max(s, 1) * scale_log2)
+    p = gl.exp2(s * scale_log2 - new_max[:, None])
+    shrink = gl.exp2(row_max - new_max)
+    return p, new_max, row_sum * shrink + gl.sum(p, 1), shrink
+
+
+@gluon.jit
+def consume(out_desc, lse, q, q_full, k_ring, v_ring, row, tiles, M, N, scale_log2, BLOCK_N: gl.constexpr,
+            STAGES: gl.constexpr, DIM: gl.constexpr, LSE: gl.constexpr):
+    """Four warps: ROWS queries from `row` on. While PV of a tile runs, the scores of the next become weights."""
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    VALUES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, VALUES, 2)
+    zero = gl.zeros([ROWS, BLOCK_N], gl.float32, SCORES)
+    row_max = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
+    row_sum = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, SCORES))
+    acc = gl.zeros([ROWS, DIM], gl.float32, VALUES)
+
+    mbarrier.wait(q_full, 0)
+    keys = arrived(k_ring, 0, STAGES)
+    pending_scores = warpgroup_mma(q, keys.permute((1, 0)), zero, use_acc=False, is_async=True)
+    s = warpgroup_mma_wait(0, [pending_scores])
+    leave(k_ring, 0, STAGES)
+    column = tile_start(0, tiles, BLOCK_N) + gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES))
+    s = gl.where((column < N)[None, :], s, float("-inf"))
+    p, row_max, row_sum, shrink = online_softmax(s, row_max, row_sum, scale_log2)
+    p = gl.convert_layout(p.to(q.dtype), WEIGHTS)
+    values = arrived(v_ring, 0, STAGES)
+
+    for i in range(1, tiles):
+        keys = arrived(k_ring, i, STAGES)
+        pending_scores = warpgroup_mma(q, keys.permute((1, 0)), zero, use_acc=False, is_async=True)
+        pending_values = warpgroup_mma(p, values, acc, is_async=True)
+        s = warpgroup_mma_wait(1, [pending_scores])
+        leave(k_ring, i, STAGES)
+        weights, row_max, row_sum, shrink = online_softmax(s, row_max, row_sum, scale_log2)
+        p = gl.convert_layout(weights.to(q.dtype), WEIGHTS)
+        # ptxas moves the end of PV up as far as it can: before the weights, if no loop that waits stood between.
+        values = arrived(v_ring, i, STAGES)
+        acc = warpgroup_mma_wait(0, [pending_values])
+        leave(v_ring, i - 1, STAGES)
+        acc *= gl.convert_layout(shrink, gl.SliceLayout(1, VALUES))[:, None]
+
+    acc = warpgroup_mma_wait(0, [warpgroup_mma(p, values, acc, is_async=True)])
+    acc *= gl.convert_layout(1.0 / row_sum, gl.SliceLayout(1, VALUES))[:, None]
+    if LSE:
+        rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
+        gl.store(lse + rows, (row_max + gl.log2(row_sum)) * LN2, mask=rows < M)
+    q.store(acc.to(q.dtype))  # the queries have been read, by this consumer only
+    fence_async_shared()
+    tma.async_copy_shared_to_global(out_desc, [row, 0], q)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["M", "N", "blocks"])
+def attention_kernel(
+    q, k, v, out, lse, M, N, heads, blocks, scale_log2,
+    q_stride_b, q_stride_m, q_stride_h, k_stride_b, k_stride_n, k_stride_h, v_stride_b, v_stride_n, v_stride_h,
+    D: gl.constexpr, DIM: gl.constexpr, LSE: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+):
+    """Program = CONSUMERS * ROWS queries of one head; neighbours share the head's keys and values in the cache."""
+    gl.static_assert(STAGES >= 2)  # a consumer waits for the values of a tile before it leaves those of the last one
+    program = gl.program_id(0)
+    head = (program // blocks).to(gl.int64)
+    row = program % blocks * (CONSUMERS * ROWS)
+    b, h = head // heads, head % heads
+    q += b * q_stride_b + h * q_stride_h
+    k += b * k_stride_b + h * k_stride_h
+    v += b * v_stride_b + h * v_stride_h
+    out += (b * M * heads + h) * D
+    lse += head * M
+    dtype: gl.constexpr = q.dtype.element_ty
+    TILE: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    # A descriptor of one head each: rows beyond M or N are neither read nor written, whatever follows in memory.
+    q_desc = tma.make_tensor_descriptor(q, [M, D], [q_stride_m, 1], [ROWS, DIM], TILE)
+    k_desc = tma.make_tensor_descriptor(k, [N, D], [k_stride_n, 1], [BLOCK_N, DIM], TILE)
+    v_desc = tma.make_tensor_descriptor(v, [N, D], [v_stride_n, 1], [BLOCK_N, DIM], TILE)
+    out_desc = tma.make_tensor_descriptor(out, [M, D], [heads * D, 1], [ROWS, DIM], TILE)
+
+    q_s = gl.allocate_shared_memory(dtype, [CONSUMERS, ROWS, DIM], TILE)
+    k_s = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, DIM], TILE)
+    v_s = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, DIM], TILE)
+    q_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for c in gl.static_range(CONSUMERS):
+        mbarrier.init(q_full.index(c), count=1)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(stage), count=1)
+        mbarrier.init(v_full.index(stage), count=1)
+        mbarrier.init(k_empty.index(stage), count=CONSUMERS)
+        mbarrier.init(v_empty.index(stage), count=CONSUMERS)
+
+    tiles = gl.cdiv(N, BLOCK_N)
+    k_ring, v_ring = (k_s, k_full, k_empty), (v_s, v_full, v_empty)
+    gl.warp_specialize(
+        [
+            (consume, (out_desc, lse, q_s.index(0), q_full.index(0), k_ring, v_ring, row, tiles, M, N, scale_log2,
+                       BLOCK_N, STAGES, DIM, LSE)),
+            (consume, (out_desc, lse, q_s.index(1), q_full.index(1), k_ring, v_ring, row + ROWS, tiles, M, N,
+                       scale_log2, BLOCK_N, STAGES, DIM, LSE)),
+            (produce, (q_desc, k_desc, v_desc, q_s, q_full, k_ring, v_ring, row, tiles, BLOCK_N, STAGES)),
+        ],
+        [4, 1],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+    )
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, return_lse: bool) -> tuple[Tensor, Tensor]:
+    """See `kvlock_kernels._triton.hopper.attention`."""
+    return launch(attention_kernel, q, k, v, scale, return_lse, BLOCK_N=128, STAGES=2, num_warps=4)

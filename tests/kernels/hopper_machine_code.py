@@ -1,0 +1,57 @@
+"""Compiles both kernels of sm_90 as their launchers call them, and prints what the machine code holds, as JSON."""
+
+import json
+import re
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from triton import knobs
+
+from benchmarks import offline
+from kvlock_kernels._triton import hopper, hopper_gluon
+
+BF16, FP16 = torch.bfloat16, torch.float16
+CASES = [  # M, N, D, dtype
+    (1, 1, 64, FP16),
+    (4096, 4096, 128, BF16),
+    (4096, 4000, 128, BF16),
+    (4096, 4000, 128, FP16),
+    (4096, 4000, 96, BF16),
+    (4096, 4000, 64, BF16),
+]
+
+
+def compiled(module: Any, m: int, n: int, d: int, dtype: torch.dtype) -> dict[str, Any]:
+    q, k, v = (torch.empty(1, rows, min(rows, 12), d, dtype=dtype, device="meta") for rows in (m, n, n))
+    with offline.compiling_for(90) as kernels:
+        module.attention(q, k, v, scale=d**-0.5, return_lse=True)
+    code = disassembled(kernels[0])
+    opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", code)
+    return {
+        "module": module.__name__.split(".")[-1],
+        "case": f"M{m}-N{n}-D{d}-{dtype}",
+        "warps": kernels[0].metadata.num_warps,
+        "shared": kernels[0].metadata.shared,
+        "spills": opcodes.count("LDL") + opcodes.count("STL"),
+        "hgmma": opcodes.count("HGMMA"),
+        "overlaps": list(overlaps(code)),
+    }
+
+
+def disassembled(kernel: Any) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        return offline._output(knobs.nvidia.nvdisasm.path, "-c", file.name)
+
+
+def overlaps(code: str) -> Iterator[int]:
+    """Exponentials between a wait that leaves one group of products in flight and the next that leaves none."""
+    for section in code.split("WARPGROUP.DEPBAR.LE gsb0, 0x1")[1:]:
+        yield section.split("WARPGROUP.DEPBAR.LE gsb0, 0x0")[0].count("MUFU.EX2")
+
+
+if __name__ == "__main__":
+    print(json.dumps([compiled(module, *case) for module in (hopper, hopper_gluon) for case in CASES]))
