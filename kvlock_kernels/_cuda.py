@@ -14,6 +14,8 @@ Launcher = Callable[..., Any]
 OPERATORS = (
     "kv_lerp_",
     "kv_lerp_pair_",
+    "kv_lerp_attention",
+    "kv_lerp_attention_",
     "windowed_variance_",
     "lock_schedule",
     "guided_velocity",
@@ -32,11 +34,13 @@ def launchers() -> dict[str, Launcher]:
     Raises:
         ImportError: Triton is not installed.
     """
-    from kvlock_kernels._triton import guidance, lerp, norm_rope, packing, variance
+    from kvlock_kernels._triton import attend, guidance, lerp, norm_rope, packing, variance
 
     return {
         "kv_lerp_": lerp.kv_lerp_,
         "kv_lerp_pair_": lerp.kv_lerp_pair_,
+        "kv_lerp_attention": attend.kv_lerp_attention,
+        "kv_lerp_attention_": attend.lerp_then_attend_,
         "windowed_variance_": variance.windowed_variance_,
         "lock_schedule": variance.lock_schedule,
         "guided_velocity": guidance.guided_velocity,

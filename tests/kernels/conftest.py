@@ -17,12 +17,12 @@ IMPLEMENTATIONS = (
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test that asks for `implementation` runs on each; so does every test of a module that says EACH_IMPLEMENTATION.
+    """Every test of a module that says EACH_IMPLEMENTATION runs on each.
 
     Checks at the door come before any implementation, so tests of bad inputs run once.
     """
     everywhere = getattr(metafunc.module, "EACH_IMPLEMENTATION", False) and "bad" not in metafunc.fixturenames
-    if everywhere or "implementation" in metafunc.definition.own_markers:
+    if everywhere:
         metafunc.parametrize("implementation", IMPLEMENTATIONS, indirect=True)
 
 

@@ -1,7 +1,7 @@
 """Combinations of sizes, dtypes, ratios and layouts that agreement with the definition is tested on."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -41,6 +41,12 @@ def pairwise(axes: dict[str, Sequence[Any]]) -> list[dict[str, Any]]:
             del missing[pair]
         found.append({name: axes[name][chosen[name]] for name in axes})
     return found
+
+
+def every(axes: dict[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
+    """All combinations."""
+    for values in itertools.product(*axes.values()):
+        yield dict(zip(axes, values, strict=True))
 
 
 def each_regime(axes: dict[str, Sequence[Any]] = STREAMING) -> pytest.MarkDecorator:

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from kvlock_kernels import kv_lerp_attention, kv_lerp_attention_, kv_lerp_pair_
 
+EACH_IMPLEMENTATION = True
+
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 # B, Bs, M, N, rows, H, D
