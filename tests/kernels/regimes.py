@@ -23,6 +23,13 @@ STREAMING: dict[str, Sequence[Any]] = {
 }
 
 
+def sources_of_values(regime: dict[str, Any]) -> tuple[int, torch.dtype, bool]:
+    """Samples, dtype and mean of the source of values where those in the regime are of keys: all of them others."""
+    b, of_keys = regime["samples"]
+    kinds = STREAMING["source"]
+    return b if of_keys == 1 else 1, *kinds[(kinds.index(regime["source"]) + 1) % len(kinds)]
+
+
 def pairwise(axes: dict[str, Sequence[Any]]) -> list[dict[str, Any]]:
     """Few combinations in which any two values of any two axes meet at least once."""
     places = [(name, i) for name, values in axes.items() for i in range(len(values))]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from regimes import FP8, INT8, each_regime, every, rows_of
+from regimes import FP8, INT8, STREAMING, each_regime, every, rows_of, sources_of_values
 from samples import DTYPES, NAN, normal, packed, source_rows
 from tolerance import assert_as_accurate_as_torch, assert_bit_identical
 from torch import Tensor
@@ -25,7 +25,7 @@ AXES: dict[str, Any] = {
     "ratio": (0.0, 0.3, 1.0),
     "share": (0.0, 0.4, 1.0),
     "dtype": DTYPES,
-    "source": (*((dtype, False) for dtype in (*DTYPES, INT8, FP8)), (INT8, True), (FP8, True)),
+    "source": STREAMING["source"],
     "samples": ((1, 1), (2, 1), (2, 2)),
     "contiguous": (True, False),
 }
@@ -64,6 +64,7 @@ def call_of(regime: dict[str, Any]) -> tuple[list[Tensor], dict[str, Any]]:
         q, k, v = q.contiguous(), k.transpose(1, 2).contiguous().transpose(1, 2), v.contiguous()
     index, _ = rows_of(n, regime["share"])
     k_source, k_options, _ = source_rows(source_dtype, sources, len(index), h, d, mean=mean, seed=3)
+    sources, source_dtype, mean = sources_of_values(regime)
     v_source, v_options, _ = source_rows(source_dtype, sources, len(index), h, d, mean=mean, seed=4)
     options = {name.replace("source", "k"): value for name, value in k_options.items()}
     options |= {name.replace("source", "v"): value for name, value in v_options.items()}
@@ -136,10 +137,10 @@ REGIME: dict[str, Any] = {
 def test_ratio_zero_is_attention_without_rows_bit_for_bit(way: Way, dtype: torch.dtype) -> None:
     (q, k, v, k_source, _, index, ratio), options = call_of(REGIME | {"dtype": dtype})
     none = k_source[:, :0]
-    plain = way(q, k.clone(), v.clone(), none, none, index[:0], ratio, **options)
+    plain = way(q, k.clone(), v.clone(), none, none, index[:0], ratio, scale=options["scale"])
     poison = torch.full_like(k_source, NAN)
     zero = torch.tensor([0.0, -0.0])
-    assert_bit_identical(way(q, k, v, poison, poison, index, zero, **options), plain)
+    assert_bit_identical(way(q, k, v, poison, poison, index, zero, scale=options["scale"]), plain)
 
 
 @each_way
@@ -156,6 +157,7 @@ def test_the_order_of_rows_does_not_matter(way: Way) -> None:
     (q, k, v, k_source, v_source, index, ratio), options = call_of(REGIME)
     order = torch.randperm(len(index), generator=torch.Generator().manual_seed(1), device="cpu").to(index.device)
     expected = way(q, k.clone(), v.clone(), k_source, v_source, index, ratio, **options)
+    options["v_scale"] = options["v_scale"][:, order]  # values come in 8 bits here
     actual = way(q, k, v, k_source[:, order], v_source[:, order], index[order], ratio, **options)
     assert_bit_identical(actual, expected)
 
@@ -213,6 +215,6 @@ def test_packed_rows_are_decoded_as_the_lerp_does() -> None:
     rows = [k_source, v_source, index, ratio]
     _, k_mixed, v_mixed = mixed([q, k, v, *rows], scales)
     none = torch.empty(1, 0, 2, 32, dtype=torch.float16)
-    expected = in_loop(q, k_mixed, v_mixed, none, none, index[:0], ratio, **options)
-    assert_bit_identical(in_loop(q, k, v, *rows, **options, **scales), expected)
+    expected = in_loop(q, k_mixed, v_mixed, none, none, index[:0], ratio, scale=options["scale"])
+    assert_bit_identical(in_loop(q, k, v, *rows, **scales, scale=options["scale"]), expected)
     assert math.isfinite(expected.float().sum())

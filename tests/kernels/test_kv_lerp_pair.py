@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from refusals import Bad, assert_refused, bad_inputs
-from regimes import each_regime, rows_of
+from regimes import each_regime, rows_of, sources_of_values
 from samples import int32, normal, source_rows
 from tolerance import assert_bit_identical
 
@@ -23,7 +23,8 @@ def test_the_pair_has_the_bits_of_two_single_lerps(regime: dict[str, Any]) -> No
         k, v = k.contiguous(), v.contiguous().flatten(2)
     (index, _), ratio = rows_of(n, regime["share"]), torch.tensor([regime["ratio"], 0.77])[:b]
     k_source, k_options, _ = source_rows(source_dtype, sources, len(index), h, d, mean=mean)
-    v_source, v_options, _ = source_rows(torch.int8, b, len(index), h, d)
+    sources, source_dtype, mean = sources_of_values(regime)
+    v_source, v_options, _ = source_rows(source_dtype, sources, len(index), h, d, mean=mean, seed=2)
     expected_k = kv_lerp_(k.clone(), k_source, index, ratio, **k_options)
     expected_v = kv_lerp_(v.clone(), v_source, index, ratio, **v_options)
     options = {name.replace("source", "k"): value for name, value in k_options.items()}

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from refusals import Bad, assert_refused, bad_inputs
-from regimes import each_regime, rows_of
+from regimes import each_regime, rows_of, sources_of_values
 from samples import DTYPES, NAN, int32, nan_with_payload, normal, packed, projections, source_rows
 from tolerance import assert_as_accurate_as_torch, assert_bit_identical
 from torch import Tensor
@@ -77,6 +77,7 @@ def test_the_pass_agrees_with_norm_lerp_and_rope_in_torch(regime: dict[str, Any]
         q, k, v = torch.stack([q, k, v], 2).unbind(2)
     (index, source_row), ratio = rows_of(n, regime["share"]), torch.tensor([regime["ratio"], 0.77])[:b]
     k_source, k_options, k_decoded = source_rows(source_dtype, sources, len(index), h, d, mean=mean)
+    sources, source_dtype, mean = sources_of_values(regime)
     v_source, v_options, v_decoded = source_rows(source_dtype, sources, len(index), h, d, mean=mean, seed=2)
     options = {name.replace("source", "k"): value for name, value in k_options.items()}
     options |= {name.replace("source", "v"): value for name, value in v_options.items()}
