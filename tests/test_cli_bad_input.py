@@ -150,18 +150,6 @@ def test_a_hub_model_that_cannot_be_fetched_is_one_line(kvlock, here, monkeypatc
     ]
 
 
-@pytest.mark.parametrize("stage", ["cli.edit.denoise", "plots.plot_schedule", "video.side_by_side"])
-def test_ctrl_c_leaves_nothing(kvlock, here, model, no_denoising, monkeypatch, stage):
-    def interrupt(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(f"kvlock.{stage}", interrupt)
-    code, out, err = kvlock("edit", "--example", "--model", model)
-    assert (code, out) == (130, [])
-    assert err[-1] == "kvlock: error: interrupted"
-    assert list(here.iterdir()) == []
-
-
 def test_a_full_disk_leaves_the_old_results(kvlock, here, model, no_denoising, monkeypatch, written):
     (here / "kvlock-out").mkdir()
     (here / "kvlock-out/out.mp4").write_bytes(b"old")
