@@ -113,3 +113,11 @@ def estimate(
         bytes_background=per_row * background_rows,
         bytes_kept=per_row * background_rows if stores else 0,
     )
+
+
+def byte_unit(largest: float) -> tuple[int, str]:
+    """The unit in which to say so many bytes, and its name; 1 below a KiB."""
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if largest >= unit:
+            return unit, name
+    return 1, "bytes"

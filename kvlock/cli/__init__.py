@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from kvlock.cli import edit, estimate, mask, signals
+from kvlock.cli import edit, estimate, mask, models, signals
 
 # What a shell reports for a program ended by a signal: 128 and its number.
 INTERRUPTED, TERMINATED = 130, 143
@@ -59,8 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments.run(arguments)
     except (ValueError, OSError) as error:
         return _fail(" ".join(str(error).split()) or type(error).__name__, 2)
-    except RuntimeError as error:
-        if "out of memory" not in str(error).lower():
+    except (MemoryError, RuntimeError) as error:
+        if not models.is_out_of_memory(error):
             raise
         return _fail("out of memory; try --offload model, --offload group, --dtype bfloat16 or a smaller video", 1)
     except KeyboardInterrupt:

@@ -30,7 +30,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", help="what the edited video shows")
     parser.add_argument("--source-prompt", help="what the source shows; the lock is better with it")
     parser.add_argument("--negative-prompt", help="what to steer away from")
-    parser.add_argument("--reference", metavar="PICTURE", nargs="+", help="pictures of what to put in (VACE models)")
+    parser.add_argument(
+        "--reference", metavar="PICTURE", type=inputs.path, nargs="+", help="pictures of what to put in (VACE models)"
+    )
     parser.add_argument("--out", metavar="PATH", type=Path, default=Path(DEFAULT_OUT), help="default: %(default)s")
     inputs.add_run_options(parser)
     parser.add_argument("--seed", type=int, default=0, help="of the initial noise (%(default)s)")

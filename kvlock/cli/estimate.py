@@ -9,6 +9,7 @@ from kvlock.cli import inputs, models
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 MASK_SHARE = 0.25
+LARGEST_SIDE = 10**6  # of a stated video, in frames or pixels
 
 
 class Video(NamedTuple):
@@ -87,6 +88,8 @@ def _sizes(args: argparse.Namespace, model: models.Model, dilate_tokens: int) ->
         raise ValueError("no video; wanted --video with a mask, --example, or all of --frames, --height and --width")
     if args.mask is not None or args.mask_box is not None:
         raise ValueError("a mask goes with --video; wanted --mask-share beside --frames, --height and --width")
+    for name, side in zip(Video._fields, stated, strict=True):
+        inputs.check_range(name, side, LARGEST_SIDE)
     share = MASK_SHARE if args.mask_share is None else args.mask_share
     if not 0 <= share <= 1:
         raise ValueError(f"--mask-share {share} is out of range; wanted 0 to 1")
@@ -105,7 +108,7 @@ def _count_tokens(video: Video, model: models.Model) -> int:
 
 
 def _bytes(count: int) -> str:
-    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if count >= unit:
-            return f"{count / unit:.1f} {name}"
-    return f"{count} bytes"
+    from kvlock.cost import byte_unit
+
+    unit, name = byte_unit(count)
+    return f"{count} {name}" if unit == 1 else f"{count / unit:.1f} {name}"

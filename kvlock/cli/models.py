@@ -173,5 +173,16 @@ def _from_pretrained(model: str, precision: Any) -> Any:
             warnings.simplefilter("ignore", FutureWarning)
             return DiffusionPipeline.from_pretrained(model, torch_dtype={"default": precision, "vae": torch.float32})
     except Exception as error:  # missing files, parts of other libraries, the connection: all are one bad model
+        if is_out_of_memory(error):
+            raise
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"cannot load model {model}: {reason[0]}") from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the machine is too small, rather than something wrong: torch has no one class for that."""
+    message = str(error).lower()
+    known = ("out of memory", "can't allocate memory", "not enough memory")  # of a GPU; of a CPU, on Linux and Windows
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(part in message for part in known)
+    )
