@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from kvlock import video
-from kvlock.cli import edit, outputs
+from kvlock.cli import outputs, runs
 
 pytest_plugins = ["command_line"]
 
@@ -186,7 +186,7 @@ EXHAUSTED = [
 
 @pytest.mark.parametrize("error", EXHAUSTED, ids=["cuda", "cpu", "cpu-windows", "python"])
 def test_too_little_memory_is_one_line(kvlock, here, model, monkeypatch, error):
-    monkeypatch.setattr(edit, "denoise", raising(error))
+    monkeypatch.setattr(runs, "denoise", raising(error))
     code, _, err = kvlock("edit", "--example", "--model", model)
     assert code == 1 and err[-1].startswith("kvlock: error: out of memory; try --offload")
 
@@ -200,12 +200,12 @@ def test_a_model_too_large_for_the_memory_is_told_from_a_bad_one(kvlock, here, m
 
 
 def test_the_real_message_of_a_full_memory_is_known(kvlock, here, model, monkeypatch):
-    monkeypatch.setattr(edit, "denoise", lambda *_: torch.empty(10**16))
+    monkeypatch.setattr(runs, "denoise", lambda *_: torch.empty(10**16))
     assert kvlock("edit", "--example", "--model", model)[0] == 1
 
 
 def test_a_bug_is_no_exhausted_memory(kvlock, here, model, monkeypatch):
-    monkeypatch.setattr(edit, "denoise", raising(RuntimeError("shapes do not match")))
+    monkeypatch.setattr(runs, "denoise", raising(RuntimeError("shapes do not match")))
     with pytest.raises(RuntimeError, match="shapes do not match"):
         kvlock("edit", "--example", "--model", model)
 

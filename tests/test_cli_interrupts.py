@@ -70,7 +70,7 @@ def another_thread():
 
 
 @pytest.mark.parametrize("number, code, word", [(2, 130, "interrupted"), (15, 143, "terminated")])
-@pytest.mark.parametrize("stage", ["cli.edit.denoise", "plots.plot_schedule", "video.side_by_side"])
+@pytest.mark.parametrize("stage", ["cli.runs.denoise", "plots.plot_schedule", "video.side_by_side"])
 def test_a_signal_during_the_work_leaves_nothing(
     kvlock, here, model, no_denoising, another_thread, monkeypatch, stage, number, code, word
 ):

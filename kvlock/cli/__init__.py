@@ -1,4 +1,4 @@
-"""The command `kvlock`: edit a video, estimate the cost of an edit, show what an edit would lock."""
+"""The command `kvlock`: edit a video, estimate the cost of an edit, show what it would lock, calibrate its lock."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from kvlock.cli import edit, estimate, mask, models, signals
+from kvlock.cli import calibrate, edit, estimate, mask, models, signals
 
 # What a shell reports for a program ended by a signal: 128 and its number.
 INTERRUPTED, TERMINATED = 130, 143
@@ -36,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="kvlock", description="Training-free video editing that leaves the background alone.")
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(required=True, metavar="command")
-    for module in (edit, estimate, mask):
+    for module in (edit, estimate, mask, calibrate):
         name = module.__name__.rsplit(".", 1)[-1]
         summary = (module.__doc__ or "").split(": ", 1)[1]
         command = commands.add_parser(name, help=summary, description=summary)

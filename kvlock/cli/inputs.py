@@ -72,9 +72,13 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def add_preset_option(parser: argparse.ArgumentParser) -> None:
+    """The option that names the settings of KV-Lock."""
+    parser.add_argument("--preset", default="kv-lock", help="named settings (%(default)s)")
+
+
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """The options of a denoising run."""
-    parser.add_argument("--preset", default="kv-lock", help="named settings (%(default)s)")
     parser.add_argument("--steps", type=int, default=50, help="denoising steps (%(default)s)")
     parser.add_argument("--guidance-scale", type=float, default=5.0, help="of the pipeline (%(default)s)")
 
@@ -88,6 +92,9 @@ def check_run_options(args: argparse.Namespace) -> None:
     from kvlock.config import FP32_MAX
 
     check_range("steps", args.steps, MOST_STEPS)
+    seed = getattr(args, "seed", 0)
+    if abs(seed) > LARGEST_SEED:
+        raise ValueError(f"--seed {seed} is out of range; wanted at most {LARGEST_SEED} in size")
     for option in ("guidance_scale", "background_guidance"):
         scale = getattr(args, option, None)
         if scale is not None and not 0 <= scale <= FP32_MAX:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import re
 import warnings
 from pathlib import Path
@@ -22,6 +23,21 @@ class Model(NamedTuple):
     geometry: Geometry
     sizes: ModelSizes
     has_vace: bool
+    strength: float  # the share of its steps that the pipeline runs, the last ones: 1, or less from video to video
+
+    def first_step(self, num_steps: int) -> int:
+        """Index at which the pipeline enters the scheduler's table of `num_steps`, counted as it does.
+
+        Raises:
+            ValueError: no step is left.
+        """
+        first = num_steps - min(int(num_steps * self.strength), num_steps)
+        if first == num_steps:
+            raise ValueError(
+                f"--steps {num_steps} leaves none to a pipeline that runs the last {self.strength:g} of them; "
+                f"wanted {math.ceil(1 / self.strength)} or more"
+            )
+        return first
 
 
 def describe(model: str | None) -> Model:
@@ -31,7 +47,7 @@ def describe(model: str | None) -> Model:
         ValueError: there is no such model, it is no diffusers pipeline, or pipeline or transformer is not supported or
             not made for the other.
     """
-    from kvlock.adapters.families import FAMILIES, PIPELINES, check_pair
+    from kvlock.adapters.families import FAMILIES, PIPELINES, STARTS_FROM_VIDEO, check_pair
     from kvlock.cost import ModelSizes
     from kvlock.geometry import Geometry
 
@@ -49,7 +65,15 @@ def describe(model: str | None) -> Model:
         geometry=Geometry.of(parts),
         sizes=ModelSizes.of(transformer),
         has_vace=getattr(transformer, "vace_layers", None) is not None,
+        strength=_default_strength(pipeline) if pipeline in STARTS_FROM_VIDEO else 1.0,
     )
+
+
+def _default_strength(pipeline: str) -> float:
+    """What the pipeline's call takes where it is told no `strength`, as it is here."""
+    import diffusers
+
+    return inspect.signature(getattr(diffusers, pipeline).__call__).parameters["strength"].default
 
 
 def _read_config(model: str | None, part: str) -> SimpleNamespace:
