@@ -10,11 +10,12 @@ from kvlock.config import KVLockConfig
 
 
 class ModelSizes(NamedTuple):
-    """The sizes of a transformer that decide the memory of its keys and values."""
+    """The sizes of a transformer that decide the memory of its keys and values, and of its predictions."""
 
     layers: int  # main blocks
     heads: int
     head_dim: int
+    token_values: int  # of the latents that one token stands for: channels times the sides of its patch
     control_layers: int = 0  # VACE's control blocks
 
     @classmethod
@@ -22,12 +23,16 @@ class ModelSizes(NamedTuple):
         """Read them from a diffusers transformer's config, by attribute.
 
         Raises:
-            ValueError: the config names no layers, heads or head dimension.
+            ValueError: the config names no layers, heads, head dimension, channels or patch.
         """
+        patch = getattr(transformer_config, "patch_size", None)
+        if not isinstance(patch, tuple | list):
+            raise ValueError(f"the transformer's config has patch_size={patch!r}; wanted its three sides")
         return cls(
             layers=_size(transformer_config, "num_layers"),
             heads=_size(transformer_config, "num_attention_heads"),
             head_dim=_size(transformer_config, "attention_head_dim"),
+            token_values=_size(transformer_config, "in_channels") * math.prod(patch),
             control_layers=len(getattr(transformer_config, "vace_layers", None) or ()),
         )
 
@@ -40,17 +45,18 @@ def _size(config: Any, name: str) -> int:
 
 
 class Cost(NamedTuple):
-    """The cost of one edit of one video; bytes count K and V of all locked layers for one step."""
+    """The cost of one edit of one video; bytes count K and V of all locked layers for one step, and predictions."""
 
     tokens: int
     background_rows: int  # tokens whose K and V are locked
-    steps: int
+    steps: int  # that run
     locked_steps: int  # steps on which the source runs as well
     forwards_plain: int  # rows through the transformer without KV-Lock
     forwards: int  # the same with the source
     bytes_full: int  # of all tokens
     bytes_background: int  # of background rows
     bytes_kept: int  # what the run holds: bytes_background, or 0 where nothing is stored
+    bytes_predictions: int  # of the clean predictions that the variance looks back on, with or without a lock
 
 
 def estimate(
@@ -60,6 +66,7 @@ def estimate(
     tokens: int,
     background_rows: int,
     num_steps: int = 50,
+    start: int = 0,
     sigmas: Sequence[float] | None = None,
     guidance_scale: float = 5.0,
     bytes_per_value: int = 2,
@@ -73,17 +80,22 @@ def estimate(
         forwards = 2 K + 2 L           source="batch": the source runs beside each branch and is never stored
         bytes    = layers * 2 * rows * heads * head_dim * bytes_per_value
 
+    The predictions are the guided and the conditional ones of a window of W steps, in fp32::
+
+        bytes    = 2 * W * tokens * token_values * 4
+
     Args:
         tokens: video tokens the transformer sees, reference frames included.
         background_rows: how many of them are locked.
-        num_steps: denoising steps K.
+        num_steps: denoising steps of the scheduler's table.
+        start: index at which a video-to-video run enters the table, so that K = num_steps - start.
         sigmas: noise share of each step; needed where the config gives its window as `kappa_sigma`.
         guidance_scale: the pipeline's own; at most 1 means that there is no unconditional branch.
         bytes_per_value: 2 for bfloat16 and float16, 4 for float32.
 
     Raises:
-        ValueError: the rows exceed the tokens, the guidance scale is not finite, the config locks blocks that are not
-            there, or as `KVLockConfig.locked_steps`.
+        ValueError: the rows exceed the tokens, the guidance scale is not finite, the run has no step, the config locks
+            blocks that are not there, or as `KVLockConfig.locked_steps`.
     """
     if not 0 <= background_rows <= tokens:
         raise ValueError(f"background_rows={background_rows} is out of range; wanted 0 to {tokens}, the tokens")
@@ -92,12 +104,14 @@ def estimate(
     beyond = [layer for layer in config.layers or () if layer >= model.layers]
     if beyond:
         raise ValueError(f"layers names block {beyond[0]}; the transformer has {model.layers}, numbered from 0")
-    locked = len(config.locked_steps(num_steps, sigmas)) if config.locks else 0
+    if not 0 <= start < num_steps:
+        raise ValueError(f"start={start} lies outside a table of {num_steps} steps")
+    locked = len(config.locked_steps(num_steps, sigmas, start=start)) if config.locks else 0
     branches = 2 if guidance_scale > 1 else 1
     locked_branches = 1 if config.branches != "both" else branches
     if config.branches == "uncond" and branches == 1:
         locked = 0
-    plain = branches * num_steps
+    plain = branches * (num_steps - start)
     layers = len(config.layers) if config.layers is not None else model.layers
     layers += model.control_layers if config.control_blocks else 0
     per_row = layers * 2 * model.heads * model.head_dim * bytes_per_value
@@ -105,11 +119,20 @@ def estimate(
     return Cost(
         tokens=tokens,
         background_rows=background_rows,
-        steps=num_steps,
+        steps=num_steps - start,
         locked_steps=locked,
         forwards_plain=plain,
         forwards=plain + locked * (1 if config.source == "store" else locked_branches),
         bytes_full=per_row * tokens,
         bytes_background=per_row * background_rows,
         bytes_kept=per_row * background_rows if stores else 0,
+        bytes_predictions=2 * config.window_steps(num_steps) * tokens * model.token_values * 4,
     )
+
+
+def byte_unit(largest: float) -> tuple[int, str]:
+    """The unit in which to say so many bytes, and its name; 1 below a KiB."""
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if largest >= unit:
+            return unit, name
+    return 1, "bytes"

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from kvlock.cost import byte_unit
 from kvlock.video import to_uint8
 
 BLUE, ORANGE, GREEN, DARK_RED, GREY = "#1f5fa8", "#e06c1f", "#2b8a4b", "#8b1a1a", "#666666"
@@ -63,7 +64,7 @@ def plot_source_bytes(trace: Mapping[str, Any], path: str | os.PathLike[str]) ->
     figure = Figure(figsize=(7, 3.0), layout="constrained")
     axes = figure.add_subplot()
     kept = np.array([row["source_bytes"] for row in trace["steps"]], dtype=float)
-    unit, name = _byte_unit(kept.max(initial=0.0))
+    unit, name = byte_unit(kept.max(initial=0.0))
     steps = _shade_window(axes, trace)
     axes.bar(steps, kept / unit, width=0.8, color=BLUE, label="kept for the step")
     if kept.any():
@@ -207,10 +208,3 @@ def _finish(axes: Axes, trace: Mapping[str, Any], *, label_steps: bool = True, l
     if legend and axes.get_legend_handles_labels()[1]:
         # Above the axes, where it covers no line and the shade's swatch does not sit on the shade.
         axes.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=4, borderaxespad=0.2)
-
-
-def _byte_unit(largest: float) -> tuple[int, str]:
-    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if largest >= unit:
-            return unit, name
-    return 1, "bytes"

@@ -25,6 +25,7 @@ LOCK_TINT = (0.10, 0.45, 0.95)
 EDIT_TINT = (1.00, 0.35, 0.10)
 
 _ACCURATE = "accurate_rnd+full_chroma_int"
+_SIZE_CHECK = "kvlock_one_size"  # the name of a filter in ffmpeg's messages
 _CRF = 10  # 0 is lossless, 18 is called visually lossless; 10 keeps the codec below the model's own error
 
 
@@ -229,7 +230,16 @@ def _decode(path: Path) -> Video:
     strict = ["-xerror", "-err_detect", "explode", "-i", name, "-map", "0:v:0"]
     # Passthrough: by default frames of a variable-rate video are dropped or repeated to make the rate constant.
     raw = ["-fps_mode", "passthrough", "-sws_flags", _ACCURATE, "-f", "rawvideo", "-pix_fmt", "rgb24", "pipe:1"]
-    decoded = _run_ffmpeg([*strict, *raw], path)
+    # Frames of another size would be resampled to that of the first. The crop is made anew for each size: it takes the
+    # whole of a frame that has the stated one, and more than there is, which is an error, of any other.
+    whole = f"crop@{_SIZE_CHECK}=w='if(eq(iw,{width})*eq(ih,{height}),iw,2*iw)':h=ih:x=0:y=0:exact=1"
+    try:
+        decoded = _run_ffmpeg([*strict, "-vf", whole, *raw], path)
+    except ValueError as error:
+        if _SIZE_CHECK not in str(error):
+            raise
+        message = f"cannot read {path} as a video: not all its frames have its stated size {width}x{height}"
+        raise ValueError(message) from error
     if not decoded or len(decoded) % (width * height * 3):
         raise ValueError(f"cannot read {path} as a video: it has no frames of its stated size {width}x{height}")
     frames = torch.frombuffer(bytearray(decoded), dtype=torch.uint8).reshape(-1, height, width, 3)

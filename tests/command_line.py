@@ -4,38 +4,54 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import AutoencoderKLWan, WanVACEPipeline, WanVACETransformer3DModel
+from diffusers import (
+    AutoencoderKLWan,
+    WanTransformer3DModel,
+    WanVACEPipeline,
+    WanVACETransformer3DModel,
+    WanVideoToVideoPipeline,
+)
 
 from kvlock import cli, video
-from kvlock.cli import edit
+from kvlock.cli import runs
 from kvlock.mini import models, scenes
 
 
-@pytest.fixture(scope="session")
-def model(tmp_path_factory):
-    """A random VACE pipeline on disk, with the miniature's words."""
+def save_model(path, pipeline, transformer, **changes):
+    """A random pipeline on disk, with the miniature's words."""
     torch.manual_seed(0)
-    pipe = WanVACEPipeline(
+    pipe = pipeline(
         tokenizer=models.build_tokenizer(),
         text_encoder=models.build_text_encoder(),
         vae=AutoencoderKLWan(
             base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
         ),
         scheduler=models.build_scheduler(),
-        transformer=WanVACETransformer3DModel(
+        transformer=transformer(
             num_attention_heads=2,
             attention_head_dim=12,
             text_dim=models.TEXT_DIM,
             ffn_dim=32,
             num_layers=3,
             rope_max_seq_len=32,
-            vace_layers=[0, 2],
-            vace_in_channels=96,
+            **changes,
         ),
     )
-    path = tmp_path_factory.mktemp("model") / "tiny"
     pipe.save_pretrained(path)
     return str(path)
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """A tiny VACE model."""
+    path = tmp_path_factory.mktemp("model") / "tiny"
+    return save_model(path, WanVACEPipeline, WanVACETransformer3DModel, vace_layers=[0, 2], vace_in_channels=96)
+
+
+@pytest.fixture(scope="session")
+def v2v_model(tmp_path_factory):
+    """A tiny video-to-video model."""
+    return save_model(tmp_path_factory.mktemp("v2v") / "tiny", WanVideoToVideoPipeline, WanTransformer3DModel)
 
 
 @pytest.fixture
@@ -85,7 +101,7 @@ def no_denoising(monkeypatch):
         masks = SimpleNamespace(num_tokens=1, background_rows=1)
         return SimpleNamespace(frames=torch.full(source.frames.shape, 0.5), trace=trace, masks=masks)
 
-    monkeypatch.setattr(edit, "denoise", denoise)
+    monkeypatch.setattr(runs, "denoise", denoise)
     return calls
 
 

@@ -3,6 +3,7 @@
 import ast
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -11,7 +12,7 @@ from diffusers import WanVACEPipeline
 from PIL import Image
 
 from kvlock import cli, mini, preset, video
-from kvlock.cli import edit, inputs, models
+from kvlock.cli import edit, inputs, models, runs
 from kvlock.geometry import Geometry
 from kvlock.mini import scenes
 
@@ -27,7 +28,7 @@ def test_the_example_needs_no_file_and_writes_everything(kvlock, here, model, wr
     scene = scenes.sample(10**6 + inputs.EXAMPLE_SCENE)
     trace = json.loads((here / "kvlock-out/trace.json").read_text())
     assert trace["input"]["source_prompt"] == scene.caption
-    assert trace["input"]["prompt"] == edit.another(scene).caption
+    assert trace["input"]["prompt"] == runs.another(scene).caption
     assert [row["locked"] for row in trace["steps"]] == [False, False, False, True, True]
     assert trace["summary"]["background_rows"] > 0
     tiny.assert_locked(trace["steps"], preset("fixed-0.5"))
@@ -110,6 +111,21 @@ def test_the_kind_of_offload_asked_for_is_the_one_that_is_set_up(model, offload,
     assert found == ({hook} if hook else set())
 
 
+def test_the_time_is_that_of_the_edit_alone(kvlock, here, model, no_denoising, monkeypatch):
+    at_once, clock = runs.denoise, [0.0]
+
+    def slow(pipe, config, *args):
+        clock[0] += 60 if config.passthrough else 5  # the plain edit beside it takes longer
+        return at_once(pipe, config, *args)
+
+    monkeypatch.setattr(runs, "denoise", slow)
+    monkeypatch.setattr(edit, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    code, out, _ = kvlock("edit", "--example", "--model", model)
+    assert code == 0
+    assert json.loads((here / "kvlock-out/trace.json").read_text())["summary"]["seconds"] == 5
+    assert out[-1] == "time        5.0 s for this edit, text encoder and VAE included: 0 rows through the transformer"
+
+
 def test_one_seed_gives_one_edit_and_another_seed_another(kvlock, here, model, clip):
     where = ("--video", clip.video, "--mask", clip.mask, "--model", model, "--steps", 2, "--prompt", "a star")
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
@@ -185,7 +201,7 @@ def test_a_cut_out_reference_is_laid_on_white(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # orientation: turn by 90 degrees
     Image.new("RGBA", (8, 4), (255, 0, 0, 0)).save(tmp_path / "ref.png", exif=exif)
-    reference = edit._read_reference(str(tmp_path / "ref.png"))
+    reference = runs._read_reference(str(tmp_path / "ref.png"))
     assert (reference.mode, reference.size, reference.getpixel((0, 0))) == ("RGB", (4, 8), (255, 255, 255))
 
 
@@ -199,7 +215,7 @@ def test_a_warning_under_the_progress_bar_has_a_line_of_its_own(kvlock, here, mo
 def test_another_scene_differs_in_shape_and_colour_only():
     for seed in range(20):
         scene = scenes.sample(seed)
-        other = edit.another(scene)
+        other = runs.another(scene)
         assert other.shape != scene.shape and other.colour != scene.colour
         assert (other.start, other.speed, other.tones) == (scene.start, scene.speed, scene.tones)
 

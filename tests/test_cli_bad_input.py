@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from kvlock import video
-from kvlock.cli import edit, outputs
+from kvlock.cli import outputs, runs
 
 pytest_plugins = ["command_line"]
 
@@ -36,6 +36,11 @@ BAD_EDITS = {
     "weights that do not load": (["--example", "--model", "WEIGHTLESS"], "cannot load model"),
     "unknown device": (["--example", "--device", "abacus"], "device 'abacus' is not available"),
     "no steps": (["--example", "--steps", "0"], "--steps 0 is out of range"),
+    "too many steps": (["--example", "--steps", "1000000000000"], "--steps 1000000000000 is out of range; wanted 1 to"),
+    "empty video": (["--video", "", "--mask", "M", "--prompt", "a"], "argument --video: an empty path"),
+    "empty mask path": (["--video", "V", "--mask", "", "--prompt", "a"], "argument --mask: an empty path"),
+    "empty reference": (["--example", "--reference", ""], "argument --reference: an empty path"),
+    "empty model": (["--example", "--model", ""], "argument --model: an empty path"),
     "no number": (["--example", "--steps", "few"], "invalid int value"),
     "endless guidance": (["--example", "--guidance-scale", "inf"], "wanted a finite number"),
     "negative guidance outside": (["--example", "--background-guidance", "-1"], "--background-guidance -1.0 is"),
@@ -150,18 +155,6 @@ def test_a_hub_model_that_cannot_be_fetched_is_one_line(kvlock, here, monkeypatc
     ]
 
 
-@pytest.mark.parametrize("stage", ["cli.edit.denoise", "plots.plot_schedule", "video.side_by_side"])
-def test_ctrl_c_leaves_nothing(kvlock, here, model, no_denoising, monkeypatch, stage):
-    def interrupt(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(f"kvlock.{stage}", interrupt)
-    code, out, err = kvlock("edit", "--example", "--model", model)
-    assert (code, out) == (130, [])
-    assert err[-1] == "kvlock: error: interrupted"
-    assert list(here.iterdir()) == []
-
-
 def test_a_full_disk_leaves_the_old_results(kvlock, here, model, no_denoising, monkeypatch, written):
     (here / "kvlock-out").mkdir()
     (here / "kvlock-out/out.mp4").write_bytes(b"old")
@@ -176,17 +169,43 @@ def test_a_full_disk_leaves_the_old_results(kvlock, here, model, no_denoising, m
     assert (here / "kvlock-out/out.mp4").read_bytes() == b"old"
 
 
-def test_an_exhausted_device_is_told_from_a_bug(kvlock, here, model, monkeypatch):
-    def fail(message):
-        def denoise(*_):
-            raise RuntimeError(message)
+def raising(error):
+    def fail(*_, **__):
+        raise error
 
-        monkeypatch.setattr(edit, "denoise", denoise)
+    return fail
 
-    fail("CUDA out of memory. Tried to allocate 20 GiB")
+
+EXHAUSTED = [
+    RuntimeError("CUDA out of memory. Tried to allocate 20 GiB"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4000000000000000 bytes."),
+    RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 4000000000000000 bytes."),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("error", EXHAUSTED, ids=["cuda", "cpu", "cpu-windows", "python"])
+def test_too_little_memory_is_one_line(kvlock, here, model, monkeypatch, error):
+    monkeypatch.setattr(runs, "denoise", raising(error))
     code, _, err = kvlock("edit", "--example", "--model", model)
     assert code == 1 and err[-1].startswith("kvlock: error: out of memory; try --offload")
-    fail("shapes do not match")
+
+
+@pytest.mark.parametrize("error", EXHAUSTED, ids=["cuda", "cpu", "cpu-windows", "python"])
+def test_a_model_too_large_for_the_memory_is_told_from_a_bad_one(kvlock, here, model, monkeypatch, error):
+    monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", raising(error))
+    monkeypatch.setattr("diffusers.DiffusionPipeline.to", raising(error))
+    code, _, err = kvlock("edit", "--example", "--model", model)
+    assert code == 1 and err[-1].startswith("kvlock: error: out of memory; try --offload")
+
+
+def test_the_real_message_of_a_full_memory_is_known(kvlock, here, model, monkeypatch):
+    monkeypatch.setattr(runs, "denoise", lambda *_: torch.empty(10**16))
+    assert kvlock("edit", "--example", "--model", model)[0] == 1
+
+
+def test_a_bug_is_no_exhausted_memory(kvlock, here, model, monkeypatch):
+    monkeypatch.setattr(runs, "denoise", raising(RuntimeError("shapes do not match")))
     with pytest.raises(RuntimeError, match="shapes do not match"):
         kvlock("edit", "--example", "--model", model)
 

@@ -4,10 +4,74 @@ import json
 
 import pytest
 
+from kvlock import session
 from kvlock.cli import models
 from kvlock.geometry import Geometry
 
 pytest_plugins = ["command_line"]
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """Every denoising run that is made."""
+    made = []
+
+    class Recorded(session.Run):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            made.append(self)
+
+    monkeypatch.setattr(session, "Run", Recorded)
+    return made
+
+
+def traced(here):
+    return json.loads((here / "kvlock-out/trace.json").read_text())
+
+
+@pytest.mark.parametrize("preset", ["kv-lock", "plain"])
+@pytest.mark.parametrize("steps", [4, 11])
+def test_an_estimate_foretells_the_memory_of_the_clean_predictions(kvlock, here, model, clip, runs, steps, preset):
+    where = ("--video", clip.video, "--mask", clip.mask, "--model", model, "--steps", steps, "--preset", preset)
+    printed = kvlock("estimate", *where)[1]
+    assert kvlock("edit", *where, "--prompt", "a red circle", "--source-prompt", "a star")[0] == 0
+    (run,) = runs
+    held = run._guided_history.nbytes + run._cond_history.nbytes
+    window = len(run._guided_history)
+    line = f"{held / 1024:.1f} KiB of clean predictions in float32: two rings of {window} steps"
+    assert [words for words in printed if "clean predictions" in words] == [f"{'':11}{line}"]
+
+
+@pytest.mark.parametrize("steps, run", [(10, 8), (5, 4), (3, 2)])
+def test_an_estimate_foretells_the_share_of_the_steps_that_video_to_video_runs(
+    kvlock, here, v2v_model, clip, runs, steps, run
+):
+    video = ("--video", clip.video, "--mask", clip.mask)
+    where = (*video, "--model", v2v_model, "--preset", "fixed-0.5", "--steps", steps)
+    code, out, _ = kvlock("estimate", *where)
+    assert code == 0
+    printed = "\n".join(out)
+    code, _, err = kvlock("edit", *where, "--prompt", "a red circle", "--source-prompt", "a star")
+    assert code == 0
+    summary = traced(here)["summary"]
+    assert summary["steps"] == run and summary["locked_steps"] > 0
+    acts = f"the lock acts in the last {summary['locked_steps']} "
+    assert f"steps      {run} of {steps} (strength 0.8), {acts}" in printed
+    assert f"{2 * run} without KV-Lock" in printed
+    assert f"{summary['forwards']} with it" in printed
+    bars = [line for line in "\n".join(err).replace("\r", "\n").splitlines() if line.startswith("kv-lock")]
+    assert f"{run}/{run}" in bars[-1]
+    assert len(runs[0]._guided_history) == runs[0].config.window_steps(steps)
+
+
+@pytest.mark.parametrize("command", ["edit", "estimate", "calibrate"])
+def test_video_to_video_with_no_step_to_run_is_one_line(kvlock, here, v2v_model, clip, command):
+    where = ["--video", clip.video, "--mask", clip.mask, "--model", v2v_model, "--steps", 1]
+    prompt = [] if command == "estimate" else ["--prompt", "a star", "--source-prompt", "a"]
+    code, out, err = kvlock(command, *where, *prompt)
+    assert (code, out) == (2, [])
+    message = "--steps 1 leaves none to a pipeline that runs the last 0.8 of them; wanted 2 or more"
+    assert err == [f"kvlock: error: {message}"]
 
 
 def test_an_estimate_needs_no_video(kvlock, model):
@@ -19,7 +83,7 @@ def test_an_estimate_needs_no_video(kvlock, model):
     assert any("100 without KV-Lock" in line for line in out)
     assert any("120 with it (1.20x)" in line for line in out)
     assert any("140 with it (1.40x), source='batch'" in line for line in out)
-    assert kvlock("estimate", *sizes, "--preset", "plain")[1][-1].endswith("nothing is locked")
+    assert kvlock("estimate", *sizes, "--preset", "plain")[1][-2].endswith("nothing is locked")
 
 
 @pytest.mark.parametrize(
@@ -30,6 +94,10 @@ def test_an_estimate_needs_no_video(kvlock, model):
         (["--frames", "16", "--height", "96", "--width", "96"], "the nearest counts that do are 13 and 17"),
         (["--frames", "17", "--height", "90", "--width", "96"], "video height is 90; wanted a multiple of 16"),
         (["--frames", "17", "--height", "96", "--width", "96", "--mask-share", "2"], "--mask-share 2.0 is"),
+        (["--frames", "1" + "0" * 400 + "1", "--height", "96", "--width", "96"], "is out of range; wanted 1 to"),
+        (["--frames", "-3", "--height", "96", "--width", "96"], "--frames -3 is out of range; wanted 1 to"),
+        (["--example", "--steps", "1001"], "--steps 1001 is out of range; wanted 1 to 1000"),
+        (["--example", "--steps", "1" + "0" * 400], "is out of range; wanted 1 to 1000"),
         (["--example", "--frames", "17"], "leave them out"),
         (["--example", "--mask-share", "0.5"], "leave them out"),
         (["--example", "--preset", "x"], "unknown preset"),

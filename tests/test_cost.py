@@ -7,8 +7,8 @@ import pytest
 from kvlock.config import KVLockConfig, preset
 from kvlock.cost import ModelSizes, estimate
 
-WAN_1_3B = ModelSizes(layers=30, heads=12, head_dim=128, control_layers=15)
-WAN_14B = ModelSizes(layers=40, heads=40, head_dim=128)
+WAN_1_3B = ModelSizes(layers=30, heads=12, head_dim=128, token_values=64, control_layers=15)
+WAN_14B = ModelSizes(layers=40, heads=40, head_dim=128, token_values=64)
 LOCK = KVLockConfig()
 
 
@@ -69,13 +69,34 @@ def test_a_window_by_sigma_needs_the_sigmas():
 
 
 def test_sizes_are_read_from_a_transformer_config():
-    config = SimpleNamespace(num_layers=30, num_attention_heads=12, attention_head_dim=128, vace_layers=list(range(15)))
+    sizes = {"num_layers": 30, "num_attention_heads": 12, "attention_head_dim": 128, "in_channels": 16}
+    config = SimpleNamespace(**sizes, patch_size=[1, 2, 2], vace_layers=list(range(15)))
     assert ModelSizes.of(config) == WAN_1_3B
     config.vace_layers = None
     assert ModelSizes.of(config).control_layers == 0
     del config.num_layers
     with pytest.raises(ValueError, match="num_layers=None; wanted an int"):
         ModelSizes.of(config)
+    config.num_layers, config.patch_size = 30, 2
+    with pytest.raises(ValueError, match="patch_size=2; wanted its three sides"):
+        ModelSizes.of(config)
+
+
+def test_a_run_that_starts_part_way_is_locked_at_the_same_steps_and_runs_fewer():
+    part = cost(num_steps=50, start=10)
+    assert (part.steps, part.locked_steps, part.forwards_plain, part.forwards) == (40, 20, 80, 100)
+    assert cost(num_steps=50, start=45).locked_steps == 3  # the first two of the run have no variance yet
+    with pytest.raises(ValueError, match="start=50 lies outside a table of 50 steps"):
+        cost(num_steps=50, start=50)
+    with pytest.raises(ValueError, match="start=50 lies outside a table of 50 steps"):
+        cost(preset("plain"), num_steps=50, start=50)
+
+
+def test_two_windows_of_clean_predictions_are_kept_in_fp32():
+    window = LOCK.window_steps(50)
+    assert cost().bytes_predictions == 2 * window * 32760 * 64 * 4
+    assert cost(start=10).bytes_predictions == cost().bytes_predictions
+    assert cost(preset("plain"), bytes_per_value=4).bytes_predictions == cost().bytes_predictions
 
 
 def test_a_guidance_scale_that_is_no_number_is_refused():

@@ -86,7 +86,7 @@ def _broken(used: Import, file: str) -> str | None:
         ):
             return "the method uses public operators only: from kvlock_kernels import <name in __all__>"
         if used.top in HUB and not file.startswith(
-            ("kvlock/adapters/", "kvlock/pipeline.py", "kvlock/cli", "kvlock/mini/")
+            ("kvlock/adapters/", "kvlock/pipeline.py", "kvlock/cli/", "kvlock/mini/")
         ):
             return "the host is imported in adapters, pipeline, cli and mini only"
     return None
@@ -116,6 +116,7 @@ BREAKS = {
     "method-triton": ("kvlock/adapters/taps.py", "def f():\n    import triton.language as tl"),
     "method-host": ("kvlock/session.py", "from diffusers import WanPipeline"),
     "method-host-lazily": ("kvlock/masks.py", "def f():\n    import transformers"),
+    "method-host-beside-the-command-line": ("kvlock/client.py", "import diffusers"),
     "method-accelerate": ("kvlock/run.py", "import accelerate.hooks"),
     "pickle": ("kvlock/mini/train.py", "import pickle"),
     "pickle-from": ("kvlock_kernels/api.py", "from pickle import loads"),
@@ -137,7 +138,7 @@ ALLOWED = {
     "operators": ("kvlock_kernels/api.py", "from kvlock_kernels._ops import ops\nfrom . import _checks"),
     "method": ("kvlock/run.py", "from kvlock_kernels import kv_lerp_\nfrom kvlock.masks import Masks"),
     "adapters": ("kvlock/adapters/vae.py", "from diffusers.video_processor import VideoProcessor"),
-    "command-line": ("kvlock/cli.py", "import diffusers"),
+    "command-line": ("kvlock/cli/models.py", "import diffusers"),
     "own-load": ("kvlock/mini/checkpoint.py", "from safetensors.torch import load_file\nx = load_file('x')"),
 }
 

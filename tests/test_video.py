@@ -123,6 +123,25 @@ def test_a_damaged_video_is_refused_rather_than_read_in_part(tmp_path):
         video.read_video(tmp_path / "cut.mp4")
 
 
+def stream(tmp_path, height, width):
+    """The bytes of a raw H.264 stream, which can be put after one another."""
+    video.write_video(tmp_path / "part.mp4", smooth(6, height, width), 8)
+    copy = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-loglevel", "error", "-i", tmp_path / "part.mp4", "-c", "copy"]
+    subprocess.run([*copy, tmp_path / "part.h264"], check=True)
+    return (tmp_path / "part.h264").read_bytes()
+
+
+@pytest.mark.parametrize("height, width", [(16, 48), (48, 32), (64, 96), (32, 64)])
+def test_frames_that_change_their_size_are_refused_rather_than_resampled(tmp_path, height, width):
+    first = stream(tmp_path, 32, 48)
+    path = tmp_path / "crop.h264"
+    path.write_bytes(first + first)
+    assert video.read_video(path).frames.shape == (12, 32, 48, 3)
+    path.write_bytes(first + stream(tmp_path, height, width))
+    with pytest.raises(ValueError, match=r"crop\.h264 as a video: not all its frames have its stated size 48x32$"):
+        video.read_video(path)
+
+
 def test_a_mask_video_comes_back_as_it_was_written(tmp_path):
     mask = torch.zeros(5, 32, 48, dtype=torch.bool)
     for n in range(5):

@@ -42,7 +42,12 @@ FAMILIES = {
 # Parts of the names diffusers gives to hooks that skip blocks or attention.
 BLOCK_CACHES = ("cache", "fbc", "pyramid_attention_broadcast")
 
-PIPELINES = ("WanPipeline", "WanVideoToVideoPipeline", "WanVACEPipeline")
+# Pipelines, and the class of the transformer that each runs.
+PIPELINES = {
+    "WanPipeline": "WanTransformer3DModel",
+    "WanVideoToVideoPipeline": "WanTransformer3DModel",
+    "WanVACEPipeline": "WanVACETransformer3DModel",
+}
 
 # Pipelines whose first latents are the noised video, not pure noise.
 STARTS_FROM_VIDEO = ("WanVideoToVideoPipeline",)
@@ -54,13 +59,29 @@ def is_one_of(pipe: Any, names: tuple[str, ...]) -> bool:
 
 
 def check_pipeline(pipe: Any) -> None:
-    """Refuse a pipeline that is not in the table.
+    """Refuse a pipeline that is not in the table, or that has the transformer of another one.
 
     Raises:
-        ValueError: names its class and the supported ones.
+        ValueError: names its class and the supported ones, or as `check_pair`.
     """
-    if not is_one_of(pipe, PIPELINES):
+    known = next((base.__name__ for base in type(pipe).__mro__ if base.__name__ in PIPELINES), None)
+    if known is None:
         raise ValueError(f"{type(pipe).__name__} is not supported; supported pipelines: {', '.join(PIPELINES)}")
+    for part in ("transformer", "transformer_2"):
+        module = getattr(pipe, part, None)
+        if module is not None:
+            check_pair(known, type(unwrap(module)).__name__)
+
+
+def check_pair(pipeline: str, transformer: str) -> None:
+    """Refuse a supported transformer class under a supported pipeline class that cannot run it.
+
+    Raises:
+        ValueError: names both, and the transformer that the pipeline runs.
+    """
+    wanted = PIPELINES[pipeline]
+    if transformer in FAMILIES and transformer != wanted:
+        raise ValueError(f"{pipeline} runs a {wanted}; found a {transformer}")
 
 
 def unwrap(module: nn.Module) -> nn.Module:

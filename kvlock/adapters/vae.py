@@ -43,6 +43,22 @@ def decode(pipe: Any, latents: Tensor) -> Tensor:
 
 
 def _statistics(vae: Any, device: torch.device) -> tuple[Tensor, Tensor]:
-    values = torch.tensor([vae.config.latents_mean, vae.config.latents_std], dtype=torch.float32, device=device)
-    mean, std = values[:, None, :, None, None, None]
-    return mean, std
+    """Mean and standard deviation of the latents, [1, C, 1, 1, 1] fp32 each.
+
+    Raises:
+        ValueError: the VAE's config does not give one finite number a channel, or a deviation that is not above 0.
+    """
+    mean, std = _per_channel(vae, "latents_mean"), _per_channel(vae, "latents_std", positive=True)
+    return mean.to(device), std.to(device)
+
+
+def _per_channel(vae: Any, name: str, *, positive: bool = False) -> Tensor:
+    values, channels = getattr(vae.config, name, None), vae.config.z_dim
+    try:
+        row = torch.tensor(values, dtype=torch.float32)  # on the CPU, where it can be looked at without waiting
+    except (TypeError, ValueError, RuntimeError):  # no numbers, or none that fp32 can hold
+        row = torch.empty(0)
+    if row.shape != (channels,) or not row.isfinite().all() or (positive and not (row > 0).all()):
+        wanted = f"{channels} finite numbers{' > 0' if positive else ''}"
+        raise ValueError(f"the VAE's config has {name}={values}; wanted {wanted}")
+    return row[None, :, None, None, None]

@@ -1,4 +1,4 @@
-"""The command `kvlock`: edit a video, estimate the cost of an edit, show what an edit would lock."""
+"""The command `kvlock`: edit a video, estimate the cost of an edit, show what it would lock, calibrate its lock."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from kvlock.cli import edit, estimate, mask
+from kvlock.cli import calibrate, edit, estimate, mask, models, signals
 
-INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
+# What a shell reports for a program ended by a signal: 128 and its number.
+INTERRUPTED, TERMINATED = 130, 143
 
 
 class _Parser(argparse.ArgumentParser):
@@ -35,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="kvlock", description="Training-free video editing that leaves the background alone.")
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(required=True, metavar="command")
-    for module in (edit, estimate, mask):
+    for module in (edit, estimate, mask, calibrate):
         name = module.__name__.rsplit(".", 1)[-1]
         summary = (module.__doc__ or "").split(": ", 1)[1]
         command = commands.add_parser(name, help=summary, description=summary)
@@ -45,20 +46,27 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 2 for bad input (one line on stderr), 130 for Ctrl-C."""
-    arguments = build_parser().parse_args(argv)
-    with warnings.catch_warnings():
-        warnings.showwarning = _show_warning
-        try:
+    """Run the command line.
+
+    Returns:
+        The exit code: 0, or with one line on stderr 2 for bad input, 1 for too little memory, 130 for Ctrl-C, 143 for
+        SIGTERM.
+    """
+    try:
+        with signals.termination_raises(), warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            arguments = build_parser().parse_args(argv)
             arguments.run(arguments)
-        except (ValueError, OSError) as error:
-            return _fail(" ".join(str(error).split()) or type(error).__name__, 2)
-        except RuntimeError as error:
-            if "out of memory" not in str(error).lower():
-                raise
-            return _fail("out of memory; try --offload model, --offload group, --dtype bfloat16 or a smaller video", 1)
-        except KeyboardInterrupt:
-            return _fail("interrupted", INTERRUPTED)
+    except (ValueError, OSError) as error:
+        return _fail(" ".join(str(error).split()) or type(error).__name__, 2)
+    except (MemoryError, RuntimeError) as error:
+        if not models.is_out_of_memory(error):
+            raise
+        return _fail("out of memory; try --offload model, --offload group, --dtype bfloat16 or a smaller video", 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted", INTERRUPTED)
+    except signals.Terminated:
+        return _fail("terminated", TERMINATED)
     return 0
 
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import math
-import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvlock.cli import inputs, models, outputs
+from kvlock.cli import inputs, outputs, runs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,19 +24,11 @@ BESIDE_EXAMPLE = ("source.mp4", "mask.mp4", "plain.mp4", "comparison.png")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    inputs.add_options(parser)
-    parser.add_argument("--prompt", help="what the edited video shows")
-    parser.add_argument("--source-prompt", help="what the source shows; the lock is better with it")
-    parser.add_argument("--negative-prompt", help="what to steer away from")
-    parser.add_argument("--reference", metavar="PICTURE", nargs="+", help="pictures of what to put in (VACE models)")
+    runs.add_options(parser)
+    inputs.add_preset_option(parser)
     parser.add_argument("--out", metavar="PATH", type=Path, default=Path(DEFAULT_OUT), help="default: %(default)s")
-    inputs.add_run_options(parser)
-    parser.add_argument("--seed", type=int, default=0, help="of the initial noise (%(default)s)")
     parser.add_argument("--background-guidance", type=float, help="guidance outside the mask, such as 1")
     parser.add_argument("--composite", choices=("none", "latent", "pixel"), help="paste the source's background back")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
-    parser.add_argument("--device", default="auto", help="torch device (the GPU if there is one)")
-    parser.add_argument("--offload", choices=("none", "model", "group"), default="none", help="what waits elsewhere")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -47,32 +37,21 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ValueError: bad input; nothing has been written.
     """
-    started = time.perf_counter()
     config = _settings(args)
     beside = BESIDE + (BESIDE_EXAMPLE if args.example is not None else ())
     outputs.check(args.out, beside, inputs.input_paths(args))
-    # Read and check everything that is cheap before the weights are loaded.
-    source = inputs.read_source(args)
-    prompts = _prompts(args, source)
-    references = [_read_reference(path) for path in args.reference or ()]
-    model = models.describe(args.model)
-    source = inputs.fit(source, model.geometry, trim=args.trim)
-    if references and not model.has_vace:
-        raise ValueError(f"--reference needs a VACE model; {model.name} is none")
-    inputs.build_masks(source, model, reference_frames=len(references), dilate_tokens=config.dilate_tokens)
-
-    pipe = models.load_pipeline(args.model, dtype=args.dtype, device=args.device, offload=args.offload)
-    if args.model is None:
-        _warn_of_unknown_words(pipe.tokenizer, prompts)
-    settings = {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale, **prompts}
-    settings |= {"reference_images": references or None}
-    edits = {args.preset: denoise(pipe, config, source, args.seed, settings)}
+    task = runs.read(args, config)
+    pipe = runs.load(args, task)
+    source = task.source
+    started = time.perf_counter()
+    edits = {args.preset: runs.denoise(pipe, config, source, args.seed, task.settings)}
+    seconds = time.perf_counter() - started
     if args.example is not None and args.preset != "plain":
         from kvlock.config import preset
 
-        edits["plain"] = denoise(pipe, preset("plain"), source, args.seed, settings)
+        edits["plain"] = runs.denoise(pipe, preset("plain"), source, args.seed, task.settings)
     measures = measure(pipe, source, {name: edit.frames for name, edit in edits.items()})
-    trace = _trace_dict(args, config, edits[args.preset], measures, prompts, source, started)
+    trace = _trace_dict(args, config, edits[args.preset], measures, task, seconds)
     with outputs.staged(args.out.parent) as folder:
         _write(folder, args, config, source, edits, measures, trace)
     _print_summary(args, trace, measures)
@@ -82,75 +61,8 @@ def _settings(args: argparse.Namespace) -> KVLockConfig:
     from kvlock.config import preset
 
     inputs.check_run_options(args)
-    if abs(args.seed) > inputs.LARGEST_SEED:
-        raise ValueError(f"--seed {args.seed} is out of range; wanted at most {inputs.LARGEST_SEED} in size")
     changes = {"background_guidance": args.background_guidance, "composite": args.composite}
     return preset(args.preset, **{name: value for name, value in changes.items() if value is not None})
-
-
-def _prompts(args: argparse.Namespace, source: inputs.Source) -> dict[str, str | None]:
-    prompt, source_prompt = args.prompt, args.source_prompt
-    if source.scene is not None:
-        source_prompt = source.scene.caption if source_prompt is None else source_prompt
-        prompt = another(source.scene).caption if prompt is None else prompt
-    if prompt is None:
-        raise ValueError("no prompt; wanted --prompt TEXT, or --example for a built-in edit")
-    if source_prompt is None:
-        inputs.notice('no --source-prompt: the source runs with "" (a description of it locks better)')
-    return {"prompt": prompt, "source_prompt": source_prompt or "", "negative_prompt": args.negative_prompt}
-
-
-def another(scene: Any) -> Any:
-    """The same scene with another shape, in a colour far from the first."""
-    from kvlock.mini.scenes import COLOURS, SHAPES
-
-    colours = tuple(COLOURS)
-    return dataclasses.replace(
-        scene,
-        shape=SHAPES[SHAPES.index(scene.shape) - 1],
-        colour=colours[colours.index(scene.colour) - len(colours) // 2],
-    )
-
-
-def _read_reference(path: str) -> Any:
-    from PIL import Image
-
-    from kvlock.pictures import read_picture
-
-    # A cut-out goes on white, with which the pipeline also surrounds a reference that does not fill the picture.
-    return Image.fromarray(read_picture(path, background="white").numpy())
-
-
-def _warn_of_unknown_words(tokenizer: Any, prompts: dict[str, str | None]) -> None:
-    words = re.findall(r"\w+", " ".join(text for text in prompts.values() if text).lower())
-    vocabulary = tokenizer.get_vocab()
-    unknown = sorted({word for word in words if word not in vocabulary})
-    if unknown:
-        known = sorted(word for word in vocabulary if word.isalpha())
-        inputs.notice(f"warning: the miniature does not know {', '.join(unknown)}; it knows {', '.join(known)}")
-
-
-def denoise(
-    pipe: Any, config: KVLockConfig, source: inputs.Source, seed: int, settings: dict[str, Any]
-) -> KVLockOutput:
-    """One edit under a progress bar."""
-    import torch
-    from tqdm import tqdm
-
-    from kvlock.pipeline import KVLockPipeline
-
-    generator = torch.Generator().manual_seed(seed)  # on the CPU, so that a seed means the same on every device
-    name = "plain" if config.passthrough else "kv-lock"
-    with tqdm(total=settings["num_inference_steps"], desc=name, unit="step") as bar:
-
-        def show(step: int, _num_steps: int, trace: Any) -> None:
-            if len(trace):
-                row = trace.latest()
-                alpha, omega = row["fusion_ratio"][0], row["guidance_scale"][0]
-                bar.set_postfix_str(f"alpha {alpha:.2f} omega {omega:.2f}", refresh=False)
-            bar.update(step + 1 - bar.n)
-
-        return KVLockPipeline(pipe, config)(source.frames, source.mask, generator=generator, progress=show, **settings)
 
 
 def measure(pipe: Any, source: inputs.Source, edits: dict[str, Tensor]) -> dict[str, BackgroundReport]:
@@ -169,18 +81,17 @@ def _trace_dict(
     config: KVLockConfig,
     edit: KVLockOutput,
     measures: dict[str, BackgroundReport],
-    prompts: dict[str, str | None],
-    source: inputs.Source,
-    started: float,
+    task: runs.Task,
+    seconds: float,
 ) -> dict[str, Any]:
-    frames, height, width, _ = source.frames.shape
+    frames, height, width, _ = task.source.frames.shape
     trace = edit.trace.to_dict()
     trace["summary"] |= {
         "composite": config.composite,
         "background": {name: report.to_dict() for name, report in measures.items()},
         "tokens": edit.masks.num_tokens,
         "background_rows": edit.masks.background_rows,
-        "seconds": round(time.perf_counter() - started, 2),
+        "seconds": round(seconds, 2),  # of this edit alone, from source frames to edited ones
     }
     trace["input"] = {
         "model": args.model or "embedded miniature",
@@ -188,13 +99,13 @@ def _trace_dict(
         "frames": frames,
         "height": height,
         "width": width,
-        "fps": source.fps,
+        "fps": task.source.fps,
         "preset": args.preset,
         "seed": args.seed,
         "steps": args.steps,
         "guidance_scale": args.guidance_scale,
         "references": args.reference or [],
-        **prompts,
+        **task.prompts,
     }
     return trace
 
@@ -252,6 +163,7 @@ def _print_summary(args: argparse.Namespace, trace: dict[str, Any], measures: di
         label = "VAE alone" if name == "vae_round_trip" else name
         print(f"background  {_decibels(report)} ({label})")
     locked = summary["locked_steps"] if trace["config"]["fusion"] != "off" else 0
-    print(f"lock        locked {locked} of {summary['steps'] or args.steps} steps")
+    print(f"lock        locked {locked} of {summary['steps']} steps")
     print(f"composite   {summary['composite']}")
-    print(f"time        {summary['seconds']:.1f} s for {summary['forwards']} rows through the transformer")
+    rows = f"{summary['forwards']} rows through the transformer"
+    print(f"time        {summary['seconds']:.1f} s for this edit, text encoder and VAE included: {rows}")

@@ -9,6 +9,7 @@ from kvlock.cli import inputs, models
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 MASK_SHARE = 0.25
+LARGEST_SIDE = 10**6  # of a stated video, in frames or pixels
 
 
 class Video(NamedTuple):
@@ -24,6 +25,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     for name in ("frames", "height", "width"):
         parser.add_argument(f"--{name}", type=int, help="of the video, in place of --video")
     parser.add_argument("--mask-share", type=float, help=f"share of masked tokens without a video ({MASK_SHARE})")
+    inputs.add_preset_option(parser)
     inputs.add_run_options(parser)
     parser.add_argument("--dtype", choices=("auto", *BYTES), default="auto", help="of the transformer (%(default)s)")
     parser.add_argument("--device", default="auto", help="torch device the edit will run on (%(default)s)")
@@ -41,6 +43,7 @@ def run(args: argparse.Namespace) -> None:
     config = preset(args.preset)
     inputs.check_run_options(args)
     model = models.describe(args.model)
+    start = model.first_step(args.steps)
     video, tokens, rows = _sizes(args, model, config.dilate_tokens)
     dtype = models.resolve_dtype(args.dtype, args.model, models.resolve_device(args.device).type)
     stored, beside = (
@@ -50,6 +53,7 @@ def run(args: argparse.Namespace) -> None:
             tokens=tokens,
             background_rows=rows,
             num_steps=args.steps,
+            start=start,
             guidance_scale=args.guidance_scale,
             bytes_per_value=BYTES[dtype],
         )
@@ -63,15 +67,20 @@ def run(args: argparse.Namespace) -> None:
     )
     print(f"video      {video.frames} frames of {video.width}x{video.height}: {tokens} tokens, {rows} of them locked")
     acts = f"the lock acts in the last {stored.locked_steps}" if stored.locked_steps else "no lock"
-    print(f"steps      {stored.steps}, {acts} (preset {args.preset})")
+    part = f" of {args.steps} (strength {model.strength:g})" if start else ""
+    print(f"steps      {stored.steps}{part}, {acts} (preset {args.preset})")
     print(f"forwards   {stored.forwards_plain} without KV-Lock")
+    window = f"two rings of {config.window_steps(args.steps)} steps"
+    predictions = f"           {_bytes(stored.bytes_predictions)} of clean predictions in float32: {window}"
     if not stored.locked_steps:
         print("memory     no source keys and values: nothing is locked")
+        print(predictions)
         return
     for cost, how in ((stored, "the source runs once a step"), (beside, "source='batch': it runs beside each branch")):
         print(f"           {cost.forwards} with it ({cost.forwards / cost.forwards_plain:.2f}x), {how}")
     print(f"memory     {_bytes(stored.bytes_background)} of source K and V at a time, background rows in {dtype}")
     print(f"           {_bytes(stored.bytes_full)} if every row were kept; none with source='batch'")
+    print(predictions)
 
 
 def _sizes(args: argparse.Namespace, model: models.Model, dilate_tokens: int) -> tuple[Video, int, int]:
@@ -87,6 +96,8 @@ def _sizes(args: argparse.Namespace, model: models.Model, dilate_tokens: int) ->
         raise ValueError("no video; wanted --video with a mask, --example, or all of --frames, --height and --width")
     if args.mask is not None or args.mask_box is not None:
         raise ValueError("a mask goes with --video; wanted --mask-share beside --frames, --height and --width")
+    for name, side in zip(Video._fields, stated, strict=True):
+        inputs.check_range(name, side, LARGEST_SIDE)
     share = MASK_SHARE if args.mask_share is None else args.mask_share
     if not 0 <= share <= 1:
         raise ValueError(f"--mask-share {share} is out of range; wanted 0 to 1")
@@ -105,7 +116,7 @@ def _count_tokens(video: Video, model: models.Model) -> int:
 
 
 def _bytes(count: int) -> str:
-    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if count >= unit:
-            return f"{count / unit:.1f} {name}"
-    return f"{count} bytes"
+    from kvlock.cost import byte_unit
+
+    unit, name = byte_unit(count)
+    return f"{count} {name}" if unit == 1 else f"{count / unit:.1f} {name}"

@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and --help needs none of it
 
 EXAMPLE_FPS = 8.0
 LARGEST_SEED = 2**63 - 1  # torch counts seeds in 64 bits
-LARGEST_NUMBER = 3.4e38  # of float32, which every setting ends in
+MOST_STEPS = 1000  # the schedulers know so many timesteps
 EXAMPLE_SCENE = 15  # a green square over stripes, which the edit turns into an orange circle
 
 
@@ -34,11 +34,13 @@ class Source(NamedTuple):
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options that name video, mask and model."""
-    parser.add_argument("--video", metavar="PATH", help="video file or folder of pictures to edit")
+    parser.add_argument("--video", metavar="PATH", type=path, help="video file or folder of pictures to edit")
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--mask", metavar="PATH", help="mask video, folder or single picture; white = edit")
+    where.add_argument("--mask", metavar="PATH", type=path, help="mask video, folder or single picture; white = edit")
     where.add_argument("--mask-box", metavar="X0,Y0,X1,Y1", help="a still box in pixels instead of a mask")
-    parser.add_argument("--model", metavar="PATH_OR_HUB_ID", help="diffusers model; without it, the embedded miniature")
+    parser.add_argument(
+        "--model", metavar="PATH_OR_HUB_ID", type=path, help="diffusers model; without it, the embedded miniature"
+    )
     parser.add_argument("--trim", action="store_true", help="drop the last frames of a video whose length does not fit")
     parser.add_argument(
         "--example",
@@ -50,6 +52,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def path(text: str) -> str:
+    """An option that names a file or folder: "" would be the current folder, and is a variable that was not set.
+
+    Raises:
+        argparse.ArgumentTypeError: the text is empty.
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("an empty path names nothing")
+    return text
+
+
 def _count(text: str) -> int:
     from kvlock.mini.scenes import HELD_OUT
 
@@ -59,9 +72,13 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def add_preset_option(parser: argparse.ArgumentParser) -> None:
+    """The option that names the settings of KV-Lock."""
+    parser.add_argument("--preset", default="kv-lock", help="named settings (%(default)s)")
+
+
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """The options of a denoising run."""
-    parser.add_argument("--preset", default="kv-lock", help="named settings (%(default)s)")
     parser.add_argument("--steps", type=int, default=50, help="denoising steps (%(default)s)")
     parser.add_argument("--guidance-scale", type=float, default=5.0, help="of the pipeline (%(default)s)")
 
@@ -72,13 +89,27 @@ def check_run_options(args: argparse.Namespace) -> None:
     Raises:
         ValueError: one is out of range; the message names the option.
     """
-    if args.steps < 1:
-        raise ValueError(f"--steps {args.steps} is out of range; wanted 1 or more")
+    from kvlock.config import FP32_MAX
+
+    check_range("steps", args.steps, MOST_STEPS)
+    seed = getattr(args, "seed", 0)
+    if abs(seed) > LARGEST_SEED:
+        raise ValueError(f"--seed {seed} is out of range; wanted at most {LARGEST_SEED} in size")
     for option in ("guidance_scale", "background_guidance"):
         scale = getattr(args, option, None)
-        if scale is not None and not 0 <= scale <= LARGEST_NUMBER:
+        if scale is not None and not 0 <= scale <= FP32_MAX:
             name = option.replace("_", "-")
-            raise ValueError(f"--{name} {scale} is out of range; wanted a finite number >= 0 and <= {LARGEST_NUMBER}")
+            raise ValueError(f"--{name} {scale} is out of range; wanted a finite number >= 0 and <= {FP32_MAX}")
+
+
+def check_range(option: str, count: int, largest: int) -> None:
+    """Refuse a count that is not in 1..largest.
+
+    Raises:
+        ValueError: it is not; the message names the option.
+    """
+    if not 1 <= count <= largest:
+        raise ValueError(f"--{option} {count} is out of range; wanted 1 to {largest}")
 
 
 def notice(message: str) -> None:
@@ -129,11 +160,11 @@ def fit(source: Source, geometry: Geometry, *, trim: bool) -> Source:
     Raises:
         ValueError: the size or the length does not fit; the message names those that do.
     """
-    from kvlock.geometry import latent_frames
+    from kvlock.geometry import latent_frames, legal_frames
 
     count, height, width, _ = source.frames.shape
     check_size(height, width, geometry)
-    kept = 1 + (count - 1) // geometry.temporal_stride * geometry.temporal_stride
+    kept = legal_frames(count, geometry.temporal_stride)
     if kept == count:
         return source
     if not trim:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import re
 import warnings
 from pathlib import Path
@@ -22,15 +23,31 @@ class Model(NamedTuple):
     geometry: Geometry
     sizes: ModelSizes
     has_vace: bool
+    strength: float  # the share of its steps that the pipeline runs, the last ones: 1, or less from video to video
+
+    def first_step(self, num_steps: int) -> int:
+        """Index at which the pipeline enters the scheduler's table of `num_steps`, counted as it does.
+
+        Raises:
+            ValueError: no step is left.
+        """
+        first = num_steps - min(int(num_steps * self.strength), num_steps)
+        if first == num_steps:
+            raise ValueError(
+                f"--steps {num_steps} leaves none to a pipeline that runs the last {self.strength:g} of them; "
+                f"wanted {math.ceil(1 / self.strength)} or more"
+            )
+        return first
 
 
 def describe(model: str | None) -> Model:
     """Read a model's configuration; None is the embedded miniature.
 
     Raises:
-        ValueError: there is no such model, it is no diffusers pipeline, or pipeline or transformer is not supported.
+        ValueError: there is no such model, it is no diffusers pipeline, or pipeline or transformer is not supported or
+            not made for the other.
     """
-    from kvlock.adapters.families import FAMILIES, PIPELINES
+    from kvlock.adapters.families import FAMILIES, PIPELINES, STARTS_FROM_VIDEO, check_pair
     from kvlock.cost import ModelSizes
     from kvlock.geometry import Geometry
 
@@ -41,13 +58,22 @@ def describe(model: str | None) -> Model:
     name = transformer._class_name
     if name not in FAMILIES:
         raise ValueError(f"transformer {name} is not supported; supported transformers: {', '.join(FAMILIES)}")
+    check_pair(pipeline, name)
     parts = SimpleNamespace(transformer=SimpleNamespace(config=transformer), vae=SimpleNamespace(config=vae))
     return Model(
         name=model or "embedded miniature",
         geometry=Geometry.of(parts),
         sizes=ModelSizes.of(transformer),
         has_vace=getattr(transformer, "vace_layers", None) is not None,
+        strength=_default_strength(pipeline) if pipeline in STARTS_FROM_VIDEO else 1.0,
     )
+
+
+def _default_strength(pipeline: str) -> float:
+    """What the pipeline's call takes where it is told no `strength`, as it is here."""
+    import diffusers
+
+    return inspect.signature(getattr(diffusers, pipeline).__call__).parameters["strength"].default
 
 
 def _read_config(model: str | None, part: str) -> SimpleNamespace:
@@ -118,21 +144,56 @@ def load_pipeline(model: str | None, *, dtype: str, device: str, offload: str) -
 
     target = resolve_device(device)
     precision = getattr(torch, resolve_dtype(dtype, model, target.type))
-    if model is None:
-        from kvlock import mini
-
-        # Loading in another precision keeps the layers that need float32 in it, which a later cast would not.
-        pipe = mini.load() if precision is torch.float32 else _from_pretrained(str(mini.PATH), precision)
-    else:
+    try:
         pipe = _from_pretrained(model, precision)
+        _check_complete(pipe)
+        _place(pipe, target, offload)
+    except Exception as error:  # missing files, parts of other libraries, the connection: all are one bad model
+        if is_out_of_memory(error):
+            raise
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"cannot load model {model or 'embedded miniature'}: {reason[0]}") from error
     pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _from_pretrained(model: str | None, precision: Any) -> Any:
+    import torch
+    from diffusers import DiffusionPipeline
+
+    from kvlock import mini
+
+    if model is None and precision is torch.float32:
+        return mini.load()
+    with warnings.catch_warnings():
+        # Newer versions call it dtype and say so; the older name works in all that are supported.
+        warnings.simplefilter("ignore", FutureWarning)
+        # Loading in another precision keeps the layers that need float32 in it, which a later cast would not.
+        return DiffusionPipeline.from_pretrained(
+            str(mini.PATH) if model is None else model,
+            torch_dtype={"default": precision, "vae": torch.float32},
+            use_safetensors=True,  # the other format is a pickle, which runs what it holds
+        )
+
+
+def _check_complete(pipe: Any) -> None:
+    """Refuse a model that has fewer weights than its configuration says, which loading leaves without values."""
+    from torch import nn
+
+    for part, module in pipe.components.items():
+        if isinstance(module, nn.Module):
+            for name, weight in module.named_parameters():
+                if weight.is_meta:
+                    raise ValueError(f"its {part} has no weights for {name}")
+
+
+def _place(pipe: Any, target: Any, offload: str) -> None:
     if offload == "model":
         pipe.enable_model_cpu_offload(device=target)
     elif offload == "group":
         pipe.enable_group_offload(onload_device=target, offload_type="leaf_level", use_stream=target.type == "cuda")
     else:
         pipe.to(target)
-    return pipe
 
 
 def resolve_device(device: str) -> Any:
@@ -163,15 +224,10 @@ def resolve_dtype(dtype: str, model: str | None, device_type: str) -> str:
     return "float32" if model is None or device_type == "cpu" else "bfloat16"
 
 
-def _from_pretrained(model: str, precision: Any) -> Any:
-    import torch
-    from diffusers import DiffusionPipeline
-
-    try:
-        with warnings.catch_warnings():
-            # Newer versions call it dtype and say so; the older name works in all that are supported.
-            warnings.simplefilter("ignore", FutureWarning)
-            return DiffusionPipeline.from_pretrained(model, torch_dtype={"default": precision, "vae": torch.float32})
-    except Exception as error:  # missing files, parts of other libraries, the connection: all are one bad model
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"cannot load model {model}: {reason[0]}") from error
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the machine is too small, rather than something wrong: torch has no one class for that."""
+    message = str(error).lower()
+    known = ("out of memory", "can't allocate memory", "not enough memory")  # of a GPU; of a CPU, on Linux and Windows
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(part in message for part in known)
+    )

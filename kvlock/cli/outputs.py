@@ -1,12 +1,15 @@
-"""Where results go: checked before the work, written in one move after it."""
+"""Where results go: checked before the work, and moved there after it, one rename a file, which no signal parts."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from kvlock.cli.signals import Interrupts
 
 PREFIX = ".kvlock-"
 
@@ -38,8 +41,8 @@ def check(out: Path, beside: Sequence[str], inputs: Sequence[Path]) -> None:
             raise ValueError(f"{target} is a folder, where a file is to be written; choose another folder with --out")
     base = _nearest_folder(out.parent)
     try:  # permissions say nothing of read-only disks, pseudo file systems and names that are too long
-        with tempfile.TemporaryDirectory(prefix=PREFIX, dir=base) as probe:
-            folder = Path(probe) / out.parent.resolve().relative_to(base)
+        with _temporary_folder(base) as (probe, _):
+            folder = probe / out.parent.resolve().relative_to(base)
             folder.mkdir(parents=True, exist_ok=True)
             for target in targets:
                 (folder / target.name).touch()
@@ -51,17 +54,38 @@ def check(out: Path, beside: Sequence[str], inputs: Sequence[Path]) -> None:
 def staged(folder: Path) -> Iterator[Path]:
     """A temporary folder whose files move to `folder` when the block ends well, and vanish with it when it does not.
 
+    A signal that comes during the moves raises its exception after the last of them.
+
     Raises:
         ValueError: something could not be written; the message names `folder`, not the temporary one.
     """
     try:
-        with tempfile.TemporaryDirectory(prefix=PREFIX, dir=_nearest_folder(folder)) as name:
-            yield Path(name)
+        with _temporary_folder(_nearest_folder(folder)) as (temporary, interrupts):
+            yield temporary
+            interrupts.held = True
             folder.mkdir(parents=True, exist_ok=True)
-            for file in sorted(Path(name).iterdir()):
+            for file in sorted(temporary.iterdir()):
                 os.replace(file, folder / file.name)
     except (ValueError, OSError) as error:
         raise ValueError(f"cannot write the results to {folder}: {error}") from error
+
+
+@contextlib.contextmanager
+def _temporary_folder(base: Path) -> Iterator[tuple[Path, Interrupts]]:
+    """A folder in `base` that is gone after the block; a signal interrupts neither its making nor its removal."""
+    interrupts = Interrupts()
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))
+        try:
+            try:
+                interrupts.release()
+                yield folder, interrupts
+            finally:
+                interrupts.held = True  # a signal before this line holds the next ones itself: the removal is safe
+        finally:
+            shutil.rmtree(folder)
+    finally:
+        interrupts.restore()
 
 
 def _nearest_folder(folder: Path) -> Path:

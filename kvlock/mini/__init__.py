@@ -12,7 +12,7 @@ def load(path: str | Path = PATH) -> Any:
     """The miniature as a `WanVACEPipeline`, on the CPU in fp32, its strides repaired.
 
     Raises:
-        ValueError: there is no pipeline at `path`.
+        ValueError: there is no pipeline at `path`, or one whose weights are no safetensors: nothing is unpickled.
     """
     from diffusers import WanVACEPipeline
 
@@ -20,7 +20,10 @@ def load(path: str | Path = PATH) -> Any:
 
     if not (Path(path) / "model_index.json").exists():
         raise ValueError(f"no pipeline at {path}: model_index.json is missing; wanted the folder of a saved pipeline")
-    pipe = WanVACEPipeline.from_pretrained(path)
+    try:
+        pipe = WanVACEPipeline.from_pretrained(path, use_safetensors=True)
+    except OSError as error:
+        raise ValueError(f"cannot load the pipeline at {path}: {error}") from error
     repair_stride(pipe)
     pipe.set_progress_bar_config(disable=True)
     return pipe

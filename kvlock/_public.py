@@ -1,0 +1,11 @@
+"""Where each public name of the package comes from; the package imports this when one of them is asked for."""
+
+# ruff: noqa: F401
+
+from kvlock.adapters.attach import attach
+from kvlock.config import PRESETS, KVLockConfig, preset
+from kvlock.geometry import Geometry
+from kvlock.masks import Masks
+from kvlock.pipeline import KVLockOutput, KVLockPipeline, encode_source
+from kvlock.session import Session
+from kvlock.trace import Trace
