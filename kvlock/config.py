@@ -108,7 +108,7 @@ class KVLockConfig:
     def _refuse_what_a_lock_alone_has(self) -> None:
         if self.fusion != "off":
             return
-        for name in ("layers", "control_blocks", "branches", "source"):
+        for name in ("layers", "control_blocks", "branches"):
             value, default = getattr(self, name), self.__dataclass_fields__[name].default
             if value != default:
                 raise ValueError(

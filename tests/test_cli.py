@@ -67,12 +67,14 @@ def test_a_pixel_composite_leaves_the_background_as_it_was(kvlock, here, model, 
 def test_options_reach_the_edit(kvlock, here, model, clip, no_denoising, tmp_path):
     Image.new("RGB", (8, 8), "red").save(tmp_path / "ref.png")
     options = ("--seed", 7, "--steps", 9, "--guidance-scale", 3, "--background-guidance", 1, "--composite", "latent")
+    options += ("--tau", 0.5)
     prompts = ("--prompt", "a", "--source-prompt", "over", "--negative-prompt", "star")
     where = ("--video", clip.video, "--mask", clip.mask, "--model", model, "--reference", tmp_path / "ref.png")
     assert kvlock("edit", *where, *options, *prompts, "--preset", "fixed-0.5")[0] == 0
     (call,) = no_denoising
     assert call.seed == 7
     assert (call.config.fusion, call.config.background_guidance, call.config.composite) == (0.5, 1.0, "latent")
+    assert call.config.tau == 0.5
     (reference,) = call.settings.pop("reference_images")
     assert (reference.mode, reference.size) == ("RGB", (8, 8))
     assert call.settings == {
@@ -191,10 +193,11 @@ def test_words_the_miniature_does_not_know_are_named_once(kvlock, here, model, c
     assert not any("does not know" in line for line in err)
 
 
-def test_without_a_source_prompt_there_is_a_notice(kvlock, here, model, clip, no_denoising):
-    where = ("--video", clip.video, "--mask", clip.mask, "--model", model, "--prompt", "a star")
-    assert any("no --source-prompt" in line for line in kvlock("edit", *where)[2])
-    assert not any("no --source-prompt" in line for line in kvlock("edit", *where, "--source-prompt", "a")[2])
+def test_without_a_source_prompt_there_is_a_notice(kvlock, here, model, clip):
+    where = ("--video", clip.video, "--mask", clip.mask, "--model", model, "--prompt", "a star", "--steps", 3)
+    notices = lambda *more: [line for line in kvlock("edit", *where, *more)[2] if "no source prompt" in line]
+    assert len(notices()) == 1
+    assert notices("--source-prompt", "a") == notices("--preset", "plain") == []
 
 
 def test_a_cut_out_reference_is_laid_on_white(tmp_path):

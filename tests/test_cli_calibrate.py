@@ -49,7 +49,7 @@ def test_a_full_lock_is_that_of_the_schedule():
 def test_without_a_source_prompt_there_is_no_notice_as_no_source_runs(kvlock, here, model, clip):
     where = ("--video", clip.video, "--mask", clip.mask, "--model", model, "--steps", 4, "--prompt", "a star")
     code, _, err = kvlock("calibrate", *where)
-    assert code == 0 and not any("no --source-prompt" in line for line in err)
+    assert code == 0 and not any("no source prompt" in line for line in err)
 
 
 def test_a_run_too_short_for_a_window_is_one_line(kvlock, here, model, clip):

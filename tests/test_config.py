@@ -82,7 +82,7 @@ def test_layers_given_as_a_list_become_a_tuple():
 
 @pytest.mark.parametrize(
     "setting",
-    [{"layers": (3,)}, {"control_blocks": True}, {"branches": "cond"}, {"source": "batch"}],
+    [{"layers": (3,)}, {"control_blocks": True}, {"branches": "cond"}],
     ids=lambda setting: next(iter(setting)),
 )
 def test_a_setting_of_the_lock_without_a_lock_is_a_contradiction(setting):

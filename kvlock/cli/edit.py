@@ -26,6 +26,7 @@ BESIDE_EXAMPLE = ("source.mp4", "mask.mp4", "plain.mp4", "comparison.png")
 def add_options(parser: argparse.ArgumentParser) -> None:
     runs.add_options(parser)
     inputs.add_preset_option(parser)
+    parser.add_argument("--tau", type=float, help="variance at which the lock is full; kvlock calibrate proposes some")
     parser.add_argument("--out", metavar="PATH", type=Path, default=Path(DEFAULT_OUT), help="default: %(default)s")
     parser.add_argument("--background-guidance", type=float, help="guidance outside the mask, such as 1")
     parser.add_argument("--composite", choices=("none", "latent", "pixel"), help="paste the source's background back")
@@ -61,7 +62,7 @@ def _settings(args: argparse.Namespace) -> KVLockConfig:
     from kvlock.config import preset
 
     inputs.check_run_options(args)
-    changes = {"background_guidance": args.background_guidance, "composite": args.composite}
+    changes = {name: getattr(args, name) for name in ("tau", "background_guidance", "composite")}
     return preset(args.preset, **{name: value for name, value in changes.items() if value is not None})
 
 

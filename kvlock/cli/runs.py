@@ -45,7 +45,7 @@ def read(args: argparse.Namespace, config: KVLockConfig) -> Task:
         ValueError: bad input.
     """
     source = inputs.read_source(args)
-    prompts = _prompts(args, source, config)
+    prompts = _prompts(args, source)
     references = [_read_reference(path) for path in args.reference or ()]
     model = models.describe(args.model)
     model.first_step(args.steps)
@@ -105,15 +105,13 @@ def another(scene: Any) -> Any:
     )
 
 
-def _prompts(args: argparse.Namespace, source: inputs.Source, config: KVLockConfig) -> dict[str, str | None]:
+def _prompts(args: argparse.Namespace, source: inputs.Source) -> dict[str, str | None]:
     prompt, source_prompt = args.prompt, args.source_prompt
     if source.scene is not None:
         source_prompt = source.scene.caption if source_prompt is None else source_prompt
         prompt = another(source.scene).caption if prompt is None else prompt
     if prompt is None:
         raise ValueError("no prompt; wanted --prompt TEXT, or --example for a built-in edit")
-    if source_prompt is None and config.locks:
-        inputs.notice('no --source-prompt: the source runs with "" (a description of it locks better)')
     return {"prompt": prompt, "source_prompt": source_prompt or "", "negative_prompt": args.negative_prompt}
 
 
