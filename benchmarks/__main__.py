@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import guidance, lerp, norm_rope, packing, variance
+from benchmarks import attention, guidance, lerp, norm_rope, packing, variance
 from benchmarks._case import Case
 from benchmarks._harness import Machine, Results, copy_row, rows
 
-CASES = (*lerp.CASES, *packing.CASES, *norm_rope.CASES, *variance.CASES, *guidance.CASES)
+CASES = (*lerp.CASES, *packing.CASES, *norm_rope.CASES, *variance.CASES, *guidance.CASES, *attention.CASES)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -37,9 +37,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def describe(case: Case) -> str:
     """One line: the case, its bytes, the prediction and who computes it."""
-    traffic = case.traffic(case.shape)
+    work = case.work(case.shape)
     providers = ", ".join(provider.name for provider in case.providers)
-    return f"{case.label}: {traffic.bytes / 1e6:.1f} MB, predicted {traffic.predicted_us:.1f} us; {providers}"
+    amount = f"{work.amount / 1e6:.1f} MB" if work.unit == "GB/s" else f"{work.amount / 1e12:.3g} TFLOP"
+    return f"{case.label}: {amount}, predicted {work.predicted_us:.1f} us; {providers}"
 
 
 def measure(cases: list[Case], out: Path, commit: str | None) -> None:

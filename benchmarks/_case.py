@@ -11,7 +11,8 @@ from torch import Tensor
 import kvlock_kernels
 from kvlock_kernels import _cuda
 
-PREDICTED_BANDWIDTH = 4.3e12  # bytes a second, nine tenths of an H200's 4.8; every prediction is bytes over this
+PREDICTED_BANDWIDTH = 4.3e12  # bytes a second, nine tenths of an H200's 4.8; a prediction is bytes over this
+PREDICTED_PRODUCTS = 7e14  # FLOP a second, near what cuDNN publishes for attention on an H200; or FLOP over this
 NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int8: "int8", torch.float8_e4m3fn: "e4m3"}
 RUN = 80  # tokens in a row of a 720p video; the background index comes in runs of about this length
 
@@ -54,7 +55,16 @@ class Traffic(NamedTuple):
     terms: tuple[tuple[float, str], ...]  # bytes an element, and what they are
 
     @property
-    def bytes(self) -> float:
+    def unit(self) -> str:
+        return "GB/s"
+
+    @property
+    def per_unit(self) -> float:
+        return 1e9
+
+    @property
+    def amount(self) -> float:
+        """Bytes."""
         return self.elements * self.per_element
 
     @property
@@ -67,7 +77,26 @@ class Traffic(NamedTuple):
 
     @property
     def predicted_us(self) -> float:
-        return 1e6 * self.bytes / PREDICTED_BANDWIDTH
+        return 1e6 * self.amount / PREDICTED_BANDWIDTH
+
+
+class Products(NamedTuple):
+    """The floating-point operations of a call that is bound by them."""
+
+    amount: float
+    formula: str
+
+    @property
+    def unit(self) -> str:
+        return "TFLOP/s"
+
+    @property
+    def per_unit(self) -> float:
+        return 1e12
+
+    @property
+    def predicted_us(self) -> float:
+        return 1e6 * self.amount / PREDICTED_PRODUCTS
 
 
 class Check(NamedTuple):
@@ -88,6 +117,7 @@ class Provider(NamedTuple):
     run: Callable[[Inputs], Outputs]
     compiled: bool = False  # run through torch.compile
     prepare: Callable[[Inputs], Inputs] = lambda inputs: inputs  # for one who serves only some inputs
+    needs_gpu: bool = False
     roundings: int = 1  # to the result's dtype on the way; the check allows as many times the error of one
 
 
@@ -101,12 +131,13 @@ class Case:
     source: str  # how source rows are stored, or blank
     setting: str  # what else tells the case from its neighbours
     make: Callable[[Shape, str, int], Inputs]  # from shape, device and seed
-    traffic: Callable[[Shape], Traffic]
+    work: Callable[[Shape], Traffic | Products]
     check: Callable[[Inputs, Outputs], Check]  # from untouched inputs and the result for them
     providers: tuple[Provider, ...]
     core: bool = False  # of the short run
     offline: bool = False  # of the table of compiled kernels
     wide: bool = True  # moves enough for 128-bit accesses
+    launch: Callable[..., Any] | None = None  # what the table compiles instead of the operator's own launcher
 
     @property
     def name(self) -> str:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Self
 
 import torch
 
-from benchmarks._case import Case, Check, Inputs, Provider
+from benchmarks._case import Case, Check, Inputs, Products, Provider, Traffic
 
 SECONDS = 2.0  # of repeats for a row, within the bounds of the next line
 REPEATS = (50, 200)
@@ -36,9 +36,9 @@ class Row(NamedTuple):
     p80: str = ""
     unit: str = "us"
     rate: str = ""
-    rate_unit: str = "GB/s"
-    bytes: str = ""
-    bytes_formula: str = ""  # bytes an element
+    rate_unit: str = ""
+    work: str = ""  # bytes or FLOP
+    work_formula: str = ""  # bytes an element, or FLOP
     share_of_copy: str = ""  # rate over the rate of a device copy in the same run
     predicted_us: str = ""
     max_error: str = ""  # over the largest exact value
@@ -145,8 +145,9 @@ def copy_row(machine: "Machine", device: str = "cuda") -> tuple[Row, float]:
         buffers["from"] = torch.randint_like(buffers["to"], 256)
     timing = measure(lambda buffers: buffers["to"].copy_(buffers["from"]), sets)
     rate = 2 * COPY_BYTES / timing.p50 * 1e6
-    row = Row("copy", "torch", f"{COPY_BYTES} bytes", "uint8", "", "", "ok", **_timed(timing, 2 * COPY_BYTES, rate))
-    return row._replace(bytes_formula="1 read + 1 written", **machine.now()), rate
+    work = Traffic(COPY_BYTES, ((1, "read"), (1, "written")))
+    row = Row("copy", "torch", f"{COPY_BYTES} bytes", "uint8", "", "", "ok", **_timed(timing, work, rate))
+    return row._replace(work_formula=work.formula, **machine.now()), rate
 
 
 def rows(cases: Iterable[Case], machine: "Machine", copy: float, device: str = "cuda") -> Iterator[Row]:
@@ -171,23 +172,24 @@ def _measured(case: Case, provider: Provider, copy: float, device: str) -> Row:
         return _blank(case, provider, "failed", max_error=f"{check.error:.3g}", note=note)
     timing = measure(provider.run, rotation(case, provider, device))
     row = _blank(case, provider, "ok", max_error=f"{check.error:.3g}")
-    return row._replace(**_timed(timing, case.traffic(case.shape).bytes, copy))
+    return row._replace(**_timed(timing, case.work(case.shape), copy))
 
 
 def _blank(case: Case, provider: Provider, status: str, **more: str) -> Row:
-    traffic = case.traffic(case.shape)
+    work = case.work(case.shape)
     row = Row(case.op, provider.name, case.shape.name, case.dtype, case.source, case.setting, status, **more)
     return row._replace(
-        bytes=f"{traffic.bytes:.0f}", bytes_formula=traffic.formula, predicted_us=f"{traffic.predicted_us:.2f}"
+        work=f"{work.amount:.0f}", work_formula=work.formula, predicted_us=f"{work.predicted_us:.2f}"
     )
 
 
-def _timed(timing: Timing, moved: float, copy: float) -> dict[str, str]:
-    columns = {name: f"{value:.2f}" for name, value in timing._asdict().items()} | {"bytes": f"{moved:.0f}"}
-    if moved == 0:
+def _timed(timing: Timing, work: Traffic | Products, copy: float) -> dict[str, str]:
+    columns = {name: f"{value:.2f}" for name, value in timing._asdict().items()} | {"work": f"{work.amount:.0f}"}
+    if work.amount == 0:
         return columns
-    rate = moved / timing.p50 * 1e6
-    return columns | {"rate": f"{rate / 1e9:.5g}", "share_of_copy": f"{rate / copy:.3f}"}
+    rate = work.amount / timing.p50 * 1e6
+    columns |= {"rate": f"{rate / work.per_unit:.5g}", "rate_unit": work.unit}
+    return columns | ({"share_of_copy": f"{rate / copy:.3f}"} if isinstance(work, Traffic) else {})
 
 
 class Machine:

@@ -13,8 +13,11 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
+
+import torch
 
 from benchmarks.__main__ import CASES
 from benchmarks._case import Case
@@ -22,7 +25,7 @@ from kvlock_kernels import _cuda
 
 ARCHS = (80, 89, 90)
 SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}  # bytes a program may have
-OFFLINE = tuple(case for case in CASES if case.offline and case.op in _cuda.OPERATORS)
+OFFLINE = tuple(case for case in CASES if case.offline)
 README = Path(__file__).with_name("README.md")
 BEGIN, END = "<!-- begin: python -m benchmarks.offline --write -->", "<!-- end -->"
 
@@ -40,7 +43,8 @@ class Compiled(NamedTuple):
     loads_128: int  # LDG instructions of 16 bytes a thread
     stores_128: int
     barriers: int
-    bytes_formula: str
+    work_formula: str
+    products: str  # the instruction of the tensor cores, if there is one
 
 
 class AbsentGPU:
@@ -76,6 +80,8 @@ def compiling_for(arch: int) -> Iterator[list[Any]]:
     with (
         mock.patch.dict(vars(triton.runtime.driver)),  # restores the driver; asking for it would fail here
         mock.patch.object(JITFunction, "run", compile_only),
+        mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: divmod(arch, 10)),
+        mock.patch.object(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=1)),
     ):
         triton.runtime.driver.set_active(AbsentGPU(arch))
         yield kernels
@@ -85,7 +91,7 @@ def compile_case(case: Case, arch: int) -> list[Compiled]:
     """The kernels of one call: tensors are on the meta device, where they have shapes, strides and alignment."""
     inputs = case.make(case.shape, "meta", 0)
     with compiling_for(arch) as kernels:
-        _cuda.launchers()[case.op](**inputs)
+        (case.launch or _cuda.launchers()[case.op])(**inputs)
     return [_inspected(case, arch, kernel) for kernel in kernels]
 
 
@@ -109,7 +115,7 @@ def _inspected(case: Case, arch: int, kernel: Any) -> Compiled:
     return Compiled(
         case.name, kernel.metadata.name, arch, int(registers[1]), count("LDL") + count("STL"), kernel.metadata.shared,
         opcodes.total() - count("NOP"), count("LDG", "128"), count("STG", "128"), count("BAR"),
-        case.traffic(case.shape).formula,
+        case.work(case.shape).formula, next((name for name in ("HGMMA", "HMMA") if count(name)), ""),
     )
 
 
@@ -122,16 +128,16 @@ def table(kernels: list[Compiled], triton_version: str) -> str:
     lines = [
         f"Triton {triton_version}; sm_80 / sm_89 / sm_90 in each cell.",
         "",
-        "| case | kernel | bytes an element | registers | spills | shared bytes | instructions | 128-bit loads "
-        "| 128-bit stores | barriers |",
+        "| case | kernel | bytes an element, or FLOP | registers | spills | shared bytes | instructions "
+        "| 128-bit loads | 128-bit stores | barriers |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     groups: dict[tuple[str, str], list[Compiled]] = {}
     for kernel in kernels:
         groups.setdefault((kernel.case, kernel.kernel), []).append(kernel)
     for (case, name), group in groups.items():
-        numbers = zip(*(kernel[3:-1] for kernel in group), strict=True)
-        cells = [f"`{case}`", f"`{name}`", group[0].bytes_formula, *(" / ".join(map(str, n)) for n in numbers)]
+        numbers = zip(*(kernel[3:-2] for kernel in group), strict=True)
+        cells = [f"`{case}`", f"`{name}`", group[0].work_formula, *(" / ".join(map(str, n)) for n in numbers)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -59,7 +59,18 @@ def test_shared_memory_is_within_the_limit_of_the_card(kernels: list[dict[str, A
 
 
 def test_every_operator_with_a_kernel_is_compiled() -> None:
-    assert {case.op for case in offline.OFFLINE} == set(_cuda.OPERATORS)
+    ways = {"kv_lerp_attention": "attention-in-loop", "kv_lerp_attention_": "kv_lerp_pair_"}  # of what they launch
+    assert {case.op for case in offline.OFFLINE} >= {ways.get(op, op) for op in _cuda.OPERATORS}
+
+
+PRODUCTS = {80: "HMMA", 89: "HMMA", 90: "HGMMA"}
+
+
+@pytest.mark.parametrize("arch", offline.ARCHS)
+@pytest.mark.parametrize("case", [case for case in offline.OFFLINE if "attention" in case.op], ids=lambda c: c.name)
+def test_attention_multiplies_on_the_tensor_cores(kernels: list[dict[str, Any]], case: Case, arch: int) -> None:
+    (kernel,) = kernels
+    assert kernel["products"] == PRODUCTS[arch]
 
 
 def test_the_table_in_the_readme_is_what_the_command_prints(report: dict[str, Any]) -> None:

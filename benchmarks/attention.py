@@ -1,0 +1,182 @@
+"""Attention to mixed keys and values, each way of it, beside plain attention by torch's backends, forced by name."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks._case import (
+    NAMES,
+    SHAPES,
+    WAN_1_3B_480P,
+    Case,
+    Check,
+    Inputs,
+    Outputs,
+    Products,
+    Provider,
+    Shape,
+    close,
+    normal,
+    ours,
+)
+from benchmarks.lerp import RATIO, SHARE, exact, make_pair
+
+SOURCES = (torch.bfloat16, torch.float8_e4m3fn, torch.int8)
+CHECKED = 64  # queries of each head that are checked: fp64 scores of all of them do not fit a GPU
+BACKENDS = {
+    "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "SDPA FLASH": SDPBackend.FLASH_ATTENTION,
+    "SDPA EFFICIENT": SDPBackend.EFFICIENT_ATTENTION,
+}
+
+
+def make(shape: Shape, device: str, seed: int, *, source: torch.dtype) -> Inputs:
+    """Arguments of kv_lerp_attention_."""
+    q = normal(1, shape.tokens, shape.heads, shape.dim, device=device, seed=1000 + seed)
+    pair = make_pair(shape, device, seed, share=SHARE, source=source, ratio=RATIO)
+    return {"q": q, **pair, "scale": shape.dim**-0.5}
+
+
+def make_plain(shape: Shape, device: str, seed: int) -> Inputs:
+    """q, k and v, and the scale."""
+    inputs = make(shape, device, seed, source=torch.bfloat16)
+    return {name: inputs[name] for name in ("q", "k", "v", "scale")}
+
+
+def work(shape: Shape) -> Products:
+    """Two products of N queries with N keys; a multiplication and an addition each."""
+    return Products(4.0 * shape.tokens**2 * shape.heads * shape.dim, "4 N^2 H D")
+
+
+def attended(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Attention of the queries that are checked, in fp64."""
+    queries = q[:, :: max(1, q.shape[1] // CHECKED)].double()
+    out = [  # a head at a time, for the memory
+        (scale * queries[:, :, h] @ k[:, :, h].double().mT).softmax(-1) @ v[:, :, h].double() for h in range(q.shape[2])
+    ]
+    return torch.stack(out, 2)
+
+
+def check_plain(before: Inputs, after: Outputs) -> Check:
+    """Two roundings: of the weights and of the result."""
+    return close(queries_checked(after), (attended(*(before[name] for name in ("q", "k", "v", "scale"))),), 2)
+
+
+def check(before: Inputs, after: Outputs) -> Check:
+    """One more, of the mixed keys and values."""
+    b, common = before, (before["index"], before["ratio"])
+    k = exact(b["k"], b["k_source"], *common, b["k_scale"], b["k_mean"])
+    v = exact(b["v"], b["v_source"], *common, b["v_scale"], None)
+    return close(queries_checked(after), (attended(b["q"], k, v, b["scale"]),), 3)
+
+
+def queries_checked(after: Outputs) -> Outputs:
+    return tuple(out[:, :: max(1, out.shape[1] // CHECKED)] for out in after)
+
+
+def forced(backend: SDPBackend) -> Callable[[Inputs], Outputs]:
+    def run(inputs: Inputs) -> Outputs:
+        q, k, v = (inputs[name].transpose(1, 2) for name in ("q", "k", "v"))
+        with sdpa_kernel(backend):
+            return (F.scaled_dot_product_attention(q, k, v, scale=inputs["scale"]).transpose(1, 2),)
+
+    return run
+
+
+def in_loop(**inputs: Any) -> Tensor:
+    from kvlock_kernels._triton.attention import attend_in_loop
+
+    return attend_in_loop(**inputs)[0]
+
+
+def persistent(**inputs: Any) -> Tensor:
+    from kvlock_kernels._triton.persistent import attend_persistently_
+
+    return attend_persistently_(**inputs)
+
+
+def without_rows(**inputs: Any) -> Tensor:
+    """The kernel that mixes in its loop, with nothing to mix."""
+    q = inputs["q"]
+    none, index = q[:, :0], torch.empty(0, dtype=torch.int32, device=q.device)
+    return in_loop(**inputs, k_source=none, v_source=none, index=index, ratio=torch.zeros(len(q), device=q.device))
+
+
+def hopper(**inputs: Any) -> Tensor:
+    from kvlock_kernels._triton.hopper import attention
+
+    return attention(**inputs, return_lse=False)[0]
+
+
+def hopper_gluon(**inputs: Any) -> Tensor:
+    from kvlock_kernels._triton.hopper_gluon import attention
+
+    return attention(**inputs, return_lse=False)[0]
+
+
+def launcher(name: str, function: Callable[..., Tensor]) -> Provider:
+    """A launcher called directly; it wants a GPU, and raises where that is too old."""
+    return Provider(name, lambda inputs: (function(**inputs),), needs_gpu=True)
+
+
+def flex(inputs: Inputs) -> Outputs:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    q, k, v = (inputs[name].transpose(1, 2) for name in ("q", "k", "v"))
+    return (flex_attention(q, k, v, scale=inputs["scale"]).transpose(1, 2),)
+
+
+def sage(inputs: Inputs) -> Outputs:
+    """int8 products of q and k: the check allows it more."""
+    from sageattention import sageattn
+
+    q, k, v = (inputs[name] for name in ("q", "k", "v"))
+    return (sageattn(q, k, v, tensor_layout="NHD", sm_scale=inputs["scale"]),)
+
+
+PLAIN = (
+    *(Provider(name, forced(backend), needs_gpu=True) for name, backend in BACKENDS.items()),
+    Provider("FlexAttention", flex, compiled=True, needs_gpu=True),
+    Provider("SageAttention", sage, needs_gpu=True, roundings=16),
+    launcher("kvlock in loop, no rows", without_rows),
+    launcher("kvlock sm_90", hopper),
+    launcher("kvlock sm_90 Gluon", hopper_gluon),
+)
+WAYS = (ours("kv_lerp_attention_"), launcher("in loop", in_loop), launcher("one launch", persistent))
+
+
+def plain_case(shape: Shape) -> Case:
+    """The yardstick."""
+    return Case(
+        "attention", shape, "bf16", "", "no rows", make_plain, work, check_plain, PLAIN,
+        core=shape == WAN_1_3B_480P, offline=shape == WAN_1_3B_480P, launch=without_rows,
+    )
+
+
+def case(shape: Shape, source: torch.dtype) -> Case:
+    headline = shape == WAN_1_3B_480P
+    return Case(
+        "kv_lerp_attention_", shape, "bf16", NAMES[source], f"share {SHARE:g}, ratio {RATIO:g}",
+        partial(make, source=source), work, check, WAYS, core=headline and source == torch.int8,
+    )
+
+
+def compiled(name: str, launch: Callable[..., Tensor], source: torch.dtype) -> Case:
+    """One way for the table of compiled kernels; it is measured as a provider of the case above."""
+    return Case(
+        name, WAN_1_3B_480P, "bf16", NAMES[source], "", partial(make, source=source), work, check, (),
+        offline=True, launch=launch,
+    )
+
+
+CASES = (
+    *(plain_case(shape) for shape in SHAPES),
+    *(case(shape, source) for shape in SHAPES for source in SOURCES),
+    *(compiled("attention-in-loop", in_loop, source) for source in SOURCES),
+    *(compiled("attention-one-launch", persistent, source) for source in SOURCES),
+)
