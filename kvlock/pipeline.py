@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kvlock.adapters.attach import attach, notice_empty_prompt
 from kvlock.adapters.families import PIPELINES, check_pipeline
+from kvlock.adapters.kernels import check_kernel
 from kvlock.adapters.vae import encode, repair_stride
 from kvlock.config import KVLockConfig
 from kvlock.geometry import latent_frames, legal_frames
@@ -31,10 +32,15 @@ class KVLockOutput(NamedTuple):
 
 
 class KVLockPipeline:
-    """Edit videos with `pipe`, a Wan VACE, T2V or V2V pipeline of diffusers, under one set of settings."""
+    """Edit videos with `pipe`, a Wan VACE, T2V or V2V pipeline of diffusers, under one set of settings.
 
-    def __init__(self, pipe: Any, config: KVLockConfig | None = None) -> None:
+    `kernel` is `attach`'s: where the lock acts.
+    """
+
+    def __init__(self, pipe: Any, config: KVLockConfig | None = None, *, kernel: str = "hooks") -> None:
+        check_kernel(kernel)
         self.pipe = pipe
+        self.kernel = kernel
         self.config = KVLockConfig() if config is None else config
         if not isinstance(self.config, KVLockConfig):
             raise ValueError(f"config is a {type(config).__name__}; wanted a kvlock.KVLockConfig")
@@ -127,7 +133,7 @@ class KVLockPipeline:
             )[0]
 
         attached = dataclasses.replace(config, composite="none" if config.composite == "pixel" else config.composite)
-        with attach(pipe, source, masks, config=attached, source_prompt_embeds=embeds) as session:
+        with attach(pipe, source, masks, config=attached, source_prompt_embeds=embeds, kernel=self.kernel) as session:
             if progress is not None:
                 report, callback = progress, arguments.get("callback_on_step_end")
 

@@ -201,6 +201,13 @@ class Session:
         self._flow = self._run = None  # the next run sets its own timesteps, or its scheduler is not the one attached
         return run.composite(latents) if self.config.composite == "latent" else latents
 
+    def use_rows(self, rows: SourceRows) -> None:
+        """From the next call of the transformer on these rows are recorded and lerped, and the source runs for them."""
+        self.release()
+        self._rows = rows
+        if self._run is not None:
+            self._run.recorded_step = -1
+
     def release(self) -> None:
         """Put the taps to rest and free the recorded rows."""
         self._rows.off()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +12,6 @@ from diffusers import WanPipeline, WanVACEPipeline
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import nn
 from torch._dynamo.utils import counters
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import kvlock
 from kvlock import KVLockConfig, preset
@@ -50,19 +48,6 @@ def attach(pipe, config: KVLockConfig | None = None, *, kernel: str = "fused"):
     )
 
 
-class Operators(TorchDispatchMode):
-    """Counts the calls of every operator of the package."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func.namespace == "kvlock_kernels":
-            self.counts[func._opname] += 1
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
 def test_the_fused_pass_agrees_with_the_hooks(pipes, name, settings):
@@ -88,7 +73,7 @@ def test_exactly_one_place_lerps(pipes, source):
     config = KVLockConfig(**WINDOW, source=source)
     layers, branches = 2, 2
     for kernel, lerp, lerps in (("hooks", "kv_lerp_", 2 * layers), ("fused", "qk_norm_rope_kv_lerp_", layers)):
-        with Operators() as operators:
+        with tiny.Operators() as operators:
             _, trace = tiny.locked_call(pipes["wan"], config, steps=STEPS, kernel=kernel)
         locked = sum(row["locked"] for row in trace)
         assert locked == 3

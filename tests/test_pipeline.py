@@ -29,8 +29,9 @@ def edit(pipe, preset="kv-lock", video=VIDEO, mask=MASK, **kwargs):
     settings = {"tau": 10.0} if preset == "kv-lock" else {}  # far above the variances of random weights: alpha < 1
     config = kvlock.preset(preset, **(settings | kwargs.pop("config", {})))
     arguments = {"num_inference_steps": 5, "generator": torch.Generator().manual_seed(0), "source_prompt": "a star"}
+    editor = kvlock.KVLockPipeline(pipe, config, kernel=kwargs.pop("kernel", "hooks"))
     arguments |= kwargs
-    out = kvlock.KVLockPipeline(pipe, config)(video, mask, "a red circle", **arguments)
+    out = editor(video, mask, "a red circle", **arguments)
     assert out.masks.background_rows > 0
     if config.locks:
         tiny.assert_locked(out.trace.rows(), config)
@@ -51,6 +52,21 @@ def test_plain_is_the_pipeline_on_the_grey_filled_video(pipe):
         output_type="pt",
     ).frames[0]
     assert torch.equal(edit(pipe, "plain").frames, expected.movedim(1, -1))
+
+
+@pytest.mark.parametrize(
+    "kernel, operator",
+    [("hooks", "kv_lerp_"), ("fused", "qk_norm_rope_kv_lerp_"), ("backend", "kv_lerp_attention_")],
+)
+def test_the_lock_acts_where_the_kernel_says(pipe, kernel, operator):
+    with tiny.Operators() as operators:
+        edit(pipe, config={"kappa": 3}, kernel=kernel)
+    assert {name for name in operators.locks if "lerp" in name} == {operator}
+
+
+def test_an_unknown_kernel_is_refused_before_the_first_edit(pipe):
+    with pytest.raises(ValueError, match=r"kernel='triton'.*'hooks', 'fused', 'backend'"):
+        kvlock.KVLockPipeline(pipe, kernel="triton")
 
 
 def test_a_locked_edit_differs_from_the_plain_one_and_says_how_it_was_steered(pipe):

@@ -165,7 +165,7 @@ def leftovers(pipe: Any) -> list[str]:
     for path, module in pipe.transformer.named_modules():
         hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
         found += [f"{path} hook {hook}" for hook in hooks]
-        found += [f"{path}.{name}" for name in vars(module) if "kvlock" in name]
+        found += [f"{path}.{name}" for name in vars(module) if "kvlock" in name or name == "set_attention_backend"]
         if "kvlock" in type(getattr(module, "processor", None)).__module__:
             found.append(f"{path}.processor")
         found += [f"{path} class" for base in type(module).__mro__[1:] if base.__name__ == type(module).__name__]
@@ -183,8 +183,26 @@ class Lerps(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is torch.ops.kvlock_kernels.kv_lerp_.default:
             taps = [m.kvlock_tap for m in self._modules if hasattr(m, "kvlock_tap")]
-            self.counts[next((tap.key[:3] for tap in taps if tap.source is args[1]), None)] += 1
+            self.counts[next((tap.key[:3] for tap in taps if tap.source and tap.source.rows is args[1]), None)] += 1
         return func(*args, **(kwargs or {}))
+
+
+class Operators(TorchDispatchMode):
+    """Counts the calls of every operator of the package."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func.namespace == "kvlock_kernels":
+            self.counts[func._opname] += 1
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def locks(self) -> dict[str, int]:
+        """Those that record source rows or mix them in."""
+        return {name: count for name, count in self.counts.items() if "kv" in name}
 
 
 def miniature() -> WanVACEPipeline:

@@ -11,22 +11,12 @@ import torch
 from torch import Tensor
 
 from kvlock.adapters import root, shim
-from kvlock.adapters.families import (
-    STARTS_FROM_VIDEO,
-    check_pipeline,
-    family_of,
-    is_one_of,
-    locked_attentions,
-    tapped_modules,
-)
-from kvlock.adapters.fused import FusedLayers
-from kvlock.adapters.modes import LayerKey, LockState
-from kvlock.adapters.taps import Taps
+from kvlock.adapters.families import STARTS_FROM_VIDEO, check_pipeline, family_of, is_one_of
+from kvlock.adapters.kernels import Lock, check_kernel, listen
+from kvlock.adapters.modes import LockState
 from kvlock.config import KVLockConfig
 from kvlock.masks import Masks
 from kvlock.session import Session
-
-KERNELS = {"hooks": (Taps, tapped_modules), "fused": (FusedLayers, locked_attentions)}
 
 
 @contextlib.contextmanager
@@ -51,15 +41,21 @@ def attach(
             become as many as the call's own prompt has; None encodes "" and says so.
         kernel: where the lock acts. ``"hooks"`` on the outputs of key norm and value projection, with every attention;
             ``"fused"`` in one pass with Wan's QK norm and RoPE, rounded once instead of three times (so that in half
-            precision a ratio of 0 is not the plain pipeline to the last bit).
+            precision a ratio of 0 is not the plain pipeline to the last bit); ``"backend"`` in the attention itself,
+            after norm and RoPE, as a backend of diffusers' dispatcher: locked calls of these layers are computed by
+            `kvlock_kernels.kv_lerp_attention_`, and with ``fusion="full"`` by the backend that was active before (whose
+            source rows then take the room of all tokens), as everything else is. Inside the block
+            ``pipe.transformer.set_attention_backend("kvlock")`` chooses it too, for all transformers of the pipeline
+            and until the block is left; another name sets the backend for everything else.
 
     Yields:
         The session; ``session.trace`` records each step, also after the block.
 
     Raises:
         ValueError: an argument is of another type or holds NaN or infinity; the pipeline, its transformer, its
-            scheduler or a setting is not supported, or `pipe` is attached already; or ``kernel="fused"`` does not fit
-            it. Inside the block: the transformer was changed in a way that the lock would not follow.
+            scheduler or a setting is not supported, or `pipe` is attached already; or the kernel does not fit it.
+            Inside the block: the transformer was changed in a way that the lock would not follow.
+        RuntimeError: ``kernel="backend"``, and the dispatcher of this diffusers has no place for it.
     """
     config = KVLockConfig() if config is None else config
     for name, value, wanted in (("config", config, KVLockConfig), ("masks", masks, Masks)):
@@ -70,8 +66,7 @@ def attach(
         _check_numbers("source_prompt_embeds", source_prompt_embeds)
     if config.composite == "pixel":
         raise ValueError('composite="pixel" needs the decoded video; use KVLockPipeline, or "latent" or "none" here')
-    if kernel not in KERNELS:
-        raise ValueError(f"kernel={kernel!r} is not known; wanted one of {', '.join(map(repr, KERNELS))}")
+    check_kernel(kernel)
     check_pipeline(pipe)
     if masks.dilate_tokens != config.dilate_tokens:
         raise ValueError(
@@ -89,35 +84,36 @@ def attach(
         given = _empty_prompt(pipe) if source_prompt_embeds is None else source_prompt_embeds
         source_prompt_embeds = _without_padding(given)
 
-    layers, parts = KERNELS[kernel]
-    locked = layers(LockState(masks.index, masks.num_tokens))
-
-    def parts_of(experts: list[tuple[int, Any]]) -> Iterator[tuple[LayerKey, Any]]:
-        """Looked up anew, and refused where it does not fit, each time."""
-        for i, module in experts:
-            yield from ((key._replace(expert=i), part) for key, part in parts(module, config))
-
+    lock = Lock(kernel, LockState(masks.index, masks.num_tokens, full=config.fusion == "full"), experts, config)
     session = Session(
         config,
         masks,
         source_latents,
         source_prompt_embeds,
-        rows=locked,
-        check_layers=lambda: locked.require_same(parts_of(experts) if config.locks else ()),
+        rows=lock.layers,
+        check_layers=lock.require_same,
         guidance_of=lambda expert: _guidance(pipe, expert),
         begin_index_of=lambda: getattr(pipe.scheduler, "begin_index", None),
         starts_from_video=is_one_of(pipe, STARTS_FROM_VIDEO),
     )
+
+    def choose_backend() -> None:
+        try:
+            lock.change("backend")
+        finally:
+            session.use_rows(lock.layers)
+
     with contextlib.ExitStack() as undo:
         shim.install(pipe.scheduler, session)
         undo.callback(shim.remove, pipe.scheduler)
-        undo.callback(locked.remove)
+        undo.callback(lock.remove)
         undo.callback(session.close)
         for i, module in experts:
             for handle in root.install(module, families[i], session, i):
                 undo.callback(handle.remove)
-        if config.locks:
-            locked.install(parts_of(experts))
+        lock.install()
+        for _, module in experts:
+            undo.callback(listen(module, choose_backend))
         yield session
 
 

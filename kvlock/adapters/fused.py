@@ -9,7 +9,17 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor, nn
 
-from kvlock.adapters.modes import BATCH, OFF, RECORD, LayerKey, LockedLayers, LockState, require_same
+from kvlock.adapters.modes import (
+    BATCH,
+    BEFORE_ROPE,
+    OFF,
+    RECORD,
+    LayerKey,
+    LockedLayers,
+    LockState,
+    Recorded,
+    require_same,
+)
 from kvlock_kernels import qk_norm_rope_kv_lerp_, qk_norm_rope_kv_pack_
 
 
@@ -24,8 +34,8 @@ class FusedWanProcessor:
         self.shared = shared
         self.plain = plain
         self.reached = False
-        self.k_source: Tensor | None = None  # [Bs, rows, H, D] in the dtype of the model
-        self.v_source: Tensor | None = None
+        self.k_source: Recorded | None = None  # [Bs, rows, H, D]
+        self.v_source: Recorded | None = None
 
     @property
     def _attention_backend(self) -> Any:  # what set_attention_backend chooses belongs to the plain processor
@@ -64,17 +74,19 @@ class FusedWanProcessor:
         layer = (attn.norm_q.weight, attn.norm_k.weight, cos, sin)
         if shared.mode == RECORD:
             rows = qk_norm_rope_kv_pack_(q, k, v, *layer, shared.source_row, shared.rows, q.dtype, eps=eps)
-            self.k_source, self.v_source = rows.k.data, rows.v.data
+            self.k_source, self.v_source = Recorded(rows.k.data, BEFORE_ROPE), Recorded(rows.v.data, BEFORE_ROPE)
             return
-        edit, k_source, v_source = 0, self.k_source, self.v_source
+        edit = 0
         if shared.mode == BATCH:
             edit = shared.source_batch
             rows = qk_norm_rope_kv_pack_(
                 q[:edit], k[:edit], v[:edit], *layer, shared.source_row, shared.rows, q.dtype, eps=eps
             )
             k_source, v_source = rows.k.data, rows.v.data
-        if k_source is None or v_source is None:
+        elif self.k_source is None or self.v_source is None:
             raise ValueError(f"{self.name} has no source rows; record them first")
+        else:
+            k_source, v_source = self.k_source.at(BEFORE_ROPE, self.key), self.v_source.at(BEFORE_ROPE, self.key)
         qk_norm_rope_kv_lerp_(
             q[edit:], k[edit:], v[edit:], *layer, k_source, v_source, shared.source_row, shared.ratio, eps=eps
         )
@@ -167,4 +179,4 @@ class FusedLayers(LockedLayers):
     @property
     def source_bytes(self) -> int:
         sources = [source for fused in self.holders() for source in (fused.k_source, fused.v_source)]
-        return sum(source.nbytes for source in sources if source is not None)
+        return sum(source.rows.nbytes for source in sources if source is not None)

@@ -1,4 +1,4 @@
-"""What the layers of one session share: whether they record source rows, lerp them in or rest."""
+"""What the layers of one session share: whether they record source rows, lerp them in or rest; and what they record."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 OFF, RECORD, LERP, BATCH = range(4)
+BEFORE_ROPE, AFTER_ROPE = "before RoPE", "after RoPE"
 
 
 class LayerKey(NamedTuple):
@@ -21,16 +22,38 @@ class LayerKey(NamedTuple):
     expert: int = 0  # number of the transformer in its pipeline
 
 
+class Recorded(NamedTuple):
+    """Source rows of one tensor of a layer, and where in its attention they were taken."""
+
+    rows: Tensor  # [Bs, rows, C] or [Bs, rows, H, D], in the dtype of the model; what follows the rows is scratch
+    point: str  # BEFORE_ROPE or AFTER_ROPE
+
+    def at(self, point: str, key: LayerKey) -> Tensor:
+        """The rows, for a layer that mixes at `point`.
+
+        Raises:
+            ValueError: they were recorded at the other one, where a key has other numbers.
+        """
+        if self.point != point:
+            raise ValueError(
+                f"{key.stack}[{key.block}] has source rows recorded {self.point} and mixes {point}; "
+                "wanted rows recorded by the same kernel"
+            )
+        return self.rows
+
+
 class LockState:
     """What all layers of a session read. A new `mode` is one more graph for a compiled block, never one a layer."""
 
-    def __init__(self, index: Tensor, num_tokens: int) -> None:
+    def __init__(self, index: Tensor, num_tokens: int, *, full: bool = False) -> None:
         self.mode = OFF
+        self.full = full  # whether every ratio of the session is 1, so that no layer has to look
         self.index = index  # [rows] int32, background rows of the token axis
         self.rows = len(index)
         self.num_tokens = num_tokens
         self.source_row = torch.full((num_tokens,), -1, dtype=torch.int32, device=index.device)  # the inverse of index
         self.source_row[index.long()] = torch.arange(len(index), dtype=torch.int32, device=index.device)
+        self.foreground = (self.source_row < 0).nonzero().flatten().int()  # [N - rows] int32, the other tokens
         self.ratio = torch.empty(0)  # [B] fp32, refilled in place between steps
         self.source_batch = 1  # samples at the front of a batch in BATCH mode
 
@@ -65,6 +88,7 @@ class LockedLayers(ABC):
     def to(self, device: torch.device) -> None:
         self.shared.index = self.shared.index.to(device)
         self.shared.source_row = self.shared.source_row.to(device)
+        self.shared.foreground = self.shared.foreground.to(device)
 
     def off(self) -> None:
         self._switch(OFF)
@@ -116,7 +140,7 @@ class LockedLayers(ABC):
     @property
     @abstractmethod
     def source_bytes(self) -> int:
-        """Bytes of the recorded rows."""
+        """Bytes held for the recorded rows."""
 
 
 def require_same(parts: Iterable[tuple[LayerKey, Any]], installed: Iterable[Any]) -> None:

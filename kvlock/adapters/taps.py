@@ -9,7 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvlock.adapters.modes import BATCH, OFF, RECORD, LayerKey, LockedLayers, LockState, require_same
+from kvlock.adapters.modes import (
+    BATCH,
+    BEFORE_ROPE,
+    OFF,
+    RECORD,
+    LayerKey,
+    LockedLayers,
+    LockState,
+    Recorded,
+    require_same,
+)
 from kvlock_kernels import kv_lerp_
 
 
@@ -21,7 +31,7 @@ class Tap:
         self.shared = shared
         self.plain_class = plain_class  # of the module
         self.reached = False
-        self.source: Tensor | None = None  # [Bs, rows, C] (or [Bs, rows, H, D]), in the dtype of the model
+        self.source: Recorded | None = None
 
 
 def tap_hook(module: Any, args: tuple, output: Tensor) -> Tensor | None:
@@ -33,7 +43,7 @@ def tap_hook(module: Any, args: tuple, output: Tensor) -> Tensor | None:
     rows = _token_rows(output, shared.num_tokens, tap.key)
     tap.reached = True
     if shared.mode == RECORD:
-        tap.source = rows.index_select(1, shared.index)
+        tap.source = Recorded(rows.index_select(1, shared.index), BEFORE_ROPE)
         return None
     if shared.mode == BATCH:
         edit, source = rows[shared.source_batch :], rows[: shared.source_batch].index_select(1, shared.index)
@@ -41,7 +51,7 @@ def tap_hook(module: Any, args: tuple, output: Tensor) -> Tensor | None:
     elif tap.source is None:
         raise ValueError(f"{tap.key.stack}[{tap.key.block}] has no source rows for {tap.key.tensor}; record them first")
     else:
-        kv_lerp_(rows, tap.source, shared.index, shared.ratio)
+        kv_lerp_(rows, tap.source.at(BEFORE_ROPE, tap.key), shared.index, shared.ratio)
     return output
 
 
@@ -114,4 +124,4 @@ class Taps(LockedLayers):
 
     @property
     def source_bytes(self) -> int:
-        return sum(tap.source.nbytes for tap in self.holders() if tap.source is not None)
+        return sum(tap.source.rows.nbytes for tap in self.holders() if tap.source is not None)

@@ -1,0 +1,216 @@
+"""The lock inside the attention itself: diffusers' dispatcher hands over q, k and v after norm and RoPE."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from torch import Tensor
+
+from kvlock.adapters import backend_registry
+from kvlock.adapters.modes import (
+    AFTER_ROPE,
+    BATCH,
+    OFF,
+    RECORD,
+    LayerKey,
+    LockedLayers,
+    LockState,
+    Recorded,
+    require_same,
+)
+from kvlock_kernels import kv_lerp_attention_
+
+_ABSENT = object()  # of a processor that has its class's backend
+
+
+class BackendLayer:
+    """One attention module, whose attention goes through "kvlock" in the calls that record source rows or lerp them in.
+
+    In all others its processor has the backend that was active before, and the module is as it was.
+    """
+
+    def __init__(self, key: LayerKey, shared: LockState, attention: Any, member: Any) -> None:
+        self.key = key
+        self.shared = shared
+        self.attention = attention
+        self.processor = attention.processor
+        self.reached = False
+        self.k_source: Recorded | None = None  # [Bs, rows, H, D]; with a full lock [Bs, N, H, D], rows first
+        self.v_source: Recorded | None = None
+        self._member = member
+        self._hook: torch.utils.hooks.RemovableHandle | None = None
+        self._note_backend()
+
+    def _note_backend(self) -> None:
+        self.inner: Any = self.processor._attention_backend  # what was active before "kvlock"; None is the process's
+        self._own: Any = vars(self.processor).get("_attention_backend", _ABSENT)
+
+    def arm(self) -> None:
+        """Go through "kvlock"; a backend set since the last time becomes the one that was active before.
+
+        Raises:
+            ValueError: the processor has been replaced.
+        """
+        processor = self.attention.processor
+        if processor is not self.processor:
+            raise ValueError(
+                f"{self.name} has had its processor replaced by {type(processor).__name__} since attach; "
+                "leave the block first"
+            )
+        if processor._attention_backend is not self._member:
+            self._note_backend()
+            processor._attention_backend = self._member
+        if self._hook is None:
+            self.attention.kvlock_layer = self
+            self._hook = self.attention.register_forward_pre_hook(announce_hook)
+
+    def rest(self) -> None:
+        """Undo `arm`; a backend set since then stays."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+            del self.attention.kvlock_layer
+        if self.processor._attention_backend is self._member:
+            if self._own is _ABSENT:
+                del self.processor._attention_backend
+            else:
+                self.processor._attention_backend = self._own
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None) -> Tensor:
+        """Attention [B, N, H, D] to k and v, all [B, N, H, D], after norm and RoPE; k and v are used up."""
+        shared = self.shared
+        # The key is read where something is wrong only: a compiled block would be guarded on its number.
+        if k.shape[1] != shared.num_tokens:
+            raise ValueError(
+                f"{self.name} has {k.shape[1]} tokens, not {shared.num_tokens}; the mask was made for another size"
+            )
+        self.reached = True
+        if shared.mode == RECORD:
+            self.k_source, self.v_source = self._record(k), self._record(v)
+            return self._attend_as_before(q, k, v, scale)
+        if shared.mode == BATCH:
+            return self._attend_beside(q, k, v, scale)
+        if self.k_source is None or self.v_source is None:
+            raise ValueError(f"{self.name} has no source rows; record them first")
+        k_source, v_source = self.k_source.at(AFTER_ROPE, self.key), self.v_source.at(AFTER_ROPE, self.key)
+        if shared.full:
+            return self._attend_as_before(q, self._joined(k_source, k), self._joined(v_source, v), scale)
+        return kv_lerp_attention_(q, k, v, k_source, v_source, shared.index, shared.ratio, scale=scale)
+
+    def _record(self, x: Tensor) -> Recorded:
+        """The background rows of x [Bs, N, H, D]; with a full lock the others follow, as room for those of the edit."""
+        shared = self.shared
+        order = torch.cat([shared.index, shared.foreground]) if shared.full else shared.index
+        return Recorded(x.index_select(1, order), AFTER_ROPE)
+
+    def _joined(self, source: Tensor, x: Tensor) -> Tensor:
+        """Source rows, then the foreground rows of x [B, N, H, D]: attention does not ask for the order of its keys."""
+        rows, foreground = self.shared.rows, x.index_select(1, self.shared.foreground)
+        if len(source) == len(x):
+            source[:, rows:] = foreground
+            return source
+        if len(source) != 1:
+            raise ValueError(f"{self.name} has source rows of {len(source)} samples; wanted 1 or {len(x)}")
+        return torch.cat([source[:, :rows].expand(len(x), -1, -1, -1), foreground], dim=1)
+
+    def _attend_beside(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+        """The source's samples come first in the batch, the edit's after them."""
+        shared, edit = self.shared, self.shared.source_batch
+        k_source, v_source = (x[:edit].index_select(1, shared.index) for x in (k, v))
+        if shared.full:
+            for x, source in ((k, k_source), (v, v_source)):
+                x[edit:].index_copy_(1, shared.index.long(), source.expand(len(x) - edit, -1, -1, -1))
+            return self._attend_as_before(q, k, v, scale)
+        plain = self._attend_as_before(q[:edit], k[:edit], v[:edit], scale)
+        mixed = kv_lerp_attention_(
+            q[edit:], k[edit:], v[edit:], k_source, v_source, shared.index, shared.ratio, scale=scale
+        )
+        return torch.cat([plain, mixed])
+
+    def _attend_as_before(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+        return dispatch_attention_fn(q, k, v, scale=scale, backend=self.inner)
+
+    @property
+    def name(self) -> str:
+        return f"{self.key.stack}[{self.key.block}]"
+
+
+def announce_hook(module: Any, args: tuple) -> None:
+    """Before an attention module runs: the backend's next call is its layer's."""
+    backend_registry.announce(module.kvlock_layer)
+
+
+def check_fit(key: LayerKey, attention: Any) -> None:
+    """Refuse an attention module whose attention does not go through diffusers' dispatcher, or only in part.
+
+    Raises:
+        ValueError: says what does not fit.
+    """
+    where, instead = f'kernel="backend" does not fit {key.stack}[{key.block}]', 'use kernel="hooks"'
+    processor = attention.processor
+    if not hasattr(processor, "_attention_backend"):
+        raise ValueError(f"{where}: its {type(processor).__name__} does not use diffusers' dispatcher; {instead}")
+    if getattr(processor, "_parallel_config", None) is not None:
+        raise ValueError(f"{where}: its tokens are split over several devices; {instead}")
+
+
+class BackendLayers(LockedLayers):
+    """All layers of a session that go through the backend, and diffusers' default backend while they are held.
+
+    Raises:
+        RuntimeError: this diffusers has no place for the backend.
+    """
+
+    def __init__(self, shared: LockState) -> None:
+        super().__init__(shared)
+        self._member = backend_registry.register()
+        self._default = backend_registry.default_backend()
+        self._layers: list[BackendLayer] = []
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def install(self, parts: Iterable[tuple[LayerKey, Any]]) -> None:
+        for key, attention in parts:
+            check_fit(key, attention)
+            where, processor = f"{key.stack}[{key.block}]", attention.processor
+            if self._member in (processor._attention_backend, self._default):
+                raise ValueError(f"{where} has no backend to go back to: {backend_registry.HOW}")
+            if any(layer.processor is processor for layer in self._layers):
+                raise ValueError(
+                    f'kernel="backend" does not fit {where}: another layer has the same processor; use kernel="hooks"'
+                )
+            self._layers.append(BackendLayer(key, self.shared, attention, self._member))
+
+    def holders(self) -> Iterable[BackendLayer]:
+        return self._layers
+
+    def require_same(self, parts: Iterable[tuple[LayerKey, Any]]) -> None:
+        found = list(parts)
+        require_same(found, [layer.attention for layer in self._layers])
+        for key, attention in found:
+            check_fit(key, attention)
+
+    def remove(self) -> None:
+        self.off()
+        self._layers.clear()
+        if backend_registry.default_backend() is self._member:  # by way of a model that is not attached
+            backend_registry.set_default_backend(self._default)
+
+    def _switch(self, mode: int) -> None:
+        super()._switch(mode)  # first, so that a refusal half-way is undone by going OFF
+        backend_registry.announce(None)  # one that an exception kept from its attention
+        for layer in self._layers:
+            layer.rest() if mode == OFF else layer.arm()
+
+    def free(self) -> None:
+        for layer in self._layers:
+            layer.k_source = layer.v_source = None
+
+    @property
+    def source_bytes(self) -> int:
+        sources = [source for layer in self._layers for source in (layer.k_source, layer.v_source)]
+        return sum(source.rows.nbytes for source in sources if source is not None)

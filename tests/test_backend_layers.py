@@ -1,0 +1,260 @@
+"""Layers of the backend held by hand, without a session: several samples of one source, a tiny LTX, what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from diffusers import LTXVideoTransformer3DModel, WanPipeline
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+
+from kvlock import KVLockConfig
+from kvlock.adapters import backend_registry
+from kvlock.adapters.backend import BackendLayers
+from kvlock.adapters.families import locked_attentions, tapped_modules
+from kvlock.adapters.fused import FusedLayers
+from kvlock.adapters.kernels import listen
+from kvlock.adapters.modes import AFTER_ROPE, BEFORE_ROPE, LayerKey, LockState, Recorded
+from kvlock.adapters.taps import Taps
+
+STEPS = 5
+WINDOW: dict[str, Any] = {"kappa": 3, "window": 3, "tau": 0.6}
+
+
+def unit_layer(*, full: bool, samples: int) -> tuple[Any, dict[str, torch.Tensor]]:
+    """One layer on no model, that has recorded rows of `samples` samples; and q, k, v of four samples."""
+    owner = tiny.pipeline(WanPipeline).transformer.blocks[0].attn1
+    state = LockState(torch.tensor([4, 0, 2]).int(), 5, full=full)
+    layers = BackendLayers(state)
+    layers.install([(LayerKey("blocks", 0, "kv"), owner)])
+    (layer,) = layers.holders()
+    layers.record()
+    layer.attend(*(tiny.rand(samples, 5, 2, 8, seed=seed) for seed in range(3)), scale=None)
+    layers.lerp(torch.ones(4))
+    return layer, {name: tiny.rand(4, 5, 2, 8, seed=seed) for seed, name in enumerate("qkv", start=3)}
+
+
+@pytest.mark.parametrize("full", [True, False], ids=["joined", "lerped"])
+@pytest.mark.parametrize("samples", [1, 4])
+def test_one_source_serves_several_samples(samples, full):
+    layer, x = unit_layer(full=full, samples=samples)
+    k, v = x["k"].clone(), x["v"].clone()
+    k[:, [4, 0, 2]] = tiny.rand(samples, 5, 2, 8, seed=1)[:, [4, 0, 2]]
+    v[:, [4, 0, 2]] = tiny.rand(samples, 5, 2, 8, seed=2)[:, [4, 0, 2]]
+    expected = torch.nn.functional.scaled_dot_product_attention(*(y.transpose(1, 2) for y in (x["q"], k, v)), scale=0.3)
+    for _ in range(2):  # the second time the buffer holds another's foreground
+        found = layer.attend(*(y.clone() for y in x.values()), scale=0.3)
+        torch.testing.assert_close(found, expected.transpose(1, 2), rtol=1e-5, atol=1e-6)
+
+
+def test_source_rows_of_another_number_of_samples_are_refused():
+    layer, x = unit_layer(full=True, samples=2)
+    with pytest.raises(ValueError, match=r"blocks\[0\] has source rows of 2 samples; wanted 1 or 4"):
+        layer.attend(*x.values(), scale=None)
+
+
+def tiny_ltx() -> LTXVideoTransformer3DModel:
+    torch.manual_seed(0)
+    return LTXVideoTransformer3DModel(
+        in_channels=8,
+        out_channels=8,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        cross_attention_dim=32,
+        num_layers=2,
+        caption_channels=16,
+    ).eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("full", [True, False], ids=["full", "half"])
+def test_a_tiny_ltx_goes_round_set_run_restore(full):
+    """At the level of the transformer: its pipelines are not supported."""
+    model = tiny_ltx()
+    state = LockState(torch.arange(0, 18, 2).int(), 18, full=full)
+    attentions = [(i, block.attn1) for i, block in enumerate(model.transformer_blocks)]
+    taps = [(i, name, part) for i, attn in attentions for name, part in (("k", attn.norm_k), ("v", attn.to_v))]
+
+    def run(seed: int) -> torch.Tensor:
+        return model(
+            hidden_states=tiny.rand(1, 18, 8, seed=seed),
+            encoder_hidden_states=tiny.rand(1, 4, 16, seed=9),
+            timestep=torch.tensor([500.0]),
+            encoder_attention_mask=torch.ones(1, 4),
+            num_frames=2,
+            height=3,
+            width=3,
+        ).sample
+
+    def locked(layers: Any) -> torch.Tensor:
+        layers.record()
+        source = run(1)
+        layers.require_all(0)
+        assert torch.equal(source, plain[1])  # recording changes nothing
+        layers.lerp(torch.full((1,), 1.0 if full else 0.5))
+        found = run(2)
+        layers.require_all(0)
+        return found
+
+    plain = {seed: run(seed) for seed in (1, 2)}
+    hooks = Taps(state)
+    hooks.install((LayerKey("transformer_blocks", i, name), part) for i, name, part in taps)
+    expected = locked(hooks)
+    hooks.remove()
+    backend = BackendLayers(state)
+    stop = listen(
+        model, lambda: backend.install((LayerKey("transformer_blocks", i, "kv"), attn) for i, attn in attentions)
+    )
+    model.set_attention_backend("kvlock")
+    assert len(backend) == 2
+    with tiny.Operators() as operators:
+        torch.testing.assert_close(locked(backend), expected, rtol=1e-5, atol=1e-5)
+    assert operators.locks == ({} if full else {"kv_lerp_attention_": 2})
+    backend.remove()
+    stop()
+    assert not torch.allclose(expected, plain[2], atol=1e-3)
+    assert torch.equal(run(2), plain[2])
+    assert all(vars(attn.processor) == {} for _, attn in attentions)
+
+
+class OtherProcessor(WanAttnProcessor):
+    pass
+
+
+@pytest.mark.parametrize("source", ["store", "batch"])
+@pytest.mark.parametrize("step", [0, 3], ids=["before-the-window", "inside-it"])
+def test_a_processor_set_inside_the_block_is_named_and_stays(source, step):
+    pipe = tiny.pipeline(WanPipeline)
+    other = OtherProcessor()
+
+    def replace(_pipe, now, timestep, kwargs):
+        if now == step:
+            pipe.transformer.blocks[1].attn1.set_processor(other)
+        return kwargs
+
+    message = r"blocks\[1\] has had its processor replaced by OtherProcessor"
+    config = KVLockConfig(**WINDOW, source=source)
+    with pytest.raises(ValueError, match=message), tiny.attached(pipe, config, kernel="backend"):
+        tiny.call(pipe, steps=STEPS, callback_on_step_end=replace)
+    assert pipe.transformer.blocks[1].attn1.processor is other
+    assert vars(other) == {} == vars(pipe.transformer.blocks[0].attn1.processor)
+    assert tiny.leftovers(pipe) == []
+
+
+def test_a_processor_that_stops_calling_the_dispatcher_is_named():
+    pipe = tiny.pipeline(WanPipeline)
+    attention = pipe.transformer.blocks[1].attn1
+    attention.set_processor(Undispatched())
+    message = r"blocks\[1\] ran past the lock"
+    with pytest.raises(ValueError, match=message), tiny.attached(pipe, KVLockConfig(**WINDOW), kernel="backend"):
+        tiny.call(pipe, steps=STEPS)
+    assert tiny.leftovers(pipe) == []
+
+
+class Undispatched(WanAttnProcessor):
+    def __call__(self, attn: Any, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+        return hidden_states
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (
+            lambda a: setattr(a[1], "processor", lambda *args: args[1]),
+            "its function does not use diffusers' dispatcher",
+        ),
+        (lambda a: setattr(a[1].processor, "_parallel_config", object()), "split over several devices"),
+        (lambda a: setattr(a[1], "processor", a[0].processor), "another layer has the same processor"),
+    ],
+    ids=["no-dispatcher", "parallel", "shared-processor"],
+)
+@pytest.mark.parametrize("chosen", ["at-once", "later"])
+def test_what_the_backend_cannot_serve_is_refused_with_the_reason_and_hooks_go_on(change, reason, chosen):
+    pipe = tiny.pipeline(WanPipeline)
+    attentions = [block.attn1 for block in pipe.transformer.blocks]
+    message = r'kernel="backend" does not fit blocks\[1\]: .*' + reason + '.*use kernel="hooks"'
+    if chosen == "at-once":
+        change(attentions)
+        with pytest.raises(ValueError, match=message), tiny.attached(pipe, KVLockConfig(), kernel="backend"):
+            pass
+    else:
+        with tiny.attached(pipe, KVLockConfig(**WINDOW)):
+            plain = attentions[1].processor
+            change(attentions)
+            with pytest.raises(ValueError, match=message):
+                pipe.transformer.set_attention_backend("kvlock")
+            attentions[1].processor = plain
+            vars(plain).clear()
+            expected = tiny.call(pipe, steps=STEPS)
+        assert torch.equal(tiny.locked_call(pipe, KVLockConfig(**WINDOW), steps=STEPS)[0], expected)
+    assert tiny.leftovers(pipe) == []
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"attn_mask": torch.ones(4, 5)},
+        {"dropout_p": 0.1},
+        {"is_causal": True},
+        {"enable_gqa": True},
+        {"attention_kwargs": {"return_lse": True}},
+        {"parallel_config": object()},
+    ],
+    ids=lambda given: next(iter(given)),
+)
+def test_an_argument_that_a_locked_layer_has_no_use_for_is_refused_by_name(given):
+    layer, x = unit_layer(full=False, samples=4)
+    argument = next(iter(given.get("attention_kwargs", given)))
+    member = backend_registry.register()
+    backend_registry.announce(layer)
+    with pytest.raises(ValueError, match=rf'blocks\[0\] calls its attention with {argument}.*use kernel="hooks"'):
+        dispatch_attention_fn(*x.values(), backend=member, **given)
+
+
+def test_a_mask_of_another_size_is_refused_by_name():
+    pipe = tiny.pipeline(WanPipeline)
+    layers = BackendLayers(LockState(torch.tensor([0]).int(), 7))
+    layers.install(locked_attentions(pipe.transformer, KVLockConfig()))
+    layers.record()
+    with pytest.raises(ValueError, match=r"blocks\[0\] has 180 tokens, not 7; the mask was made for another size"):
+        tiny.call(pipe, steps=1)
+    layers.remove()
+    assert tiny.leftovers(pipe) == []
+
+
+def test_a_layer_without_source_rows_says_so():
+    layer, x = unit_layer(full=False, samples=1)
+    layer.v_source = None
+    with pytest.raises(ValueError, match=r"blocks\[0\] has no source rows; record them first"):
+        layer.attend(*x.values(), scale=None)
+
+
+@pytest.mark.parametrize(
+    "kind, parts_of, mixes, other",
+    [
+        (Taps, tapped_modules, BEFORE_ROPE, AFTER_ROPE),
+        (FusedLayers, locked_attentions, BEFORE_ROPE, AFTER_ROPE),
+        (BackendLayers, locked_attentions, AFTER_ROPE, BEFORE_ROPE),
+    ],
+    ids=["hooks", "fused", "backend"],
+)
+def test_source_rows_of_the_other_point_are_refused_by_name(kind, parts_of, mixes, other):
+    pipe = tiny.pipeline(WanPipeline)
+    masks = tiny.masks(pipe)
+    layers = kind(LockState(masks.index, masks.num_tokens))
+    layers.install(parts_of(pipe.transformer, KVLockConfig()))
+    layers.record()
+    tiny.call(pipe, steps=1, guidance_scale=1.0)
+    layers.lerp(torch.full((1,), 0.5))
+    tiny.call(pipe, steps=1, guidance_scale=1.0)  # its own rows serve
+    for holder in layers.holders():
+        for name in {"source", "k_source"} & vars(holder).keys():
+            own = getattr(holder, name)
+            assert own.point == mixes
+            setattr(holder, name, Recorded(own.rows, other))
+    with pytest.raises(ValueError, match=rf"blocks\[0\] has source rows recorded {other} and mixes {mixes}"):
+        tiny.call(pipe, steps=1)
+    layers.remove()
