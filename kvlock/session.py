@@ -6,7 +6,6 @@ import contextlib
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -14,23 +13,10 @@ from torch import Tensor
 
 from kvlock.config import KVLockConfig
 from kvlock.flow import Flow
+from kvlock.locked_layers import LockedLayers
 from kvlock.masks import Masks
 from kvlock.run import Run
 from kvlock.trace import StepRecord, Trace
-
-
-class SourceRows(Protocol):
-    """Where source K and V are recorded and lerped in; `kvlock.adapters.taps.Taps` is one."""
-
-    @property
-    def source_bytes(self) -> int: ...
-    def to(self, device: torch.device) -> None: ...
-    def off(self) -> None: ...
-    def record(self) -> None: ...
-    def lerp(self, ratio: Tensor) -> None: ...
-    def lerp_batch(self, ratio: Tensor, source_batch: int) -> None: ...
-    def free(self) -> None: ...
-    def require_all(self, expert: int) -> None: ...
 
 
 class Session:
@@ -56,7 +42,7 @@ class Session:
         source_latents: Tensor,
         source_prompt_embeds: Tensor | None,
         *,
-        rows: SourceRows,
+        rows: LockedLayers,
         check_layers: Callable[[], None],
         guidance_of: Callable[[int], float],
         begin_index_of: Callable[[], int | None],
@@ -98,9 +84,9 @@ class Session:
         run = self._run
         if run.use_expert(expert, self._guidance_of):
             self._rows.free()
-        branch = ("cond", "uncond")[len(run.outputs)] if len(run.outputs) < 2 else "extra"
-        if branch == "extra":
+        if len(run.outputs) == 2:
             raise ValueError("the transformer ran more than twice in one step; wanted one or two guidance branches")
+        branch = ("cond", "uncond")[len(run.outputs)]
         run.forwards += len(x)
         mixes = run.locked and run.has_ratio and self.config.locks and self.config.branches in ("both", branch)
         run.extra_rows = 0
@@ -201,7 +187,7 @@ class Session:
         self._flow = self._run = None  # the next run sets its own timesteps, or its scheduler is not the one attached
         return run.composite(latents) if self.config.composite == "latent" else latents
 
-    def use_rows(self, rows: SourceRows) -> None:
+    def use_rows(self, rows: LockedLayers) -> None:
         """From the next call of the transformer on these rows are recorded and lerped, and the source runs for them."""
         self.release()
         self._rows = rows

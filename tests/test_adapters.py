@@ -25,8 +25,8 @@ from torch import nn
 
 import kvlock
 from kvlock import KVLockConfig, preset
-from kvlock.adapters.modes import LayerKey, LockState
 from kvlock.adapters.taps import Taps
+from kvlock.locked_layers import LayerKey, LockState
 
 STEPS = 5
 LOCK = {"kappa": 3, "window": 3, "tau": 0.6}

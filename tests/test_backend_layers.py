@@ -17,8 +17,8 @@ from kvlock.adapters.backend import BackendLayers
 from kvlock.adapters.families import locked_attentions, tapped_modules
 from kvlock.adapters.fused import FusedLayers
 from kvlock.adapters.kernels import listen
-from kvlock.adapters.modes import AFTER_ROPE, BEFORE_ROPE, LayerKey, LockState, Recorded
 from kvlock.adapters.taps import Taps
+from kvlock.locked_layers import AFTER_ROPE, BEFORE_ROPE, LayerKey, LockState, Recorded
 
 STEPS = 5
 WINDOW: dict[str, Any] = {"kappa": 3, "window": 3, "tau": 0.6}

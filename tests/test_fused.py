@@ -17,7 +17,7 @@ import kvlock
 from kvlock import KVLockConfig, preset
 from kvlock.adapters.families import locked_attentions
 from kvlock.adapters.fused import FusedLayers, FusedWanProcessor
-from kvlock.adapters.modes import LockState
+from kvlock.locked_layers import LockState
 
 STEPS = 5
 WINDOW: dict[str, Any] = {"kappa": 3, "window": 3, "tau": 0.6}

@@ -13,8 +13,8 @@ from torch import Tensor
 from kvlock.adapters import root, shim
 from kvlock.adapters.families import STARTS_FROM_VIDEO, check_pipeline, family_of, is_one_of
 from kvlock.adapters.kernels import Lock, check_kernel, listen
-from kvlock.adapters.modes import LockState
 from kvlock.config import KVLockConfig
+from kvlock.locked_layers import LockState
 from kvlock.masks import Masks
 from kvlock.session import Session
 

@@ -10,7 +10,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
 
 from kvlock.adapters import backend_registry
-from kvlock.adapters.modes import (
+from kvlock.locked_layers import (
     AFTER_ROPE,
     BATCH,
     OFF,

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from kvlock.adapters.modes import LayerKey
 from kvlock.config import KVLockConfig
+from kvlock.locked_layers import LayerKey
 
 
 @dataclass(frozen=True)

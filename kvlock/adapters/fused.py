@@ -9,7 +9,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor, nn
 
-from kvlock.adapters.modes import (
+from kvlock.locked_layers import (
     BATCH,
     BEFORE_ROPE,
     OFF,

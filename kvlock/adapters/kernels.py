@@ -10,9 +10,9 @@ from kvlock.adapters.backend import BackendLayers
 from kvlock.adapters.backend_registry import NAME
 from kvlock.adapters.families import locked_attentions, tapped_modules, unwrap
 from kvlock.adapters.fused import FusedLayers
-from kvlock.adapters.modes import LayerKey, LockedLayers, LockState
 from kvlock.adapters.taps import Taps
 from kvlock.config import KVLockConfig
+from kvlock.locked_layers import LayerKey, LockedLayers, LockState
 
 KERNELS: dict[str, tuple[Callable[[LockState], LockedLayers], Callable[..., Iterator[tuple[LayerKey, Any]]]]] = {
     "hooks": (Taps, tapped_modules),

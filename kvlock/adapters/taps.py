@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvlock.adapters.modes import (
+from kvlock.locked_layers import (
     BATCH,
     BEFORE_ROPE,
     OFF,
