@@ -174,9 +174,15 @@ def compiled(name: str, launch: Callable[..., Tensor], source: torch.dtype) -> C
     )
 
 
+LENGTHS = (
+    Shape("n8192", (1, 1, 8192), 12),
+    Shape("n16384", (1, 1, 16384), 12),
+    Shape("n16384-d64", (1, 1, 16384), 24, 64),
+)
+
 CASES = (
-    *(plain_case(shape) for shape in SHAPES),
-    *(case(shape, source) for shape in SHAPES for source in SOURCES),
+    *(plain_case(shape) for shape in (*SHAPES, *LENGTHS)),
+    *(case(shape, source) for shape in (*SHAPES, *LENGTHS) for source in SOURCES),
     *(compiled("attention-in-loop", in_loop, source) for source in SOURCES),
     *(compiled("attention-one-launch", persistent, source) for source in SOURCES),
 )

@@ -43,6 +43,7 @@ class Compiled(NamedTuple):
     loads_128: int  # LDG instructions of 16 bytes a thread
     stores_128: int
     barriers: int
+    a_tile: str  # instructions of the loop that multiplies on the tensor cores, where there is one
     work_formula: str
     products: str  # the instruction of the tensor cores, if there is one
 
@@ -106,7 +107,7 @@ def _inspected(case: Case, arch: int, kernel: Any) -> Compiled:
     registers = re.search(r"REG:(\d+)", usage)
     if registers is None:
         raise RuntimeError(f"cuobjdump says nothing of the registers of {kernel.metadata.name}: {usage!r}")
-    opcodes = Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", code))
+    opcodes = Counter(INSTRUCTION.findall(code))
 
     def count(name: str, width: str | None = None) -> int:
         parts = ((opcode.split("."), n) for opcode, n in opcodes.items())
@@ -115,8 +116,26 @@ def _inspected(case: Case, arch: int, kernel: Any) -> Compiled:
     return Compiled(
         case.name, kernel.metadata.name, arch, int(registers[1]), count("LDL") + count("STL"), kernel.metadata.shared,
         opcodes.total() - count("NOP"), count("LDG", "128"), count("STG", "128"), count("BAR"),
-        case.work(case.shape).formula, next((name for name in ("HGMMA", "HMMA") if count(name)), ""),
+        product_loop(code), case.work(case.shape).formula,
+        next((name for name in ("HGMMA", "HMMA") if count(name)), ""),
     )
+
+
+INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
+
+
+def product_loop(code: str) -> str:
+    """The number of instructions in the smallest loop of the machine code that has products in it; or a dash."""
+    lines, labels, loops = code.splitlines(), {}, []
+    for number, line in enumerate(lines):
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = number
+        target = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
+        if target and target[1] in labels:
+            body = INSTRUCTION.findall("\n".join(lines[labels[target[1]] : number + 1]))
+            if any("HMMA" in opcode or "HGMMA" in opcode for opcode in body):
+                loops.append(len(body))
+    return str(min(loops)) if loops else "–"
 
 
 def _output(*command: str) -> str:
@@ -129,8 +148,8 @@ def table(kernels: list[Compiled], triton_version: str) -> str:
         f"Triton {triton_version}; sm_80 / sm_89 / sm_90 in each cell.",
         "",
         "| case | kernel | bytes an element, or FLOP | registers | spills | shared bytes | instructions "
-        "| 128-bit loads | 128-bit stores | barriers |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| 128-bit loads | 128-bit stores | barriers | instructions a tile |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     groups: dict[tuple[str, str], list[Compiled]] = {}
     for kernel in kernels:

@@ -1,0 +1,51 @@
+"""Every operator once, small, on each implementation of its kernels: what a memory checker is run on."""
+
+import contextlib
+from collections.abc import Callable
+
+import pytest
+import torch
+from samples import CALLS, Call
+from tolerance import assert_bit_identical
+from torch.utils._pytree import tree_leaves
+
+import kvlock_kernels
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+
+
+def interpreted() -> contextlib.AbstractContextManager[None]:
+    if torch.cuda.is_available():
+        pytest.skip("the kernels are compiled where there is a GPU")
+    import interpreter
+
+    return interpreter.kernels_on_cpu()
+
+
+PLACES = (
+    pytest.param(interpreted, id="interpreter"),
+    pytest.param(lambda: torch.device("cuda"), id="cuda", marks=pytest.mark.gpu),
+)
+
+
+def tensors(name: str, call: Call) -> list[torch.Tensor]:
+    """Results, and the arguments afterwards."""
+    result = getattr(kvlock_kernels, name)(*call.args, **call.kwargs)
+    return [leaf for leaf in tree_leaves((result, tuple(call))) if isinstance(leaf, torch.Tensor)]
+
+
+@pytest.mark.parametrize(("name", "make"), CALLS.values(), ids=CALLS.keys())
+@pytest.mark.parametrize("place", PLACES)
+def test_an_operator_gives_what_the_reference_gives(
+    place: Callable[[], contextlib.AbstractContextManager[None]], name: str, make: Callable[[], Call]
+) -> None:
+    expected = tensors(name, make())
+    with place():
+        found = tensors(name, make())
+    for actual, wanted in zip(found, expected, strict=True):
+        assert actual.dtype == wanted.dtype
+        if actual.dtype in TOLERANCE:
+            allowed = TOLERANCE[actual.dtype]
+            torch.testing.assert_close(actual.cpu(), wanted, rtol=allowed, atol=allowed, equal_nan=True)
+        else:
+            assert_bit_identical(actual.cpu(), wanted)
