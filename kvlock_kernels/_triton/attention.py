@@ -11,6 +11,7 @@ from kvlock_kernels._triton import Unsupported
 from kvlock_kernels._triton.tiles import PACKINGS, as_bytes, dense, lerp, load_source
 
 LOG2_E = math.log2(math.e)
+IN_LOOP_TOKENS = 32  # a tile with its source rows; the same without any, so that ratio 0 gives the bits of none
 MAX_HEAD_DIM = 128  # with 256 the tiles no longer fit the registers
 
 
@@ -120,7 +121,7 @@ def attend_in_loop(
     if q.numel() == 0:
         return out, lse
     k_data, v_data = as_bytes(k_source.contiguous()), as_bytes(v_source.contiguous())
-    tiles = tiling(d, q.dtype)
+    tiles = tiling(d, q.dtype, IN_LOOP_TOKENS)
     attention_kernel[(triton.cdiv(m, tiles["QUERIES"]), b * h)](
         q, k, v, out, lse, k_data, dense(k_scale, k_data), dense(k_mean, k_data), v_data, dense(v_scale, v_data),
         dense(v_mean, v_data), rows_of_tokens(index, n), dense(ratio, ratio), m, n, rows, scale * LOG2_E,
@@ -167,12 +168,12 @@ def rows_of_tokens(index: Tensor, tokens: int) -> Tensor:
     return source_row.scatter_(0, index.long(), number)
 
 
-def tiling(d: int, dtype: torch.dtype) -> dict[str, int]:
+def tiling(d: int, dtype: torch.dtype, tokens: int) -> dict[str, int]:
     """Sizes of the tiles, warps and stages: the largest that compile for sm_80 to sm_90 without a spill.
 
-    They do not depend on whether there are source rows, so that a ratio of 0 gives the bits of plain attention.
+    `tokens` is the number of keys of a tile of 16-bit numbers.
     """
     dim = max(triton.next_power_of_2(d), 16)
     if dtype == torch.float32:
         return {"QUERIES": 32, "TOKENS": 16, "DIM": dim, "num_warps": 8, "num_stages": 1}
-    return {"QUERIES": 128, "TOKENS": 32, "DIM": dim, "num_warps": 8, "num_stages": 2}
+    return {"QUERIES": 128, "TOKENS": tokens, "DIM": dim, "num_warps": 8, "num_stages": 2}

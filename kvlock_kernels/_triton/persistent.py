@@ -8,6 +8,7 @@ from torch import Tensor
 from kvlock_kernels._triton.attention import LOG2_E, attend_tile, checked, precision, strides, tiling
 from kvlock_kernels._triton.tiles import PACKINGS, as_bytes, dense, lerp, load_source
 
+TOKENS = 64  # keys of a tile: a seventh to a quarter fewer instructions a key than with 32
 ROWS = 32  # source rows of one head that a program mixes at once
 
 
@@ -122,7 +123,7 @@ def attend_persistently_(
         K_MEANS=0 if k_mean is None else k_mean.shape[0],
         V_PACKING=PACKINGS.get(v_source.dtype, 0), V_SHARED=v_source.shape[0] == 1,
         V_MEANS=0 if v_mean is None else v_mean.shape[0],
-        ROWS=ROWS, **tiling(d, q.dtype), launch_cooperative_grid=True,  # refused where not all would be resident
+        ROWS=ROWS, **tiling(d, q.dtype, TOKENS), launch_cooperative_grid=True,  # refused where not all would be resident
     )
     return out
 
