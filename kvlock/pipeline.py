@@ -135,16 +135,7 @@ class KVLockPipeline:
         attached = dataclasses.replace(config, composite="none" if config.composite == "pixel" else config.composite)
         with attach(pipe, source, masks, config=attached, source_prompt_embeds=embeds, kernel=self.kernel) as session:
             if progress is not None:
-                report, callback = progress, arguments.get("callback_on_step_end")
-
-                def on_step_end(_pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-                    report(step, pipe.num_timesteps, session.trace)
-                    return kwargs if callback is None else callback(_pipe, step, timestep, kwargs)
-
-                arguments["callback_on_step_end"] = on_step_end
-                tensors = getattr(callback, "tensor_inputs", None)  # diffusers reads them off its own kind of callback
-                if tensors is not None:
-                    arguments["callback_on_step_end_tensor_inputs"] = tensors
+                arguments |= _reporting(progress, arguments.get("callback_on_step_end"), session.trace)
             result = pipe(**arguments).frames[0]
         session.trace.config = config
         edited = result.float().cpu().movedim(1, -1).clamp(0, 1)
@@ -203,6 +194,18 @@ def _accepted(pipe: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     if taken:
         raise ValueError(f"{', '.join(taken)} cannot be given: KVLockPipeline decides it")
     return dict(arguments)
+
+
+def _reporting(report: Callable[[int, int, Trace], None], callback: Any, trace: Trace) -> dict[str, Any]:
+    """The pipeline's arguments that call `report` after every step, and then the caller's own callback."""
+
+    def on_step_end(pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        report(step, pipe.num_timesteps, trace)
+        return kwargs if callback is None else callback(pipe, step, timestep, kwargs)
+
+    tensors = getattr(callback, "tensor_inputs", None)  # diffusers reads them off its own kind of callback
+    named = {} if tensors is None else {"callback_on_step_end_tensor_inputs": tensors}
+    return {"callback_on_step_end": on_step_end} | named
 
 
 def _sequence_length(pipe: Any, arguments: dict[str, Any]) -> dict[str, int]:

@@ -123,7 +123,8 @@ def attend_persistently_(
         K_MEANS=0 if k_mean is None else k_mean.shape[0],
         V_PACKING=PACKINGS.get(v_source.dtype, 0), V_SHARED=v_source.shape[0] == 1,
         V_MEANS=0 if v_mean is None else v_mean.shape[0],
-        ROWS=ROWS, **tiling(d, q.dtype, TOKENS), launch_cooperative_grid=True,  # refused where not all would be resident
+        ROWS=ROWS, **tiling(d, q.dtype, TOKENS),
+        launch_cooperative_grid=True,  # refused where not all programs would be resident
     )
     return out
 
