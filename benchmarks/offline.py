@@ -44,6 +44,7 @@ class Compiled(NamedTuple):
     stores_128: int
     barriers: int
     a_tile: str  # instructions of the loop that multiplies on the tensor cores, where there is one
+    fused: int  # products and sums in one rounding
     work_formula: str
     products: str  # the instruction of the tensor cores, if there is one
 
@@ -116,7 +117,7 @@ def _inspected(case: Case, arch: int, kernel: Any) -> Compiled:
     return Compiled(
         case.name, kernel.metadata.name, arch, int(registers[1]), count("LDL") + count("STL"), kernel.metadata.shared,
         opcodes.total() - count("NOP"), count("LDG", "128"), count("STG", "128"), count("BAR"),
-        product_loop(code), case.work(case.shape).formula,
+        product_loop(code), kernel.asm["ptx"].count("fma.rn.f32"), case.work(case.shape).formula,
         next((name for name in ("HGMMA", "HMMA") if count(name)), ""),
     )
 
@@ -155,7 +156,7 @@ def table(kernels: list[Compiled], triton_version: str) -> str:
     for kernel in kernels:
         groups.setdefault((kernel.case, kernel.kernel), []).append(kernel)
     for (case, name), group in groups.items():
-        numbers = zip(*(kernel[3:-2] for kernel in group), strict=True)
+        numbers = zip(*(kernel[3:-3] for kernel in group), strict=True)
         cells = [f"`{case}`", f"`{name}`", group[0].work_formula, *(" / ".join(map(str, n)) for n in numbers)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -82,7 +82,8 @@ def kv_lerp_(
         row of x       0  1  2  3  4  5
         from source    0  1  1  0  0  1        # rows 0, 1, 2 of source, in the order of index
 
-    Source rows [Bs, rows, H, D] fit x [B, N, C] too, where C = H * D. Without rows or samples nothing happens.
+    Source rows [Bs, rows, H, D] fit x [B, N, C] too, where C = H * D. Without rows or samples nothing happens. x and
+    source share no memory.
     """
     check_lerp(("x", "source", "source_scale", "source_mean"), x, source, index, ratio, source_scale, source_mean)
     ops.kv_lerp_(x, source, index, ratio, source_scale=source_scale, source_mean=source_mean)
@@ -102,7 +103,7 @@ def kv_lerp_pair_(
     k_mean: Tensor | None = None,  # [1 or Bs, H, D] fp32
     v_mean: Tensor | None = None,  # [1 or Bs, H, D] fp32
 ) -> LerpedPair:
-    """Does `kv_lerp_` to keys and values at once, in place, and returns both. k and v share no memory."""
+    """Does `kv_lerp_` to keys and values at once, in place, and returns both. None of the four shares memory."""
     check_lerp(("k", "k_source", "k_scale", "k_mean"), k, k_source, index, ratio, k_scale, k_mean)
     check_lerp(("v", "v_source", "v_scale", "v_mean"), v, v_source, index, ratio, v_scale, v_mean)
     ops.kv_lerp_pair_(

@@ -131,6 +131,7 @@ def attend_in_loop(
         V_PACKING=PACKINGS.get(v_source.dtype, 0), V_SHARED=v_source.shape[0] == 1,
         V_MEANS=0 if v_mean is None else v_mean.shape[0],
         **tiles,
+        enable_fp_fusion=False,  # mixed rows have the bits that `kv_lerp_` gives them
     )
     return out, lse
 

@@ -7,8 +7,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kvlock_kernels._triton.tiles import (
+    LAUNCH,
     PACKINGS,
-    WARPS,
     Tiling,
     as_bytes,
     dense,
@@ -81,7 +81,7 @@ def kv_lerp_(
         return
     pointers, strides, options, tiling = operand(x, source, source_scale, source_mean)
     common = (dense(index, index), dense(ratio, ratio), rows, samples)
-    lerp_kernel[(tiling.blocks * samples,)](*pointers, *common, *strides, **options, num_warps=WARPS)
+    lerp_kernel[(tiling.blocks * samples,)](*pointers, *common, *strides, **options, **LAUNCH)
 
 
 def kv_lerp_pair_(
@@ -110,7 +110,7 @@ def kv_lerp_pair_(
     options = {f"K_{name}": value for name, value in k_options.items()}
     options |= {f"V_{name}": value for name, value in v_options.items()}
     grid = (k_programs + v_programs,)
-    lerp_pair_kernel[grid](*k_pointers, *k_strides, *v_pointers, *v_strides, *common, **options, num_warps=WARPS)
+    lerp_pair_kernel[grid](*k_pointers, *k_strides, *v_pointers, *v_strides, *common, **options, **LAUNCH)
 
 
 def operand(

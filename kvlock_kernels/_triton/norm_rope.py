@@ -13,7 +13,7 @@ from kvlock_kernels._triton.tiles import MAX_HEAD_DIM, PACKINGS, as_bytes, dense
 
 MAX_TOKEN = 8192  # elements of a token that stay in registers: 16 a thread at sixteen warps
 SMALL_TOKEN = 1024  # a tile of several tokens is no larger than this
-A_WARP = 256  # elements: 8 a thread, 16 bytes of bf16; with 16 a thread sm_80 spills at 12 heads
+A_WARP = 256  # elements: 8 a thread, 16 bytes of bf16
 
 
 @triton.jit
@@ -190,4 +190,5 @@ def launch(
         q, k, v, *small, ratio, n, b, rows, eps, *strides, *sources,
         **options, H=c // d, D=d, TOKENS=together, HEADS=heads, DIM=dim,
         num_warps=min(max(heads * dim // A_WARP, 4), 16),
+        enable_fp_fusion=False,  # packed rows have the bits of pack_kv
     )

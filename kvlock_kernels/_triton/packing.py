@@ -7,9 +7,9 @@ from torch import Tensor
 
 from kvlock_kernels._triton.tiles import (
     E4M3,
+    LAUNCH,
     PACKINGS,
     PLAIN,
-    WARPS,
     Tiling,
     as_bytes,
     dense,
@@ -97,7 +97,7 @@ def pack_kv(x: Tensor, index: Tensor, dtype: torch.dtype, *, mean: Tensor | None
     pack_kernel[(tiling.blocks * b,)](
         x, dense(index, index), as_bytes(data), scale, dense(mean, scale), rows, tiling.blocks, *x.stride(),
         MEANS=0 if mean is None else mean.shape[0], H=h, D=d, PACKING=packing, NATIVE=encodes_e4m3(x),
-        TOKENS=tiling.tokens, HEADS=tiling.heads, DIM=tiling.dim, num_warps=WARPS,
+        TOKENS=tiling.tokens, HEADS=tiling.heads, DIM=tiling.dim, **LAUNCH,
     )
     return data, scale
 
@@ -113,6 +113,6 @@ def unpack_kv(data: Tensor, scale: Tensor | None, *, mean: Tensor | None = None,
     unpack_kernel[(tiling.blocks * b,)](
         codes, dense(scale, codes), dense(mean, codes), out, rows, tiling.blocks,
         MEANS=0 if mean is None else mean.shape[0], H=h, D=d, PACKING=PACKINGS.get(data.dtype, 0),
-        TOKENS=tiling.tokens, HEADS=tiling.heads, DIM=tiling.dim, num_warps=WARPS,
+        TOKENS=tiling.tokens, HEADS=tiling.heads, DIM=tiling.dim, **LAUNCH,
     )
     return out

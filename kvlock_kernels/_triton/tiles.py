@@ -10,8 +10,10 @@ from torch import Tensor
 
 from kvlock_kernels._triton import Unsupported
 
-MAX_HEAD_DIM = 256  # the largest one the kernels are compiled and tested for
+MAX_HEAD_DIM = 256  # the largest one the kernels are tested for
 TILE, WARPS = 2048, 8  # 8 elements a thread: 16 bytes of bf16, and one layout of threads for rows of 16 and 8 bits
+# A product and a sum fused into one rounding would give other bits than the reference: other int8 codes, for example.
+LAUNCH = {"num_warps": WARPS, "enable_fp_fusion": False}
 FLAT_DIM = 128  # rows without heads are cut into pieces of this length, or of the largest power of two in them
 
 PLAIN, INT8, E4M3 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # how source rows are stored

@@ -17,6 +17,7 @@ from kvlock_kernels._triton.blocks import (
 )
 
 BLOCK = 512  # elements: 4 a thread at four warps, 16 bytes of each slot; with 8 four programs no longer fit an SM
+UNROLLED = tl.constexpr(16)  # slots; more make the compiler slow, and from about 100 on the registers no longer suffice
 SCHEDULE_BLOCK = 128  # samples: a thread each
 
 
@@ -28,14 +29,24 @@ def squared_deviations(x, at, inside, slot, n, stride_w, W: tl.constexpr):
     """
     mean = tl.zeros_like(x)
     squares = tl.zeros_like(x)
-    for j in tl.static_range(W):
-        used = j < n
-        shifted = tl.load(at, mask=inside & used & (j != slot), other=x) - x
-        before = shifted - mean
-        mean += tl.where(used, before * (1.0 / (j + 1)), 0.0)
-        squares += tl.where(used, before * (shifted - mean), 0.0)
-        at += stride_w
+    if W <= UNROLLED:
+        for j in tl.static_range(W):
+            mean, squares = welford(x, at + j * stride_w, inside & (j != slot), j < n, 1.0 / (j + 1), mean, squares)
+    else:
+        for j in range(W):
+            share = tl.div_rn(1.0 + tl.zeros([1], tl.float32), (j + 1 + tl.zeros([1], tl.int32)).to(tl.float32))
+            mean, squares = welford(x, at + j * stride_w, inside & (j != slot), j < n, share, mean, squares)
     return squares
+
+
+@triton.jit
+def welford(x, at, valid, used, share, mean, squares):
+    """One more entry of the ring, at `at`, taken into mean and sum of squares where it is `used`."""
+    shifted = tl.load(at, mask=valid & used, other=x) - x
+    before = shifted - mean
+    mean += tl.where(used, before * share, 0.0)
+    squares += tl.where(used, before * (shifted - mean), 0.0)
+    return mean, squares
 
 
 @triton.jit
@@ -69,7 +80,7 @@ def mean_kernel(partials, step, variance, parts, W: tl.constexpr, PARTS: tl.cons
     weighted = add_parts(partials, 2 * b, parts, PARTS)
     total = add_parts(partials, 2 * b + 1, parts, PARTS)
     n = tl.minimum(load_one(step, 0) + 1, W)
-    mean = tl.div_rn(weighted, total * (n - 1).to(tl.float32))
+    mean = tl.div_rn(tl.div_rn(weighted, total), (n - 1).to(tl.float32))
     store_one(variance, b, tl.where((n < 2) | (total == 0), 0.0, mean))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 INT8, FP8 = torch.int8, torch.float8_e4m3fn
 STREAMING: dict[str, Sequence[Any]] = {
     "tokens": (1, 45, 128, 257),
-    "dim": (24, 32, 64, 128),
+    "dim": (24, 32, 64, 128, 256),
     "heads": (1, 2, 3),
     "ratio": (0.0, 0.3, 1.0),
     "share": (0.0, 0.4, 1.0),  # of the tokens, that have a source row

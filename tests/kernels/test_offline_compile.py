@@ -58,6 +58,15 @@ def test_shared_memory_is_within_the_limit_of_the_card(kernels: list[dict[str, A
     assert all(kernel["shared"] <= offline.SHARED_LIMIT[arch] for kernel in kernels)
 
 
+@each_case_and_arch
+def test_no_product_and_sum_are_fused_where_the_bits_are_those_of_the_reference(
+    kernels: list[dict[str, Any]], case: Case, arch: int
+) -> None:
+    """The interpreter does not fuse, so that it cannot see what this would change."""
+    if case.op.startswith(("kv_lerp", "pack_kv", "unpack_kv", "qk_norm", "attention-in-loop")):
+        assert sum(kernel["fused"] for kernel in kernels) == 0
+
+
 def test_every_operator_with_a_kernel_is_compiled() -> None:
     ways = {"kv_lerp_attention": "attention-in-loop", "kv_lerp_attention_": "kv_lerp_pair_"}  # of what they launch
     assert {case.op for case in offline.OFFLINE} >= {ways.get(op, op) for op in _cuda.OPERATORS}

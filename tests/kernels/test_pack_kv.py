@@ -158,6 +158,12 @@ def test_unpacking_rounds_once(dtype: torch.dtype, packing: torch.dtype, limit: 
     assert_bit_identical(unpack_kv(data, scale, mean=mean, dtype=dtype), expected)
 
 
+def test_codes_of_nan_are_decoded_as_nan() -> None:
+    codes = torch.tensor([0x7F, 0xFF, 0x7E, 0xFE], dtype=torch.uint8).reshape(1, 1, 1, 4)
+    rows = unpack_kv(codes.view(FP8), torch.ones(1, 1, 1)).flatten()
+    assert rows.isnan().tolist() == [True, True, False, False] and rows[2:].tolist() == [448, -448]
+
+
 @each_packing
 @pytest.mark.parametrize("value", [NAN, float("inf")], ids=str)
 def test_a_row_that_is_not_finite_keeps_no_finite_value(packing: torch.dtype, limit: float, value: float) -> None:
@@ -181,8 +187,9 @@ def test_strided_tensors_give_the_bits_of_contiguous_ones(packing: torch.dtype, 
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, INT8, FP8], ids=str)
-@pytest.mark.parametrize(("b", "index"), [(0, int32(6, 0, 3)), (2, int32())], ids=["B0", "rows0"])
-def test_an_empty_input_gives_an_empty_output(dtype: torch.dtype, b: int, index: torch.Tensor) -> None:
+@pytest.mark.parametrize(("b", "rows"), [(0, (6, 0, 3)), (2, ())], ids=["B0", "rows0"])
+def test_an_empty_input_gives_an_empty_output(dtype: torch.dtype, b: int, rows: tuple[int, ...]) -> None:
+    index = int32(*rows)
     packed = pack_kv(normal(b, 7, 2, 4), index, dtype)
     assert packed.data.shape == (b, len(index), 2, 4) and packed.data.dtype == dtype
     assert (None if packed.scale is None else packed.scale.shape) in (None, (b, len(index), 2))

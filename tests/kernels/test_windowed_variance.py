@@ -20,6 +20,7 @@ RINGS = {
     "W3-B3-scalars": (3, (3,)),
     "W1-B2-N5-never-two-entries": (1, (2, 5)),
     "W3-B2-N2501-several-blocks-tail": (3, (2, 2501)),
+    "W20-B1-N300-a-loop-over-the-slots": (20, (1, 300)),
 }
 each_ring = pytest.mark.parametrize("ring", RINGS.values(), ids=RINGS.keys())
 
@@ -97,6 +98,21 @@ def test_a_step_back_to_zero_starts_a_new_window_over_stale_slots() -> None:
         assert_bit_identical(windowed_variance_(x0, used, torch.tensor(step)), expected)
         if step == 0:
             assert expected.tolist() == [0.0, 0.0]
+
+
+def test_more_blocks_than_parts_are_all_summed() -> None:
+    elements = 2 * 512 * 512 + 777
+    x0, ring = normal(1, elements), normal(2, 1, elements, seed=1)
+    x0[0, -1] = 1000.0
+    exact = expected_variance([ring[0].double(), x0.double()], 2)
+    torch.testing.assert_close(windowed_variance_(x0, ring, torch.tensor(1)), exact.float(), rtol=1e-5, atol=0)
+
+
+def test_large_weights_do_not_overflow() -> None:
+    weight = torch.full((10,), 1e37)
+    history = torch.zeros(10, 1, 10)
+    actual = windowed_variance_(torch.full((1, 10), 1e-3), history, torch.tensor(9), weight=weight)
+    torch.testing.assert_close(actual, torch.tensor([1e-7]))
 
 
 def test_two_calls_give_the_same_bits() -> None:
