@@ -114,6 +114,7 @@ def attend_persistently_(
     out = q.new_empty(q.shape)
     if q.numel() == 0:
         return out
+    tokens = TOKENS if d == triton.next_power_of_2(d) else TOKENS // 2  # the masks of a padded tile take registers too
     k_data, v_data = as_bytes(k_source.contiguous()), as_bytes(v_source.contiguous())
     persistent_kernel[(resident_programs(q.device),)](
         q, k, v, out, k_data, dense(k_scale, k_data), dense(k_mean, k_data), v_data, dense(v_scale, v_data),
@@ -123,7 +124,7 @@ def attend_persistently_(
         K_MEANS=0 if k_mean is None else k_mean.shape[0],
         V_PACKING=PACKINGS.get(v_source.dtype, 0), V_SHARED=v_source.shape[0] == 1,
         V_MEANS=0 if v_mean is None else v_mean.shape[0],
-        ROWS=ROWS, **tiling(d, q.dtype, TOKENS),
+        ROWS=ROWS, **tiling(d, q.dtype, tokens),
         launch_cooperative_grid=True,  # refused where not all programs would be resident
     )
     return out

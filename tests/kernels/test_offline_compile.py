@@ -20,14 +20,21 @@ each_case_and_arch = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture(scope="module")
-def report() -> dict[str, Any]:
-    """What the command prints as JSON; in a process of its own, because the interpreter compiles nothing."""
+def compiled(*command: str) -> Any:
+    """What a program prints as JSON; in a process of its own, because the interpreter compiles nothing."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.offline", "--json"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    environment["PYTHONPATH"] = str(ROOT)
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def report() -> dict[str, Any]:
+    """The numbers and the table."""
+    return compiled("-m", "benchmarks.offline", "--json")
 
 
 @pytest.fixture
@@ -41,6 +48,11 @@ def kernels(report: dict[str, Any], case: Case, arch: int) -> list[dict[str, Any
 @each_case_and_arch
 def test_nothing_spills(kernels: list[dict[str, Any]], case: Case, arch: int) -> None:
     assert sum(kernel["spills"] for kernel in kernels) == 0
+
+
+@pytest.mark.slow
+def test_nothing_spills_at_other_head_dimensions() -> None:
+    assert compiled(str(Path(__file__).with_name("spills_at_other_dims.py"))) == []
 
 
 @each_case_and_arch
