@@ -9,7 +9,7 @@ from kvlock_kernels._triton.attention import LOG2_E, attend_tile, checked, preci
 from kvlock_kernels._triton.tiles import PACKINGS, as_bytes, dense, lerp, load_source
 
 TOKENS = 64  # keys of a tile: a seventh to a quarter fewer instructions a key than with 32
-ROWS = 32  # source rows of one head that a program mixes at once
+ROWS = 16  # source rows of one head that a program mixes at once: 8 elements a thread at D = 128
 
 
 @triton.jit
