@@ -104,7 +104,7 @@ def _inspected(case: Case, arch: int, kernel: Any) -> Compiled:
         file.write(kernel.asm["cubin"])
         file.flush()
         usage = _output(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name)
-        code = _output(knobs.nvidia.nvdisasm.path, "-c", file.name)
+    code = disassembled(kernel)
     registers = re.search(r"REG:(\d+)", usage)
     if registers is None:
         raise RuntimeError(f"cuobjdump says nothing of the registers of {kernel.metadata.name}: {usage!r}")
@@ -120,6 +120,16 @@ def _inspected(case: Case, arch: int, kernel: Any) -> Compiled:
         product_loop(code), kernel.asm["ptx"].count("fma.rn.f32"), case.work(case.shape).formula,
         next((name for name in ("HGMMA", "HMMA") if count(name)), ""),
     )
+
+
+def disassembled(kernel: Any) -> str:
+    """The machine code of a compiled kernel, an instruction a line."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        return _output(knobs.nvidia.nvdisasm.path, "-c", file.name)
 
 
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")

@@ -1,6 +1,6 @@
 """Where each public name of the package comes from; the package imports this when one of them is asked for."""
 
-# ruff: noqa: F401
+# ruff: noqa: F401 - looked up here by kvlock.__getattr__
 
 from kvlock.adapters.attach import attach
 from kvlock.config import PRESETS, KVLockConfig, preset

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,11 +58,35 @@ class LockState:
         self.source_batch = 1  # samples at the front of a batch in BATCH mode
 
 
-class Holder(Protocol):
+class Holder:
     """What records or lerps in one layer."""
 
-    key: LayerKey
-    reached: bool  # whether it has, since the last switch
+    def __init__(self, key: LayerKey, shared: LockState) -> None:
+        self.key = key
+        self.shared = shared
+        self.reached = False  # whether it has, since the last switch
+
+    @property
+    def name(self) -> str:
+        """For messages: compiled code that read the key would be guarded on its number, a graph for each layer."""
+        return f"{self.key.stack}[{self.key.block}]"
+
+    def require_tokens(self, tokens: int) -> None:
+        """Wants the number of tokens that the mask has.
+
+        Raises:
+            ValueError: there are more or fewer.
+        """
+        wanted = self.shared.num_tokens
+        if tokens != wanted:
+            raise ValueError(f"{self.name} has {tokens} tokens, not {wanted}; the mask was made for another size")
+
+    def replaced_by(self, processor: Any) -> ValueError:
+        """The error to raise where another processor stands in the layer than at attach."""
+        return ValueError(
+            f"{self.name} has had its processor replaced by {type(processor).__name__} since attach; "
+            "leave the block first"
+        )
 
 
 class LockedLayers(ABC):
@@ -78,10 +102,9 @@ class LockedLayers(ABC):
             ValueError: names the first layer that has not, which would go on without the lock.
         """
         for holder in self.holders():
-            key = holder.key
-            if key.expert == expert and not holder.reached:
+            if holder.key.expert == expert and not holder.reached:
                 raise ValueError(
-                    f"{key.stack}[{key.block}] ran past the lock on its {' and '.join(key.tensor)}: its attention does "
+                    f"{holder.name} ran past the lock on its {' and '.join(holder.key.tensor)}: its attention does "
                     "not call the module that gives it; wanted diffusers' own processor and projections"
                 )
 

@@ -103,7 +103,10 @@ def kv_lerp_pair_(
     k_mean: Tensor | None = None,  # [1 or Bs, H, D] fp32
     v_mean: Tensor | None = None,  # [1 or Bs, H, D] fp32
 ) -> LerpedPair:
-    """Does `kv_lerp_` to keys and values at once, in place, and returns both. None of the four shares memory."""
+    """Does `kv_lerp_` to keys and values at once, in place, and returns both.
+
+    k and v share no memory, with each other or with a source.
+    """
     check_lerp(("k", "k_source", "k_scale", "k_mean"), k, k_source, index, ratio, k_scale, k_mean)
     check_lerp(("v", "v_source", "v_scale", "v_mean"), v, v_source, index, ratio, v_scale, v_mean)
     ops.kv_lerp_pair_(

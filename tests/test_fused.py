@@ -180,9 +180,10 @@ class OtherProcessor(WanAttnProcessor):
     pass
 
 
+@pytest.mark.parametrize("kernel", ["fused", "backend"])
 @pytest.mark.parametrize("source", ["store", "batch"])
 @pytest.mark.parametrize("step", [0, 3], ids=["before-the-window", "inside-it"])
-def test_a_processor_set_inside_the_block_is_named_and_stays(source, step):
+def test_a_processor_set_inside_the_block_is_named_and_stays(kernel, source, step):
     pipe = tiny.pipeline(WanPipeline)
     other = OtherProcessor()
 
@@ -192,9 +193,11 @@ def test_a_processor_set_inside_the_block_is_named_and_stays(source, step):
         return kwargs
 
     message = r"blocks\[1\] has had its processor replaced by OtherProcessor"
-    with pytest.raises(ValueError, match=message), attach(pipe, KVLockConfig(**WINDOW, source=source)):
+    config = KVLockConfig(**WINDOW, source=source)
+    with pytest.raises(ValueError, match=message), attach(pipe, config, kernel=kernel):
         tiny.call(pipe, steps=STEPS, callback_on_step_end=replace)
     assert pipe.transformer.blocks[1].attn1.processor is other
+    assert vars(other) == {} == vars(pipe.transformer.blocks[0].attn1.processor)
     assert tiny.leftovers(pipe) == []
 
 

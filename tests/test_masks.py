@@ -1,17 +1,10 @@
 """Tests of the way from a pixel mask to locked tokens."""
 
-from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKLCogVideoX,
-    AutoencoderKLLTXVideo,
-    AutoencoderKLWan,
-    FlowMatchEulerDiscreteScheduler,
     WanTransformer3DModel,
-    WanVACEPipeline,
-    WanVACETransformer3DModel,
 )
 
 from kvlock.geometry import Geometry, latent_frames
@@ -43,24 +36,6 @@ def box(num_frames=17, height=96, width=128):
     mask = blank(num_frames, height, width)
     mask[:, 32:56, 40:72] = True
     return mask
-
-
-def wan_vae(**config):
-    return AutoencoderKLWan(
-        base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True], **config
-    )
-
-
-@pytest.fixture(scope="module")
-def vace_pipe():
-    transformer = WanVACETransformer3DModel(**WAN_SIZES, num_layers=1, vace_layers=[0], vace_in_channels=96)
-    return WanVACEPipeline(
-        tokenizer=None,
-        text_encoder=None,
-        transformer=transformer,
-        vae=wan_vae(),
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-    )
 
 
 # Pixel mask to latent to token
@@ -259,62 +234,6 @@ def test_only_the_tokens_are_dilated_and_not_the_latent_mask():
     assert far.background_rows < near.background_rows
 
 
-# The mask VACE samples for itself
-
-
-@pytest.mark.parametrize("num_frames", [1, 5, 17, 21, 81])
-def test_vace_mask_is_what_the_pipeline_gives_its_model(vace_pipe, num_frames):
-    for seed in range(4):
-        mask = torch.rand(num_frames, 96, 128, generator=torch.Generator().manual_seed(seed)) > 0.99
-        video = mask.float()[None, None].expand(1, 3, -1, -1, -1).contiguous()
-        seen = vace_pipe.prepare_masks(video, [[]])[0].amax(dim=0) > 0
-        assert torch.equal(vace_mask(mask, WAN), seen)
-
-
-def test_vace_mask_follows_a_patchified_vae(vace_pipe, monkeypatch):
-    monkeypatch.setattr(vace_pipe, "vae_scale_factor_spatial", 16)
-    mask = torch.rand(17, 96, 128, generator=torch.Generator().manual_seed(0)) > 0.99
-    video = mask.float()[None, None].expand(1, 3, -1, -1, -1).contiguous()
-    seen = vace_pipe.prepare_masks(video, [[]])[0].amax(dim=0) > 0
-    assert torch.equal(vace_mask(mask, Geometry(4, 16)), seen)
-
-
-def test_vace_reads_a_frame_of_the_next_window():
-    mask = blank()
-    mask[5, 0, 0] = True  # frame 5 belongs to latent 2
-    assert vace_mask(mask, WAN).nonzero().tolist() == [[1, 0, 0]]
-    assert latent_mask(mask, WAN).nonzero().tolist() == [[2, 0, 0]]
-
-
-def test_masks_for_vace_never_lock_what_either_mask_marks(vace_pipe):
-    mask = box()
-    mask[5, 0, 0] = True
-    masks = Masks.from_pixels(mask, vace_pipe, dilate_tokens=0)
-    union = latent_mask(mask, WAN) | vace_mask(mask, WAN)
-    assert torch.equal(masks.latent[0, 0].bool(), union)
-    assert masks.tokens[1, 0, 0]
-    assert masks.tokens[2, 0, 0]
-    assert torch.equal(masks.tokens, token_mask(union, WAN.patch))
-
-
-def test_the_union_is_taken_for_vace_transformers_or_when_asked(vace_pipe):
-    mask = box()
-    mask[5, 0, 0] = True
-    plain = SimpleNamespace(vae=vace_pipe.vae, transformer=WanTransformer3DModel(**WAN_SIZES, num_layers=1))
-    assert not Masks.from_pixels(mask, plain, dilate_tokens=0).tokens[1, 0, 0]
-    assert Masks.from_pixels(mask, plain, dilate_tokens=0, vace=True).tokens[1, 0, 0]
-    assert not Masks.from_pixels(mask, vace_pipe, dilate_tokens=0, vace=False).tokens[1, 0, 0]
-
-
-def test_masks_for_a_pipeline_are_the_masks_of_its_geometry(vace_pipe):
-    settings = {"reference_frames": 2, "dilate_tokens": 2, "trim": True}
-    for_pipe = Masks.from_pixels(box(num_frames=18), vace_pipe, **settings)
-    built = Masks.build(box(num_frames=18), WAN, vace=True, **settings)
-    assert (for_pipe.reference_frames, for_pipe.geometry) == (2, WAN)
-    for name in ("tokens", "latent", "weight", "index"):
-        assert torch.equal(getattr(for_pipe, name), getattr(built, name))
-
-
 # The rows to lock
 
 
@@ -403,75 +322,3 @@ def test_moving_the_masks_moves_every_tensor():
         "meta"
     }
     assert masks.num_tokens == 6 * 48
-
-
-# Geometry of a pipeline
-
-
-def _vae(**config):
-    return SimpleNamespace(config=SimpleNamespace(**config))
-
-
-def _pipe(vae, **transformer):
-    return SimpleNamespace(vae=vae, transformer=SimpleNamespace(config=SimpleNamespace(**transformer)))
-
-
-SMALL = {"latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 2}
-
-
-@pytest.mark.parametrize(
-    ("make_vae", "transformer", "expected"),
-    [
-        (wan_vae, {"patch_size": (1, 2, 2)}, Geometry(4, 8)),
-        (lambda: wan_vae(scale_factor_spatial=16), {"patch_size": [1, 2, 2]}, Geometry(4, 16)),
-        (
-            lambda: AutoencoderKLCogVideoX(block_out_channels=(4, 4, 4, 4), **SMALL),
-            {"patch_size": 2, "patch_size_t": None},
-            Geometry(4, 8, (1, 2, 2)),
-        ),
-        (
-            lambda: AutoencoderKLCogVideoX(block_out_channels=(4, 4, 4, 4), **SMALL),
-            {"patch_size": 2, "patch_size_t": 2},
-            Geometry(4, 8, (2, 2, 2)),
-        ),
-        (
-            lambda: AutoencoderKLLTXVideo(block_out_channels=(4, 4, 4, 4), decoder_block_out_channels=(4, 4, 4, 4)),
-            {"patch_size": 1, "patch_size_t": 1},
-            Geometry(8, 32, (1, 1, 1)),
-        ),
-    ],
-    ids=["wan", "wan-patchified", "cogvideox", "cogvideox-1.5", "ltx"],
-)
-def test_the_geometry_is_read_from_the_vae_and_the_patch(make_vae, transformer, expected):
-    assert Geometry.of(_pipe(make_vae(), **transformer)) == expected
-
-
-def test_the_second_transformer_stands_in_for_a_missing_first():
-    second = SimpleNamespace(config=SimpleNamespace(patch_size=2))
-    pipe = SimpleNamespace(vae=wan_vae(), transformer=None, transformer_2=second)
-    assert Geometry.of(pipe) == WAN
-
-
-@pytest.mark.parametrize(
-    ("pipe", "reason"),
-    [
-        (SimpleNamespace(), r"SimpleNamespace has no VAE \(pipe.vae\)"),
-        (SimpleNamespace(vae=_vae()), "has no transformer"),
-        (_pipe(_vae(), patch_size=2), "strides of SimpleNamespace are unknown"),
-        (_pipe(_vae(scale_factor_temporal=4), patch_size=2), "strides .* are unknown"),
-        (
-            _pipe(_vae(scale_factor_temporal=4, scale_factor_spatial=8), patch_size=(2, 2)),
-            r"patch_size=\(2, 2\); wanted an int or three ints",
-        ),
-    ],
-    ids=["no-vae", "no-transformer", "no-strides", "one-stride", "two-sided-patch"],
-)
-def test_an_unknown_geometry_is_refused(pipe, reason):
-    with pytest.raises(ValueError, match=reason):
-        Geometry.of(pipe)
-
-
-@pytest.mark.parametrize("sizes", [(0, 8), (4, -8), (4, 8.0), (True, 8), (4, 8, (1, 2)), (4, 8, (1, 0, 2)), (4, 8, 2)])
-def test_a_geometry_without_positive_sides_is_refused(sizes):
-    with pytest.raises(ValueError, match=r"stride=|patch"):
-        Geometry(*sizes)

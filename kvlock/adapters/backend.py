@@ -15,6 +15,7 @@ from kvlock.locked_layers import (
     BATCH,
     OFF,
     RECORD,
+    Holder,
     LayerKey,
     LockedLayers,
     LockState,
@@ -26,18 +27,16 @@ from kvlock_kernels import kv_lerp_attention_
 _ABSENT = object()  # of a processor that has its class's backend
 
 
-class BackendLayer:
+class BackendLayer(Holder):
     """One attention module, whose attention goes through "kvlock" in the calls that record source rows or lerp them in.
 
     In all others its processor has the backend that was active before, and the module is as it was.
     """
 
     def __init__(self, key: LayerKey, shared: LockState, attention: Any, member: Any) -> None:
-        self.key = key
-        self.shared = shared
+        super().__init__(key, shared)
         self.attention = attention
         self.processor = attention.processor
-        self.reached = False
         self.k_source: Recorded | None = None  # [Bs, rows, H, D]; with a full lock [Bs, N, H, D], rows first
         self.v_source: Recorded | None = None
         self._member = member
@@ -56,10 +55,7 @@ class BackendLayer:
         """
         processor = self.attention.processor
         if processor is not self.processor:
-            raise ValueError(
-                f"{self.name} has had its processor replaced by {type(processor).__name__} since attach; "
-                "leave the block first"
-            )
+            raise self.replaced_by(processor)
         if processor._attention_backend is not self._member:
             self._note_backend()
             processor._attention_backend = self._member
@@ -82,11 +78,7 @@ class BackendLayer:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None) -> Tensor:
         """Attention [B, N, H, D] to k and v, all [B, N, H, D], after norm and RoPE; k and v are used up."""
         shared = self.shared
-        # The key is read where something is wrong only: a compiled block would be guarded on its number.
-        if k.shape[1] != shared.num_tokens:
-            raise ValueError(
-                f"{self.name} has {k.shape[1]} tokens, not {shared.num_tokens}; the mask was made for another size"
-            )
+        self.require_tokens(k.shape[1])
         self.reached = True
         if shared.mode == RECORD:
             self.k_source, self.v_source = self._record(k), self._record(v)
@@ -132,10 +124,6 @@ class BackendLayer:
 
     def _attend_as_before(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
         return dispatch_attention_fn(q, k, v, scale=scale, backend=self.inner)
-
-    @property
-    def name(self) -> str:
-        return f"{self.key.stack}[{self.key.block}]"
 
 
 def announce_hook(module: Any, args: tuple) -> None:

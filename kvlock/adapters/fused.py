@@ -14,6 +14,7 @@ from kvlock.locked_layers import (
     BEFORE_ROPE,
     OFF,
     RECORD,
+    Holder,
     LayerKey,
     LockedLayers,
     LockState,
@@ -23,17 +24,15 @@ from kvlock.locked_layers import (
 from kvlock_kernels import qk_norm_rope_kv_lerp_, qk_norm_rope_kv_pack_
 
 
-class FusedWanProcessor:
+class FusedWanProcessor(Holder):
     """Takes the place of a layer's `WanAttnProcessor` in the calls that record source rows or lerp them in.
 
     Keys are recorded between norm and RoPE, where the taps record them too. Any attention backend follows.
     """
 
     def __init__(self, key: LayerKey, shared: LockState, plain: WanAttnProcessor) -> None:
-        self.key = key
-        self.shared = shared
+        super().__init__(key, shared)
         self.plain = plain
-        self.reached = False
         self.k_source: Recorded | None = None  # [Bs, rows, H, D]
         self.v_source: Recorded | None = None
 
@@ -92,16 +91,9 @@ class FusedWanProcessor:
         )
 
     def _check(self, q: Tensor, encoder_hidden_states: Tensor | None, rotary_emb: Any) -> None:
-        # The key is read where something is wrong only: a compiled block would be guarded on its number.
         if encoder_hidden_states is not None or rotary_emb is None:
             raise ValueError(f'{self.name} is not called as self-attention with RoPE; wanted that with kernel="fused"')
-        wanted = self.shared.num_tokens
-        if q.shape[1] != wanted:
-            raise ValueError(f"{self.name} has {q.shape[1]} tokens, not {wanted}; the mask was made for another size")
-
-    @property
-    def name(self) -> str:
-        return f"{self.key.stack}[{self.key.block}]"
+        self.require_tokens(q.shape[1])
 
 
 def check_fit(key: LayerKey, attention: Any) -> None:
@@ -165,10 +157,7 @@ class FusedLayers(LockedLayers):
                 if attention.processor is fused:  # another's stays where it is
                     attention.set_processor(fused.plain)
             elif attention.processor is not (fused.plain if was_off else fused):
-                raise ValueError(
-                    f"{fused.name} has had its processor replaced by {type(attention.processor).__name__} since "
-                    "attach; leave the block first"
-                )
+                raise fused.replaced_by(attention.processor)
             elif was_off:
                 attention.set_processor(fused)
 

@@ -14,6 +14,7 @@ from kvlock.locked_layers import (
     BEFORE_ROPE,
     OFF,
     RECORD,
+    Holder,
     LayerKey,
     LockedLayers,
     LockState,
@@ -23,14 +24,12 @@ from kvlock.locked_layers import (
 from kvlock_kernels import kv_lerp_
 
 
-class Tap:
+class Tap(Holder):
     """The state of one tapped module; hooks find it there, so that one function serves every layer."""
 
     def __init__(self, key: LayerKey, shared: LockState, plain_class: type[nn.Module]) -> None:
-        self.key = key
-        self.shared = shared
+        super().__init__(key, shared)
         self.plain_class = plain_class  # of the module
-        self.reached = False
         self.source: Recorded | None = None
 
 
@@ -49,7 +48,7 @@ def tap_hook(module: Any, args: tuple, output: Tensor) -> Tensor | None:
         edit, source = rows[shared.source_batch :], rows[: shared.source_batch].index_select(1, shared.index)
         kv_lerp_(edit, source, shared.index, shared.ratio)
     elif tap.source is None:
-        raise ValueError(f"{tap.key.stack}[{tap.key.block}] has no source rows for {tap.key.tensor}; record them first")
+        raise ValueError(f"{tap.name} has no source rows for {tap.key.tensor}; record them first")
     else:
         kv_lerp_(rows, tap.source.at(BEFORE_ROPE, tap.key), shared.index, shared.ratio)
     return output

@@ -18,8 +18,8 @@ PLAIN = {8: (SDPBackend.FLASH_ATTENTION, *REST), 9: (SDPBackend.CUDNN_ATTENTION,
 
 # The most keys for which a call that must not touch k and v mixes in the loop of the attention instead of copying them,
 # by the same number. Not measured yet. By the cost model the copies and the lerp of 4096 tokens take about a tenth of
-# the attention to them, less the more tokens there are, whereas mixing in the loop makes it half as long again on
-# Hopper, whose products read operands from shared memory, and less so before.
+# the attention to them, less the more tokens there are, whereas mixing in the loop makes it more than half as long
+# again on Hopper, whose products read operands from shared memory, and less so before.
 IN_LOOP = {8: 1024, 9: 0}
 
 

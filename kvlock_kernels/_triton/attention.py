@@ -8,9 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from kvlock_kernels._triton import Unsupported
-from kvlock_kernels._triton.tiles import PACKINGS, as_bytes, dense, lerp, load_source
+from kvlock_kernels._triton.tiles import lerp, load_source, source_options, source_pointers
 
-LOG2_E = math.log2(math.e)
+LOG2_E, LN2 = math.log2(math.e), tl.constexpr(math.log(2))
 IN_LOOP_TOKENS = 32  # a tile with its source rows; the same without any, so that ratio 0 gives the bits of none
 MAX_HEAD_DIM = 128  # with 256 the tiles no longer fit the registers
 
@@ -75,7 +75,7 @@ def attend_tile(
     at = ((b * m + query.to(tl.int64)[:, None]) * H + head) * D + d
     tl.store(out + at, (acc / total[:, None]).to(out.dtype.element_ty), mask=asked)
     if LSE:
-        natural = (highest + tl.log2(total)) * 0.6931471805599453
+        natural = (highest + tl.log2(total)) * LN2
         tl.store(lse + (b * H + head) * m + query, natural, mask=query < m)
 
 
@@ -120,17 +120,12 @@ def attend_in_loop(
     lse = q.new_empty((b, h, m) if return_lse else (0,), dtype=torch.float32)
     if q.numel() == 0:
         return out, lse
-    k_data, v_data = as_bytes(k_source.contiguous()), as_bytes(v_source.contiguous())
     tiles = tiling(d, q.dtype, IN_LOOP_TOKENS)
     attention_kernel[(triton.cdiv(m, tiles["QUERIES"]), b * h)](
-        q, k, v, out, lse, k_data, dense(k_scale, k_data), dense(k_mean, k_data), v_data, dense(v_scale, v_data),
-        dense(v_mean, v_data), rows_of_tokens(index, n), dense(ratio, ratio), m, n, rows, scale * LOG2_E,
-        *strides(q, k, v), LERP=rows > 0, LSE=return_lse, PRECISION=precision(q), H=h, D=d,
-        K_PACKING=PACKINGS.get(k_source.dtype, 0), K_SHARED=k_source.shape[0] == 1,
-        K_MEANS=0 if k_mean is None else k_mean.shape[0],
-        V_PACKING=PACKINGS.get(v_source.dtype, 0), V_SHARED=v_source.shape[0] == 1,
-        V_MEANS=0 if v_mean is None else v_mean.shape[0],
-        **tiles,
+        q, k, v, out, lse, *source_pointers(k_source, k_scale, k_mean), *source_pointers(v_source, v_scale, v_mean),
+        rows_of_tokens(index, n), ratio.contiguous(), m, n, rows, scale * LOG2_E, *strides(q, k, v),
+        LERP=rows > 0, LSE=return_lse, PRECISION=precision(q), H=h, D=d,
+        **source_options(k_source, k_mean, "K_"), **source_options(v_source, v_mean, "V_"), **tiles,
         enable_fp_fusion=False,  # mixed rows have the bits that `kv_lerp_` gives them
     )
     return out, lse

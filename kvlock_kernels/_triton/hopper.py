@@ -1,7 +1,6 @@
 """Plain attention for sm_90: loads in a warp group of their own, two warp groups that multiply in turn."""
 
 import contextvars
-import math
 from typing import Any
 
 import torch
@@ -10,13 +9,13 @@ import triton.language as tl
 from torch import Tensor
 
 from kvlock_kernels._triton import Unsupported
+from kvlock_kernels._triton.attention import LN2, LOG2_E, strides
 
 DTYPES = (torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 128
 ALIGNMENT = 16  # bytes: what the tensor memory accelerator wants of addresses and strides
 BLOCK_M = 128  # two warp groups of 64 queries, the M of a wgmma
 BLOCK_N = 128  # 546 instructions a warp and tile where 64 keys take 353; a third buffer does not fit shared memory
-LN2 = tl.constexpr(math.log(2))
 
 
 @triton.jit(do_not_specialize=["M", "N", "blocks"])  # a loop over one key would be no loop, and have no roles
@@ -99,12 +98,11 @@ def launch(
         return out, lse
     q, k, v = (described(x) for x in (q, k, v))
     blocks = triton.cdiv(m, BLOCK_M)
-    strides = [stride for x in (q, k, v) for stride in x.stride()[:3]]
 
     def run() -> None:
         triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=q.device))
         kernel[(blocks * b * h,)](
-            q, k, v, out, lse, m, n, h, blocks, scale * math.log2(math.e), *strides,
+            q, k, v, out, lse, m, n, h, blocks, scale * LOG2_E, *strides(q, k, v),
             D=d, DIM=max(triton.next_power_of_2(d), 64), LSE=return_lse, **options,
         )
 

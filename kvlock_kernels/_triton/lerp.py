@@ -8,12 +8,12 @@ from torch import Tensor
 
 from kvlock_kernels._triton.tiles import (
     LAUNCH,
-    PACKINGS,
     Tiling,
-    as_bytes,
     dense,
     lerp,
     load_source,
+    source_options,
+    source_pointers,
     tile_of,
     with_heads,
 )
@@ -120,15 +120,6 @@ def operand(
     x = with_heads(x, like=source)
     heads, dim = x.shape[2:]
     tiling = Tiling.of(source.shape[1], heads, dim)
-    data = as_bytes(source.contiguous())
-    options = {
-        "SHARED": source.shape[0] == 1,
-        "MEANS": 0 if mean is None else mean.shape[0],
-        "H": heads,
-        "D": dim,
-        "PACKING": PACKINGS.get(source.dtype, 0),
-        "TOKENS": tiling.tokens,
-        "HEADS": tiling.heads,
-        "DIM": tiling.dim,
-    }
-    return (x, data, dense(scale, data), dense(mean, data)), x.stride(), options, tiling
+    tile = {"H": heads, "D": dim, "TOKENS": tiling.tokens, "HEADS": tiling.heads, "DIM": tiling.dim}
+    pointers = (x, *source_pointers(source, scale, mean))
+    return pointers, x.stride(), source_options(source, mean) | tile, tiling

@@ -9,7 +9,16 @@ from torch import Tensor
 
 from kvlock_kernels._triton import Unsupported
 from kvlock_kernels._triton.packing import encodes_e4m3, store_packed
-from kvlock_kernels._triton.tiles import MAX_HEAD_DIM, PACKINGS, as_bytes, dense, lerp, load_source
+from kvlock_kernels._triton.tiles import (
+    MAX_HEAD_DIM,
+    PACKINGS,
+    as_bytes,
+    dense,
+    lerp,
+    load_source,
+    source_options,
+    source_pointers,
+)
 
 MAX_TOKEN = 8192  # elements of a token that stay in registers: 16 a thread at sixteen warps
 SMALL_TOKEN = 1024  # a tile of several tokens is no larger than this
@@ -113,21 +122,16 @@ def qk_norm_rope_kv_lerp_(
     v_mean: Tensor | None = None,
 ) -> None:
     """See `kvlock_kernels.qk_norm_rope_kv_lerp_`."""
-    k_data, v_data = as_bytes(k_source.contiguous()), as_bytes(v_source.contiguous())
     launch(
         (q, k, v, q_weight, k_weight, cos, sin, source_row),
         dense(ratio, ratio),
         k_source.shape[1],
         eps,
-        (k_data, dense(k_scale, k_data), dense(k_mean, k_data), v_data, dense(v_scale, v_data), dense(v_mean, v_data)),
+        (*source_pointers(k_source, k_scale, k_mean), *source_pointers(v_source, v_scale, v_mean)),
         RECORD=False,
-        K_PACKING=PACKINGS.get(k_source.dtype, 0),
-        K_SHARED=k_source.shape[0] == 1,
-        K_MEANS=0 if k_mean is None else k_mean.shape[0],
-        V_PACKING=PACKINGS.get(v_source.dtype, 0),
-        V_SHARED=v_source.shape[0] == 1,
-        V_MEANS=0 if v_mean is None else v_mean.shape[0],
         NATIVE=False,
+        **source_options(k_source, k_mean, "K_"),
+        **source_options(v_source, v_mean, "V_"),
     )
 
 

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvlock_kernels._triton.attention import LOG2_E, attend_tile, checked, precision, strides, tiling
-from kvlock_kernels._triton.tiles import PACKINGS, as_bytes, dense, lerp, load_source
+from kvlock_kernels._triton.tiles import lerp, load_source, source_options, source_pointers
 
 TOKENS = 64  # keys of a tile: a seventh to a quarter fewer instructions a key than with 32
 ROWS = 16  # source rows of one head that a program mixes at once: 8 elements a thread at D = 128
@@ -107,23 +107,17 @@ def attend_persistently_(
     Raises:
         Unsupported: as `attention.checked`.
     """
-    if k.stride(3) != 1 or v.stride(3) != 1:
-        k, v = k.contiguous(), v.contiguous()  # used up either way
     q, k, v = checked(q, k, v, scale)
     b, m, h, d = q.shape
     out = q.new_empty(q.shape)
     if q.numel() == 0:
         return out
     tokens = TOKENS if d == triton.next_power_of_2(d) else TOKENS // 2  # the masks of a padded tile take registers too
-    k_data, v_data = as_bytes(k_source.contiguous()), as_bytes(v_source.contiguous())
     persistent_kernel[(resident_programs(q.device),)](
-        q, k, v, out, k_data, dense(k_scale, k_data), dense(k_mean, k_data), v_data, dense(v_scale, v_data),
-        dense(v_mean, v_data), dense(index, index), dense(ratio, ratio), q.new_zeros(b * h, dtype=torch.int32), m,
-        k.shape[1], index.shape[0], b * h, scale * LOG2_E, *strides(q, k, v), PRECISION=precision(q), H=h, D=d,
-        K_PACKING=PACKINGS.get(k_source.dtype, 0), K_SHARED=k_source.shape[0] == 1,
-        K_MEANS=0 if k_mean is None else k_mean.shape[0],
-        V_PACKING=PACKINGS.get(v_source.dtype, 0), V_SHARED=v_source.shape[0] == 1,
-        V_MEANS=0 if v_mean is None else v_mean.shape[0],
+        q, k, v, out, *source_pointers(k_source, k_scale, k_mean), *source_pointers(v_source, v_scale, v_mean),
+        index.contiguous(), ratio.contiguous(), q.new_zeros(b * h, dtype=torch.int32), m, k.shape[1], index.shape[0],
+        b * h, scale * LOG2_E, *strides(q, k, v), PRECISION=precision(q), H=h, D=d,
+        **source_options(k_source, k_mean, "K_"), **source_options(v_source, v_mean, "V_"),
         ROWS=ROWS, **tiling(d, q.dtype, tokens),
         launch_cooperative_grid=True,  # refused where not all programs would be resident
     )

@@ -1,7 +1,7 @@
 """Tiles of key and value rows, [TOKENS, HEADS, DIM], shared by the kernels that gather them."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -61,6 +61,22 @@ def as_bytes(data: Tensor) -> Tensor:
 def dense(value: Tensor | None, otherwise: Tensor) -> Tensor:
     """A contiguous tensor to point a kernel at; `otherwise` stands in for a missing one, which is never read."""
     return otherwise if value is None else value.contiguous()
+
+
+def source_pointers(source: Tensor, scale: Tensor | None, mean: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Source rows, their scale and their mean as the kernels take them."""
+    data = as_bytes(source.contiguous())
+    return data, dense(scale, data), dense(mean, data)
+
+
+def source_options(source: Tensor, mean: Tensor | None, prefix: str = "") -> dict[str, Any]:
+    """The constexprs that say how source rows are stored, shared and centred."""
+    options = {
+        "PACKING": PACKINGS.get(source.dtype, 0),
+        "SHARED": source.shape[0] == 1,
+        "MEANS": 0 if mean is None else mean.shape[0],
+    }
+    return {prefix + name: value for name, value in options.items()}
 
 
 @triton.jit

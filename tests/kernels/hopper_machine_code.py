@@ -1,13 +1,10 @@
 """Compiles both kernels of sm_90 as their launchers call them, and prints what the machine code holds, as JSON."""
 
 import json
-import re
-import tempfile
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from triton import knobs
 
 from benchmarks import offline
 from kvlock_kernels._triton import hopper, hopper_gluon
@@ -27,8 +24,8 @@ def compiled(module: Any, m: int, n: int, d: int, dtype: torch.dtype) -> dict[st
     q, k, v = (torch.empty(1, rows, min(rows, 12), d, dtype=dtype, device="meta") for rows in (m, n, n))
     with offline.compiling_for(90) as kernels:
         module.attention(q, k, v, scale=d**-0.5, return_lse=True)
-    code = disassembled(kernels[0])
-    opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", code)
+    code = offline.disassembled(kernels[0])
+    opcodes = [opcode.split(".")[0] for opcode in offline.INSTRUCTION.findall(code)]
     return {
         "module": module.__name__.split(".")[-1],
         "case": f"M{m}-N{n}-D{d}-{dtype}",
@@ -38,13 +35,6 @@ def compiled(module: Any, m: int, n: int, d: int, dtype: torch.dtype) -> dict[st
         "hgmma": opcodes.count("HGMMA"),
         "overlaps": list(overlaps(code)),
     }
-
-
-def disassembled(kernel: Any) -> str:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        return offline._output(knobs.nvidia.nvdisasm.path, "-c", file.name)
 
 
 def overlaps(code: str) -> Iterator[int]:

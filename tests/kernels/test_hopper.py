@@ -1,11 +1,8 @@
 """Plain attention for sm_90: the values in the interpreter, the machine code of both kernels on no GPU at all."""
 
-import json
+import importlib
 import math
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +10,7 @@ import interpreter
 import numpy as np
 import pytest
 import torch
+from absent_gpu import printed_by
 from regimes import each_regime
 from samples import NAN, normal
 from tolerance import assert_as_accurate_as_torch, assert_bit_identical
@@ -29,9 +27,12 @@ AXES = {"m": TOKENS, "n": TOKENS, "d": (24, 64, 96, 128), "dtype": DTYPES, "fuse
 
 
 @pytest.fixture(autouse=True)
-def gpu_in_the_interpreter() -> Iterator[None]:
+def gpu_in_the_interpreter(request: pytest.FixtureRequest) -> Iterator[None]:
+    if request.node.get_closest_marker("gpu"):
+        yield
+        return
     if torch.cuda.is_available():
-        pytest.skip("the kernels are compiled where there is a GPU")
+        pytest.skip("the kernels are compiled where there is a GPU; run them with -m gpu")
     with interpreter.bf16_as_on_a_gpu(), np.errstate(all="ignore"):
         yield
 
@@ -53,15 +54,30 @@ def torch_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), scale=scale).transpose(1, 2)
 
 
-@each_regime(AXES)
-def test_it_is_as_accurate_as_torch(regime: dict[str, Any]) -> None:
+def assert_right(attention: Callable[..., tuple[Tensor, Tensor]], regime: dict[str, Any]) -> None:
     q, k, v = inputs(*(regime[name] for name in ("m", "n", "d", "dtype", "fused")))
     scale = regime["scale"] or regime["d"] ** -0.5
-    out, lse = hopper.attention(q, k, v, scale=scale, return_lse=True)
+    out, lse = attention(q, k, v, scale=scale, return_lse=True)
     doubles = (q.double(), k.double(), v.double())
     assert_as_accurate_as_torch(out, torch_attention(q, k, v, scale), torch_attention(*doubles, scale))
     native = plain_lse(q.float(), k.float(), scale)
     assert_as_accurate_as_torch(lse, native, plain_lse(*doubles[:2], scale))
+
+
+@each_regime(AXES)
+def test_it_is_as_accurate_as_torch(regime: dict[str, Any]) -> None:
+    assert_right(hopper.attention, regime)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["hopper", "hopper_gluon"])
+@each_regime(AXES)
+def test_on_its_own_gpu_it_is_as_accurate_as_torch(regime: dict[str, Any], name: str) -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("made for sm_90")
+    kernel = importlib.import_module(f"kvlock_kernels._triton.{name}")
+    with torch.device("cuda"):
+        assert_right(kernel.attention, regime)
 
 
 @pytest.mark.parametrize("sign", [1, -1], ids=["high", "low"])
@@ -171,13 +187,8 @@ def test_what_the_kernel_does_not_take_is_named(change: dict[str, Any], reason: 
 
 @pytest.fixture(scope="module")
 def compiled() -> list[dict[str, Any]]:
-    """What hopper_machine_code.py prints; in a process of its own, because the interpreter compiles nothing."""
-    script, root = Path(__file__).with_name("hopper_machine_code.py"), Path(__file__).parents[2]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(root)
-    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    """What hopper_machine_code.py prints."""
+    return printed_by(str(Path(__file__).with_name("hopper_machine_code.py")))
 
 
 def test_no_kernel_spills_and_every_warp_group_has_its_role(compiled: list[dict[str, Any]]) -> None:

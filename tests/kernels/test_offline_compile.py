@@ -1,40 +1,25 @@
 """The kernels compiled for GPUs that are not there: no spills, 16-byte accesses, and the table of the benchmarks."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from absent_gpu import printed_by
 
 from benchmarks import offline
 from benchmarks._case import Case
 from kvlock_kernels import _cuda
 
-ROOT = Path(__file__).parents[2]
 each_case_and_arch = pytest.mark.parametrize(
     ("case", "arch"),
     [pytest.param(case, arch, id=f"{case.name}-sm_{arch}") for case in offline.OFFLINE for arch in offline.ARCHS],
 )
 
 
-def compiled(*command: str) -> Any:
-    """What a program prints as JSON; in a process of its own, because the interpreter compiles nothing."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(ROOT)
-    done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
 @pytest.fixture(scope="module")
 def report() -> dict[str, Any]:
     """The numbers and the table."""
-    return compiled("-m", "benchmarks.offline", "--json")
+    return printed_by("-m", "benchmarks.offline", "--json")
 
 
 @pytest.fixture
@@ -52,7 +37,7 @@ def test_nothing_spills(kernels: list[dict[str, Any]], case: Case, arch: int) ->
 
 @pytest.mark.slow
 def test_nothing_spills_at_other_head_dimensions() -> None:
-    assert compiled(str(Path(__file__).with_name("spills_at_other_dims.py"))) == []
+    assert printed_by(str(Path(__file__).with_name("spills_at_other_dims.py"))) == []
 
 
 @each_case_and_arch
