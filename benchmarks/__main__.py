@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import attention, guidance, lerp, norm_rope, packing, variance
-from benchmarks._case import Case
+from benchmarks._case import RATES, TARGET_GPU, Case
 from benchmarks._harness import Machine, Results, copy_row, rows
 
 CASES = (*lerp.CASES, *packing.CASES, *norm_rope.CASES, *variance.CASES, *guidance.CASES, *attention.CASES)
@@ -36,11 +36,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def describe(case: Case) -> str:
-    """One line: the case, its bytes, the prediction and who computes it."""
+    """One line: the case, its bytes or FLOP, the prediction for the GPU of the targets and who computes it."""
     work = case.work(case.shape)
     providers = ", ".join(provider.name for provider in case.providers)
     amount = f"{work.amount / 1e6:.1f} MB" if work.unit == "GB/s" else f"{work.amount / 1e12:.3g} TFLOP"
-    return f"{case.label}: {amount}, predicted {work.predicted_us:.1f} us; {providers}"
+    return f"{case.label}: {amount}, predicted {work.predicted_us(RATES[TARGET_GPU]):.1f} us; {providers}"
 
 
 def measure(cases: list[Case], out: Path, commit: str | None) -> None:

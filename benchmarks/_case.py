@@ -11,8 +11,6 @@ from torch import Tensor
 import kvlock_kernels
 from kvlock_kernels import _cuda
 
-PREDICTED_BANDWIDTH = 4.3e12  # bytes a second, nine tenths of an H200's 4.8; a prediction is bytes over this
-PREDICTED_PRODUCTS = 7e14  # FLOP a second, near what cuDNN publishes for attention on an H200; or FLOP over this
 NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int8: "int8", torch.float8_e4m3fn: "e4m3"}
 RUN = 80  # tokens in a row of a 720p video; the background index comes in runs of about this length
 
@@ -48,6 +46,22 @@ SHAPES = (WAN_1_3B_480P, WAN_14B_480P, WAN_14B_720P, SMALL_H12, SMALL_H40)
 TINY = Shape("tiny", (2, 4, 10), 3, 16)  # one run of tokens, for a CPU
 
 
+class Rates(NamedTuple):
+    """What a prediction assumes of a GPU: it is the bytes or the FLOP of a call over this."""
+
+    bandwidth: float  # bytes a second: nine tenths of the specification
+    products: float  # FLOP a second: near what cuDNN publishes for attention
+
+
+RATES = {"NVIDIA H100": Rates(3.0e12, 6.5e14), "NVIDIA H200": Rates(4.3e12, 7e14)}
+TARGET_GPU = "NVIDIA H200"  # what predictions are for where no GPU is asked for
+
+
+def rates(gpu: str) -> Rates | None:
+    """The rates of a GPU by torch's name for it."""
+    return next((found for name, found in RATES.items() if gpu.startswith(name)), None)
+
+
 class Traffic(NamedTuple):
     """The fewest bytes a call moves: of each input read once and of each output written once."""
 
@@ -75,9 +89,8 @@ class Traffic(NamedTuple):
     def formula(self) -> str:
         return " + ".join(f"{size:.3g} {what}" for size, what in self.terms) or "0"
 
-    @property
-    def predicted_us(self) -> float:
-        return 1e6 * self.amount / PREDICTED_BANDWIDTH
+    def predicted_us(self, gpu: Rates) -> float:
+        return 1e6 * self.amount / gpu.bandwidth
 
 
 class Products(NamedTuple):
@@ -94,9 +107,8 @@ class Products(NamedTuple):
     def per_unit(self) -> float:
         return 1e12
 
-    @property
-    def predicted_us(self) -> float:
-        return 1e6 * self.amount / PREDICTED_PRODUCTS
+    def predicted_us(self, gpu: Rates) -> float:
+        return 1e6 * self.amount / gpu.products
 
 
 class Check(NamedTuple):

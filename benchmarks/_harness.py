@@ -12,9 +12,9 @@ from typing import Any, NamedTuple, Self
 
 import torch
 
-from benchmarks._case import Case, Check, Inputs, Products, Provider, Traffic
+from benchmarks._case import Case, Check, Inputs, Products, Provider, Traffic, rates
 
-SECONDS = 2.0  # of repeats for a row, within the bounds of the next line
+SECONDS = 1.0  # of repeats for a row, within the bounds of the next line
 REPEATS = (50, 200)
 WARM_UP_SECONDS = 0.2
 LEAD_CYCLES = 400_000  # 0.2 ms in which the host queues a call, so that the events time the GPU and not the host
@@ -159,7 +159,9 @@ def rows(cases: Iterable[Case], machine: "Machine", copy: float, device: str = "
             except Exception as error:
                 row = _blank(case, provider, "error", note=f"{type(error).__name__}: {error}".splitlines()[0])
             torch.cuda.empty_cache()
-            yield row._replace(**machine.now())
+            assumed = rates(machine.gpu)
+            predicted = f"{case.work(case.shape).predicted_us(assumed):.2f}" if assumed else ""
+            yield row._replace(predicted_us=predicted, **machine.now())
 
 
 def _measured(case: Case, provider: Provider, copy: float, device: str) -> Row:
@@ -178,9 +180,7 @@ def _measured(case: Case, provider: Provider, copy: float, device: str) -> Row:
 def _blank(case: Case, provider: Provider, status: str, **more: str) -> Row:
     work = case.work(case.shape)
     row = Row(case.op, provider.name, case.shape.name, case.dtype, case.source, case.setting, status, **more)
-    return row._replace(
-        work=f"{work.amount:.0f}", work_formula=work.formula, predicted_us=f"{work.predicted_us:.2f}"
-    )
+    return row._replace(work=f"{work.amount:.0f}", work_formula=work.formula)
 
 
 def _timed(timing: Timing, work: Traffic | Products, copy: float) -> dict[str, str]:

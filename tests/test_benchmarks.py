@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import __main__ as runner
 from benchmarks import _harness
-from benchmarks._case import TINY, WAN_1_3B_480P, Case, Provider, Traffic
+from benchmarks._case import RATES, TARGET_GPU, TINY, WAN_1_3B_480P, Case, Provider, Traffic
 from benchmarks._harness import Results, Row
 
 README = (Path(__file__).parents[1] / "benchmarks" / "README.md").read_text(encoding="utf-8")
@@ -29,6 +29,8 @@ EVERYBODY = [
 
 class NoMachine:
     """Says nothing of GPU and versions."""
+
+    gpu = "NVIDIA H200"
 
     def now(self) -> dict[str, str]:
         return {}
@@ -103,6 +105,7 @@ def test_a_row_that_passes_has_a_time_and_the_rate_that_follows_from_it() -> Non
     assert copy.status == "ok" and float(copy.share_of_copy) == 1.0
     for row in _harness.rows([case], NoMachine(), ceiling, "cpu"):
         assert row.status == "ok" and float(row.p20) <= float(row.p50) <= float(row.p80)
+        assert float(row.predicted_us) == pytest.approx(float(row.work) / 4.3e6, abs=5e-3)
         rate = float(row.work) / float(row.p50) / 1e3
         assert float(row.rate) == pytest.approx(rate, rel=0.01)
         assert float(row.share_of_copy) == pytest.approx(rate * 1e9 / ceiling, rel=0.01, abs=1e-3)  # three digits
@@ -115,6 +118,14 @@ def test_input_sets_are_three_or_more_and_larger_than_twice_the_cache() -> None:
     size = sum(value.nbytes for inputs in sets for value in inputs.values())
     assert len(sets) >= 3 and size > 2 * 2**19
     assert not torch.equal(sets[0]["x0"], sets[1]["x0"])
+
+
+def test_a_gpu_of_unknown_rates_gets_no_prediction() -> None:
+    case = TINY_CASES["pack_kv-int8-share-0.8"]
+    machine = NoMachine()
+    machine.gpu = "NVIDIA GeForce"
+    (row,) = _harness.rows([dataclasses.replace(case, providers=(spoiled(case),))], machine, 1.0, "cpu")
+    assert row.predicted_us == ""
 
 
 def test_rows_round_trip_through_the_file_and_a_second_run_appends(tmp_path: Path) -> None:
@@ -156,7 +167,7 @@ def test_the_predictions_of_the_readme_are_those_of_the_cases() -> None:
     predicted: dict[str, str] = {}  # of the first case of each operator
     for case in runner.CASES:
         if case.core and case.shape == WAN_1_3B_480P and case.source == stored.get(case.op, ""):
-            predicted.setdefault(case.op, f"{case.work(case.shape).predicted_us:.1f} us")
+            predicted.setdefault(case.op, f"{case.work(case.shape).predicted_us(RATES[TARGET_GPU]):.1f} us")
     rows = re.findall(r"^\| `(\w+)` \|.*\| (.*) \| not yet measured \|$", README, flags=re.MULTILINE)
     assert len(rows) == 5
     assert dict(rows) == {op: predicted[op] for op, _ in rows}
