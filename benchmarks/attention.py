@@ -113,12 +113,6 @@ def hopper(**inputs: Any) -> Tensor:
     return attention(**inputs, return_lse=False)[0]
 
 
-def hopper_gluon(**inputs: Any) -> Tensor:
-    from kvlock_kernels._triton.hopper_gluon import attention
-
-    return attention(**inputs, return_lse=False)[0]
-
-
 def launcher(name: str, function: Callable[..., Tensor]) -> Provider:
     """A launcher called directly; it wants a GPU, and raises where that is too old."""
     return Provider(name, lambda inputs: (function(**inputs),), needs_gpu=True)
@@ -145,7 +139,6 @@ PLAIN = (
     Provider("SageAttention", sage, needs_gpu=True, roundings=16),
     launcher("kvlock in loop, no rows", without_rows),
     launcher("kvlock sm_90", hopper),
-    launcher("kvlock sm_90 Gluon", hopper_gluon),
 )
 WAYS = (ours("kv_lerp_attention_"), launcher("in loop", in_loop), launcher("one launch", persistent))
 

@@ -171,7 +171,7 @@ def lock_schedule(
     alpha_min: float,
 ) -> tuple[Tensor, Tensor]:
     """Maps the variance to the fusion ratio [B] and the guidance scale [B]."""
-    pressure = variance / tau
+    pressure = variance / variance.new_full((), tau)  # by a Python number torch does not divide on CUDA, see `pack_kv`
     return pressure.clamp(alpha_min, 1.0), guidance_scale * pressure.clamp(1.0, boost)
 
 
@@ -216,7 +216,8 @@ def pack_kv(x: Tensor, index: Tensor, dtype: torch.dtype, *, mean: Tensor | None
     if dtype not in EIGHT_BIT:
         return rows.to(dtype), x.new_empty(0, dtype=torch.float32)
     rows = rows.float() if mean is None else rows.float() - mean[:, None]
-    scale = rows.abs().amax(-1) / (INT8_MAX if dtype == torch.int8 else E4M3_MAX)
+    limit = INT8_MAX if dtype == torch.int8 else E4M3_MAX
+    scale = rows.abs().amax(-1) / rows.new_full((), limit)  # torch on CUDA multiplies by a Python number's inverse
     scale = torch.where(scale < FP32_TINY, 1.0, scale)
     code = rows * (1 / scale)[..., None]  # the limit is exceeded by rounding only, too little to leave its code
     return (code.round() if dtype == torch.int8 else code).to(dtype), scale

@@ -22,6 +22,9 @@ from kvlock_kernels._triton.tiles import (
 
 E4M3_LIMIT, INT8_LIMIT = tl.constexpr(448.0), tl.constexpr(127.0)  # largest codes that are used
 FP32_TINY = tl.constexpr(2.0**-126)  # smallest normal number
+# A pass that reads much and writes little wants more loads in flight: 32 elements a thread take 46 us on an H100 where
+# the 8 of the other kernels take 52, at 32760 tokens of 12 heads.
+PACK_TILE, PACK_WARPS = 4096, 4
 NATIVE_E4M3 = 89  # the first architecture with an instruction that encodes e4m3
 
 
@@ -93,11 +96,11 @@ def pack_kv(x: Tensor, index: Tensor, dtype: torch.dtype, *, mean: Tensor | None
     scale = x.new_empty((b, rows, h) if packing else (0,), dtype=torch.float32)
     if data.numel() == 0:
         return data, scale
-    tiling = Tiling.of(rows, h, d)
+    tiling = Tiling.of(rows, h, d, PACK_TILE)
     pack_kernel[(tiling.blocks * b,)](
         x, dense(index, index), as_bytes(data), scale, dense(mean, scale), rows, tiling.blocks, *x.stride(),
         MEANS=0 if mean is None else mean.shape[0], H=h, D=d, PACKING=packing, NATIVE=encodes_e4m3(x),
-        TOKENS=tiling.tokens, HEADS=tiling.heads, DIM=tiling.dim, **LAUNCH,
+        TOKENS=tiling.tokens, HEADS=tiling.heads, DIM=tiling.dim, **LAUNCH | {"num_warps": PACK_WARPS},
     )
     return data, scale
 

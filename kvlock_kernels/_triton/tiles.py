@@ -29,8 +29,8 @@ class Tiling(NamedTuple):
     blocks: int  # tiles for all rows
 
     @classmethod
-    def of(cls, rows: int, heads: int, dim: int) -> "Tiling":
-        """Tiles of up to TILE elements whose heads divide H.
+    def of(cls, rows: int, heads: int, dim: int, size: int = TILE) -> "Tiling":
+        """Tiles of up to `size` elements, a power of two, whose heads divide H.
 
         Raises:
             Unsupported: D is larger than MAX_HEAD_DIM.
@@ -38,8 +38,8 @@ class Tiling(NamedTuple):
         if dim > MAX_HEAD_DIM:
             raise Unsupported(f"head dimension {dim}; the kernels take at most {MAX_HEAD_DIM}")
         padded = triton.next_power_of_2(dim)
-        together = math.gcd(heads, TILE // padded)  # a power of two, because TILE is one
-        tokens = min(TILE // (padded * together), triton.next_power_of_2(max(rows, 1)))
+        together = math.gcd(heads, size // padded)  # a power of two, because `size` is one
+        tokens = min(size // (padded * together), triton.next_power_of_2(max(rows, 1)))
         return cls(tokens, together, padded, triton.cdiv(rows, tokens) * (heads // together))
 
 

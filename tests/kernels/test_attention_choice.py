@@ -19,11 +19,18 @@ def arguments(tokens: int = 70, dim: int = 32, dtype: torch.dtype = torch.float1
 @pytest.fixture
 def way_of(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The way a call goes on a GPU of a compute capability; it does not go it."""
-    from kvlock_kernels._triton import attend
+    from kvlock_kernels._triton import attend, hopper
 
     gone: list[str] = []
-    monkeypatch.setattr(attend, "attend_in_loop", lambda q, *args, **options: (gone.append("in loop"), q))
-    monkeypatch.setattr(attend, "lerp_then_attend_", lambda q, *args, **options: gone.append("lerp first"))
+
+    def noted(name: str) -> Any:
+        return lambda q, *args, **options: (gone.append(name), q)
+
+    monkeypatch.setattr(attend, "attend_in_loop", noted("in loop"))
+    monkeypatch.setattr(attend, "kv_lerp_pair_", lambda *args, **options: None)
+    monkeypatch.setattr(attend, "OWN", {32: 1000})
+    monkeypatch.setattr(hopper, "attention", noted("own kernel"))
+    monkeypatch.setattr(attend.F, "scaled_dot_product_attention", lambda *args, **options: noted("torch")(*args)[1])
 
     def call(capability: tuple[int, int], args: list[torch.Tensor], **options: Any) -> str:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
@@ -33,31 +40,38 @@ def way_of(monkeypatch: pytest.MonkeyPatch) -> Any:
     return call
 
 
-def test_few_keys_are_mixed_in_the_loop_before_hopper_and_never_on_it(way_of: Any) -> None:
-    assert way_of((8, 0), arguments(1024)) == way_of((8, 9), arguments(70)) == "in loop"
-    assert way_of((8, 0), arguments(1025)) == way_of((9, 0), arguments(70)) == way_of((12, 0), arguments(70))
-    assert way_of((9, 0), arguments(70)) == "lerp first"
+def test_many_keys_go_to_the_own_kernel_on_the_gpu_it_is_made_for(way_of: Any) -> None:
+    assert way_of((9, 0), arguments(1000)) == "own kernel"
+    assert way_of((9, 0), arguments(999)) == "torch"
+    assert way_of((9, 0), arguments(1000, dim=64)) == "torch"
+    assert {way_of(capability, arguments(1000)) for capability in ((8, 0), (8, 9), (10, 0), (12, 0))} == {"torch"}
 
 
-def test_the_log_sum_exp_is_had_in_the_loop_only(way_of: Any) -> None:
-    assert way_of((9, 0), arguments(2000), return_lse=True) == "in loop"
+def test_what_the_own_kernel_does_not_take_goes_to_torch(way_of: Any) -> None:
+    q, k, *rest = arguments(1000)
+    assert way_of((9, 0), arguments(1000, dtype=torch.float32)) == "torch"
+    assert way_of((9, 0), [q.float(), k, *rest]) == "torch"
+    assert way_of((9, 0), arguments(1000), scale=-1.0) == "torch"
 
 
-def test_what_the_loop_does_not_take_is_mixed_first(way_of: Any) -> None:
-    q, k, *rest = arguments()
-    assert way_of((8, 0), arguments(dim=160)) == "lerp first"
-    assert way_of((8, 0), [q.float(), k, *rest]) == "lerp first"
-    assert way_of((8, 0), arguments(), scale=-1.0) == "lerp first"
+def test_the_log_sum_exp_comes_from_a_kernel_that_gives_it(way_of: Any) -> None:
+    assert way_of((9, 0), arguments(70), return_lse=True) == "own kernel"
+    assert way_of((9, 0), arguments(70, dtype=torch.float32), return_lse=True) == "in loop"
+    assert way_of((8, 0), arguments(2000), return_lse=True) == "in loop"
 
 
 @pytest.mark.parametrize("implementation", ["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
-def test_keys_and_values_stay_as_they_are_where_they_are_mixed_first(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("return_lse", [False, True], ids=["out", "lse"])
+@pytest.mark.parametrize("own", [{}, {32: 1}], ids=["torch", "own-kernel"])
+def test_keys_and_values_stay_as_they_are(
+    own: dict[int, int], return_lse: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from kvlock_kernels._triton import attend
 
-    monkeypatch.setattr(attend, "IN_LOOP", dict.fromkeys(attend.IN_LOOP, 0))
+    monkeypatch.setattr(attend, "OWN", own)
     args = arguments()
     before = [arg.clone() for arg in args]
-    out = kv_lerp_attention(*args).out
+    out = kv_lerp_attention(*args, return_lse=return_lse).out
     for arg, kept in zip(args, before, strict=True):
         assert_bit_identical(arg, kept)
     exact, _ = reference.kv_lerp_attention(*(x.float() if x.is_floating_point() else x for x in args), scale=32**-0.5)

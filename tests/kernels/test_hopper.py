@@ -1,13 +1,9 @@
-"""Plain attention for sm_90: the values in the interpreter, the machine code of both kernels on no GPU at all."""
+"""Plain attention for sm_90: its values on such a GPU; without one its machine code, and what it refuses."""
 
-import importlib
 import math
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import interpreter
-import numpy as np
 import pytest
 import torch
 from absent_gpu import printed_by
@@ -24,17 +20,25 @@ B, H = 2, 3
 TOKENS = (1, 45, 128, 200, 257)  # single, within a tile, one full tile, ragged second, a tile of one row
 DTYPES = (torch.bfloat16, torch.float16)
 AXES = {"m": TOKENS, "n": TOKENS, "d": (24, 64, 96, 128), "dtype": DTYPES, "fused": (True, False), "scale": (None, 0.3)}
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
-@pytest.fixture(autouse=True)
-def gpu_in_the_interpreter(request: pytest.FixtureRequest) -> Iterator[None]:
-    if request.node.get_closest_marker("gpu"):
+@pytest.fixture
+def gpu() -> Any:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("made for sm_90")
+    with torch.device("cuda"):
         yield
-        return
-    if torch.cuda.is_available():
-        pytest.skip("the kernels are compiled where there is a GPU; run them with -m gpu")
-    with interpreter.bf16_as_on_a_gpu(), np.errstate(all="ignore"):
-        yield
+
+
+def on_gpu(test: Any) -> Any:
+    return pytest.mark.gpu(pytest.mark.usefixtures("gpu")(test))
+
+
+@pytest.fixture
+def absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU that the kernel is made for, on which nothing is launched."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
 
 
 def inputs(m: int, n: int, d: int, dtype: torch.dtype, fused: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -54,34 +58,21 @@ def torch_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), scale=scale).transpose(1, 2)
 
 
-def assert_right(attention: Callable[..., tuple[Tensor, Tensor]], regime: dict[str, Any]) -> None:
+@on_gpu
+@each_regime(AXES)
+def test_it_is_as_accurate_as_torch(regime: dict[str, Any]) -> None:
     q, k, v = inputs(*(regime[name] for name in ("m", "n", "d", "dtype", "fused")))
     scale = regime["scale"] or regime["d"] ** -0.5
-    out, lse = attention(q, k, v, scale=scale, return_lse=True)
+    out, lse = hopper.attention(q, k, v, scale=scale, return_lse=True)
     doubles = (q.double(), k.double(), v.double())
     assert_as_accurate_as_torch(out, torch_attention(q, k, v, scale), torch_attention(*doubles, scale))
     native = plain_lse(q.float(), k.float(), scale)
     assert_as_accurate_as_torch(lse, native, plain_lse(*doubles[:2], scale))
 
 
-@each_regime(AXES)
-def test_it_is_as_accurate_as_torch(regime: dict[str, Any]) -> None:
-    assert_right(hopper.attention, regime)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", ["hopper", "hopper_gluon"])
-@each_regime(AXES)
-def test_on_its_own_gpu_it_is_as_accurate_as_torch(regime: dict[str, Any], name: str) -> None:
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("made for sm_90")
-    kernel = importlib.import_module(f"kvlock_kernels._triton.{name}")
-    with torch.device("cuda"):
-        assert_right(kernel.attention, regime)
-
-
+@on_gpu
 @pytest.mark.parametrize("sign", [1, -1], ids=["high", "low"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@each_dtype
 def test_scores_of_ten_thousand_do_not_overflow(dtype: torch.dtype, sign: int) -> None:
     """A key that is not there must not win against scores of -10000, as one with score 0 would."""
     q = torch.full((1, 1, 1, 64), 12.5, dtype=dtype)
@@ -91,6 +82,7 @@ def test_scores_of_ten_thousand_do_not_overflow(dtype: torch.dtype, sign: int) -
     assert_as_accurate_as_torch(out, torch_attention(q, k, v, 1.0), v.double().mean(1, keepdim=True))
 
 
+@on_gpu
 def test_scores_of_both_signs_attend_to_the_highest() -> None:
     q, k, v = torch.ones(1, 1, 1, 64).half(), torch.ones(1, 200, 1, 64).half(), normal(1, 200, 1, 64).half()
     k[:, 1::2] = -1
@@ -100,7 +92,8 @@ def test_scores_of_both_signs_attend_to_the_highest() -> None:
     assert lse.item() == pytest.approx(20000)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@on_gpu
+@each_dtype
 def test_what_lies_beside_the_rows_is_not_read(dtype: torch.dtype) -> None:
     q, k, v = inputs(45, 130, 96, dtype)
 
@@ -114,21 +107,24 @@ def test_what_lies_beside_the_rows_is_not_read(dtype: torch.dtype) -> None:
     assert_bit_identical(actual[1], expected[1])
 
 
+@on_gpu
 def test_what_lies_behind_the_results_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    behind = []
+    args, behind, empty = inputs(45, 45, 64, torch.float16), [], torch.empty
 
-    def in_a_larger_one(shape: tuple[int, ...], **options: Any) -> Tensor:
+    def in_a_larger_one(shape: Any, **options: Any) -> Tensor:
+        if options.get("dtype") == torch.int8:  # the memory of the descriptors
+            return empty(shape, **options)
         larger = torch.full((shape[0] + 1, *shape[1:]), 7.0, **options)
         behind.append(larger[-1])
         return larger[:-1]
 
-    args = inputs(45, 45, 64, torch.float16)
     with monkeypatch.context() as patch:
         patch.setattr(torch, "empty", in_a_larger_one)
         hopper.attention(*args, scale=0.1, return_lse=True)
     assert len(behind) == 2 and all((rows == 7).all() for rows in behind)
 
 
+@on_gpu
 def test_rows_that_a_descriptor_cannot_address_are_copied() -> None:
     """Rows 132 bytes apart, elements 4 bytes apart, an address off by 2 bytes, and one row for all tokens."""
     q, k, v = inputs(45, 45, 64, torch.float16)
@@ -141,17 +137,39 @@ def test_rows_that_a_descriptor_cannot_address_are_copied() -> None:
     for strides, start in (((45 * H * 66, H * 66, 66, 1), 0), ((45 * H * 128, H * 128, 128, 2), 0), (q.stride(), 1)):
         odd = (laid_out(x, *strides, start=start) for x in (q, k, v))
         assert_bit_identical(hopper.attention(*odd, scale=0.1, return_lse=False)[0], expected)
+
+
+@on_gpu
+def test_results_are_the_same_every_time_and_with_or_without_the_log_sum_exp() -> None:
+    args = inputs(300, 1000, 128, torch.bfloat16)
+    out, lse = hopper.attention(*args, scale=0.1, return_lse=False)
+    assert lse.shape == (0,) and lse.dtype == torch.float32
+    for _ in range(20):
+        assert_bit_identical(hopper.attention(*args, scale=0.1, return_lse=True)[0], out)
+
+
+@on_gpu
+def test_the_allocator_of_the_caller_stays_and_a_graph_can_capture_it() -> None:
+    from triton.runtime import _allocation
+
+    before, args = _allocation._allocator.get(), inputs(45, 300, 64, torch.float16)
+    expected, _ = hopper.attention(*args, scale=0.1, return_lse=False)
+    assert _allocation._allocator.get() is before
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, _ = hopper.attention(*args, scale=0.1, return_lse=False)
+    graph.replay()
+    assert_bit_identical(out, expected)
+
+
+def test_tensors_that_a_descriptor_can_address_are_not_copied() -> None:
+    q, k, _ = inputs(45, 45, 64, torch.float16)
     assert hopper.described(q) is q
     assert hopper.described(k[:, :1].expand_as(k)).is_contiguous()
 
 
-def test_the_log_sum_exp_is_empty_where_nobody_asks_for_it() -> None:
-    args = inputs(45, 45, 64, torch.float16)
-    out, lse = hopper.attention(*args, scale=0.1, return_lse=False)
-    assert lse.shape == (0,) and lse.dtype == torch.float32
-    assert_bit_identical(out, hopper.attention(*args, scale=0.1, return_lse=True)[0])
-
-
+@pytest.mark.usefixtures("absent")
 @pytest.mark.parametrize(("b", "m"), [(0, 5), (2, 0)], ids=["B0", "M0"])
 def test_no_samples_or_no_queries_give_empty_results(b: int, m: int) -> None:
     q, kv = torch.empty(b, m, H, 64).half(), torch.empty(b, 5, H, 64).half()
@@ -159,14 +177,7 @@ def test_no_samples_or_no_queries_give_empty_results(b: int, m: int) -> None:
     assert out.shape == (b, m, H, 64) and lse.shape == (b, H, m)
 
 
-def test_the_allocator_of_the_caller_stays() -> None:
-    from triton.runtime import _allocation
-
-    before = _allocation._allocator.get()
-    hopper.attention(*inputs(1, 1, 64, torch.float16), scale=0.1, return_lse=False)
-    assert _allocation._allocator.get() is before
-
-
+@pytest.mark.usefixtures("absent")
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -185,21 +196,27 @@ def test_what_the_kernel_does_not_take_is_named(change: dict[str, Any], reason: 
         hopper.attention(x, x, x, scale=options["scale"], return_lse=False)
 
 
+@pytest.mark.parametrize("capability", [(8, 9), (10, 0)], ids=str)
+def test_another_gpu_is_refused(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    x = normal(1, 5, 1, 64, dtype=torch.float16)
+    with pytest.raises(Unsupported, match=f"compute capability {capability[0]}.{capability[1]}"):
+        hopper.attention(x, x, x, scale=0.1, return_lse=False)
+
+
 @pytest.fixture(scope="module")
 def compiled() -> list[dict[str, Any]]:
     """What hopper_machine_code.py prints."""
     return printed_by(str(Path(__file__).with_name("hopper_machine_code.py")))
 
 
-def test_no_kernel_spills_and_every_warp_group_has_its_role(compiled: list[dict[str, Any]]) -> None:
-    """Where Triton does not specialise it says nothing: the four warps that were asked for stay four."""
+def test_it_does_not_spill_and_every_warp_group_has_its_role(compiled: list[dict[str, Any]]) -> None:
     for kernel in compiled:
         assert kernel["spills"] == 0 and kernel["warps"] == 12, kernel
         assert kernel["hgmma"] > 0 and kernel["shared"] <= SHARED_LIMIT[90], kernel
 
 
-def test_the_gluon_kernel_computes_weights_while_pv_runs(compiled: list[dict[str, Any]]) -> None:
+def test_it_computes_weights_while_pv_runs(compiled: list[dict[str, Any]]) -> None:
     """64 exponentials a thread, between the end of QK with PV still in flight and the end of PV, in both consumers."""
     for kernel in compiled:
-        if kernel["module"] == "hopper_gluon":
-            assert len(kernel["overlaps"]) == 2 and min(kernel["overlaps"]) >= 64, kernel
+        assert len(kernel["overlaps"]) == 2 and min(kernel["overlaps"]) >= 64, kernel

@@ -129,8 +129,12 @@ def test_one_key_gives_its_value() -> None:
 
 def test_the_log_sum_exp_comes_on_request_only() -> None:
     args = inputs(SHAPES["B1-M1-N1-H1-D8-single"], torch.float32)
-    assert kv_lerp_attention(**args).lse is None
-    assert_bit_identical(kv_lerp_attention(**args).out, kv_lerp_attention(**args, return_lse=True).out)
+    out, lse = kv_lerp_attention(**args)
+    assert lse is None
+    widths = ((args["q"].to(dtype), *(x.to(dtype) for x in lerped(args))) for dtype in (torch.float32, torch.float64))
+    native, exact = (plain_attention(*qkv, 8**-0.5)[0] for qkv in widths)
+    for one in (out, kv_lerp_attention(**args, return_lse=True).out):  # perhaps from another kernel
+        assert_as_accurate_as_torch(one, native, exact)
 
 
 def test_the_default_scale_is_one_over_the_root_of_the_head_dimension() -> None:

@@ -44,7 +44,7 @@ def test_the_scale_takes_the_largest_element_to_the_limit(
     data, scale = pack_kv(x, int32(6, 0, 3), packing)
     assert data.dtype == packing and data.shape == (2, 3, 3, 24)
     assert scale is not None
-    assert_bit_identical(scale, x[:, ROWS].float().abs().amax(-1) / limit)
+    assert_bit_identical(scale, x[:, ROWS].float().abs().amax(-1) / torch.tensor(limit))
     assert (data.float().abs().amax(-1) == limit).all()
 
 

@@ -44,6 +44,15 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.view_as_real(pairs * turn[:, None]).flatten(2).to(x.dtype)
 
 
+def assert_sums_differ_at_most(actual: Tensor, expected: Tensor) -> None:
+    """Bit-identical, but that each kernel adds up the squares of a token in the order of its own threads."""
+    wanted = expected.float()
+    allowed = 4 * torch.finfo(torch.float32).eps * wanted.abs().max()
+    if expected.dtype != torch.float32:
+        allowed = allowed + torch.finfo(expected.dtype).eps * wanted.abs()  # such a difference may round the other way
+    assert ((actual.float() - wanted).abs() <= allowed).all()
+
+
 def step_by_step(args: tuple[Tensor, ...], rows: tuple[Tensor, Tensor], index: Tensor, ratio: Tensor) -> list[Tensor]:
     """Norm, lerp and RoPE one after the other, as torch computes them in the dtype of the arguments."""
     q, k, v, q_weight, k_weight, cos, sin = args
@@ -107,10 +116,10 @@ def test_packed_rows_are_mixed_as_their_decoded_values(packing: torch.dtype, mea
         eps=EPS,
     )
     options = {"k_scale": k_scale, "v_scale": v_scale, "k_mean": k_mean, "v_mean": v_mean, "eps": EPS}
-    for one, other in zip(
-        qk_norm_rope_kv_lerp_(*args, k_data, v_data, source_row, ratio, **options), expected, strict=True
-    ):
-        assert_bit_identical(one, other)
+    *actual, v = qk_norm_rope_kv_lerp_(*args, k_data, v_data, source_row, ratio, **options)
+    assert_bit_identical(v, expected[2])
+    for one, other in zip(actual, expected[:2], strict=True):
+        assert_sums_differ_at_most(one, other)
 
 
 @each_dtype
@@ -195,8 +204,9 @@ def test_recording_packs_what_pack_kv_packs(regime: dict[str, Any]) -> None:
     plain = qk_norm_rope_kv_lerp_(*(x.clone() for x in args), nothing, nothing, none, torch.ones(b), eps=EPS)
     k = normed(args[1].double(), args[4].double()).unflatten(2, (h, d))[:, index.long()]
     recorded = qk_norm_rope_kv_pack_(*args, source_row, len(index), storage, eps=EPS)
-    for one, other in zip(args[:3], plain, strict=True):
-        assert_bit_identical(one, other)
+    assert_bit_identical(args[2], plain[2])
+    for one, other in zip(args[:2], plain[:2], strict=True):
+        assert_sums_differ_at_most(one, other)
     data, scale = pack_kv(v.unflatten(2, (h, d)), index, storage)
     assert_bit_identical(recorded.v.data, data)
     if scale is None:
