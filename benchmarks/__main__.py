@@ -19,12 +19,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--gpu", action="store_true", help="measure on the first CUDA GPU")
     parser.add_argument("--core", action="store_true", help="the short run, of about 40 rows")
     parser.add_argument("--only", metavar="NAME", default="", help="cases whose line in the list has NAME in it")
+    parser.add_argument("--by", metavar="NAME", default="", help="providers whose name has NAME in it")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", metavar="DIR")
     parser.add_argument("--commit", help="what was measured, where this is no git checkout")
     options = parser.parse_args(arguments)
     cases = [case for case in CASES if options.only in case.label and (case.core or not options.core)]
     if not cases:
         parser.error(f"no case has {options.only!r} in its line")
+    if options.by:
+        cases = [case.by(options.by) for case in cases]
+        if not any(case.providers for case in cases):
+            parser.error(f"no provider of these cases has {options.by!r} in its name")
     if not options.gpu:
         print(*map(describe, cases), sep="\n")
         return 0

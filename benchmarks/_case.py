@@ -155,6 +155,10 @@ class Case:
     def name(self) -> str:
         return f"{self.op}-H{self.shape.heads}-{self.source}" if self.source else f"{self.op}-{self.dtype}"
 
+    def by(self, name: str) -> "Case":
+        """The case with those of its providers that have `name` in their own."""
+        return dataclasses.replace(self, providers=tuple(p for p in self.providers if name in p.name))
+
     @property
     def label(self) -> str:
         return " ".join(filter(None, (self.name, self.shape.name, self.setting)))

@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks._case import (
     NAMES,
     SHAPES,
+    SMALL_H12,
     WAN_1_3B_480P,
     Case,
     Check,
@@ -27,6 +28,7 @@ from benchmarks._case import (
 from benchmarks.lerp import RATIO, SHARE, exact, make_pair
 
 SOURCES = (torch.bfloat16, torch.float8_e4m3fn, torch.int8)
+CORE = (SMALL_H12, WAN_1_3B_480P)
 CHECKED = 64  # queries of each head that are checked: fp64 scores of all of them do not fit a GPU
 BACKENDS = {
     "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION,
@@ -125,18 +127,43 @@ def flex(inputs: Inputs) -> Outputs:
     return (flex_attention(q, k, v, scale=inputs["scale"]).transpose(1, 2),)
 
 
-def sage(inputs: Inputs) -> Outputs:
+def sage(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
     """int8 products of q and k: the check allows it more."""
     from sageattention import sageattn
 
-    q, k, v = (inputs[name] for name in ("q", "k", "v"))
-    return (sageattn(q, k, v, tensor_layout="NHD", sm_scale=inputs["scale"]),)
+    return sageattn(q, k, v, tensor_layout="NHD", sm_scale=scale)
+
+
+def flash_attn_2(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+    from flash_attn import flash_attn_func
+
+    return flash_attn_func(q, k, v, softmax_scale=scale)
+
+
+def flash_attn_3(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+    from flash_attn_interface import flash_attn_func
+
+    return first(flash_attn_func(q, k, v, softmax_scale=scale))
+
+
+def flash_attn_4(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+    from flash_attn.cute import flash_attn_func
+
+    return first(flash_attn_func(q, k, v, softmax_scale=scale))
+
+
+def first(result: Any) -> Tensor:
+    """Some versions return the log-sum-exp too."""
+    return result[0] if isinstance(result, tuple) else result
 
 
 PLAIN = (
     *(Provider(name, forced(backend), needs_gpu=True) for name, backend in BACKENDS.items()),
     Provider("FlexAttention", flex, compiled=True, needs_gpu=True),
-    Provider("SageAttention", sage, needs_gpu=True, roundings=16),
+    launcher("SageAttention", sage)._replace(roundings=16),
+    launcher("flash-attn 2", flash_attn_2),
+    launcher("flash-attn 3", flash_attn_3),
+    launcher("flash-attn 4", flash_attn_4),
     launcher("kvlock in loop, no rows", without_rows),
     launcher("kvlock sm_90", hopper),
 )
@@ -147,15 +174,14 @@ def plain_case(shape: Shape) -> Case:
     """The yardstick."""
     return Case(
         "attention", shape, "bf16", "", "no rows", make_plain, work, check_plain, PLAIN,
-        core=shape == WAN_1_3B_480P, offline=shape == WAN_1_3B_480P, launch=without_rows,
+        core=shape in CORE, offline=shape == WAN_1_3B_480P, launch=without_rows,
     )
 
 
 def case(shape: Shape, source: torch.dtype) -> Case:
-    headline = shape == WAN_1_3B_480P
     return Case(
         "kv_lerp_attention_", shape, "bf16", NAMES[source], f"share {SHARE:g}, ratio {RATIO:g}",
-        partial(make, source=source), work, check, WAYS, core=headline and source == torch.int8,
+        partial(make, source=source), work, check, WAYS, core=shape in CORE and source == torch.int8,
     )
 
 

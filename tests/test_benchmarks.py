@@ -158,7 +158,7 @@ def test_the_bytes_of_a_lerp_are_those_of_x_source_and_result() -> None:
 
 def test_the_short_run_is_short_and_serves_every_target() -> None:
     core = [case for case in runner.CASES if case.core]
-    assert sum(len(case.providers) for case in core) <= 58
+    assert sum(len(case.providers) for case in core) <= 80
     assert {case.op for case in core} >= set(re.findall(r"^\| `(\w+)` \|", README, flags=re.MULTILINE))
 
 
@@ -185,6 +185,14 @@ def test_the_list_names_every_case(capsys: pytest.CaptureFixture[str]) -> None:
     assert runner.main(["--only", "windowed_variance_"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3 and all(line.startswith("windowed_variance_-fp32 ") for line in lines)
+
+
+def test_providers_can_be_chosen_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert runner.main(["--only", "pack_kv-H12-int8 wan-1.3b", "--by", "eager"]) == 0
+    assert [line.split("; ")[1] for line in capsys.readouterr().out.splitlines()] == ["eager", "eager"]
+    with pytest.raises(SystemExit):
+        runner.main(["--by", "nobody"])
+    assert "no provider of these cases has 'nobody'" in capsys.readouterr().err
 
 
 def test_a_name_that_no_case_has_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import IMPLEMENTATIONS
 from samples import CALLS, Call
 from tolerance import assert_bit_identical
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,6 +19,7 @@ import kvlock_kernels
 from kvlock_kernels import reference
 
 each_call = pytest.mark.parametrize(("name", "make"), CALLS.values(), ids=CALLS.keys())
+each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS, indirect=True)
 
 MUTATED = {
     "kv_lerp_": [0],
@@ -75,6 +77,7 @@ def test_the_table_of_calls_covers_every_public_function() -> None:
     assert functions == {name for name, _ in CALLS.values()}
 
 
+@each_implementation
 @each_call
 def test_opcheck_accepts_the_contract(name: str, make: Callable[[], Call]) -> None:
     call = make()
@@ -86,6 +89,7 @@ def test_opcheck_accepts_the_contract(name: str, make: Callable[[], Call]) -> No
     torch.library.opcheck(func, args, kwargs, test_utils=OPCHECKS[1:] if fp8 else OPCHECKS)
 
 
+@each_implementation
 @each_call
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_a_fullgraph_compile_gives_the_bits_of_eager(name: str, make: Callable[[], Call], dynamic: bool) -> None:
@@ -107,6 +111,7 @@ def test_nothing_waits_for_the_device(name: str, make: Callable[[], Call]) -> No
         getattr(kvlock_kernels, name)(*call.args, **call.kwargs)
 
 
+@each_implementation
 @each_call
 def test_results_are_contiguous_and_share_no_memory_with_arguments(name: str, make: Callable[[], Call]) -> None:
     call = make()
@@ -118,6 +123,7 @@ def test_results_are_contiguous_and_share_no_memory_with_arguments(name: str, ma
         assert shared == (name in HANDED_BACK)
 
 
+@each_implementation
 @each_call
 def test_only_the_tensors_named_in_the_schema_change(name: str, make: Callable[[], Call]) -> None:
     mutated = MUTATED.get(name, [])

@@ -4,6 +4,7 @@ import pytest
 import torch
 from refusals import Bad, assert_refused, bad_inputs
 from samples import NAN
+from tolerance import assert_within_roundings
 
 from kvlock_kernels import lock_schedule
 
@@ -26,8 +27,8 @@ def test_the_lock_fills_up_below_tau_and_the_guidance_grows_above_it(
     variance: float, fusion_ratio: float, guidance_scale: float
 ) -> None:
     schedule = lock_schedule(torch.tensor([variance]), torch.tensor(5.0), tau=0.01, boost=2.0)
-    torch.testing.assert_close(schedule.fusion_ratio, torch.tensor([fusion_ratio]), rtol=1e-6, atol=0)
-    torch.testing.assert_close(schedule.guidance_scale, torch.tensor([guidance_scale]), rtol=1e-6, atol=0)
+    assert_within_roundings(schedule.fusion_ratio, torch.tensor([fusion_ratio]), 2)
+    assert_within_roundings(schedule.guidance_scale, torch.tensor([guidance_scale]), 2)
 
 
 def test_the_defaults_are_those_of_the_paper() -> None:
@@ -40,7 +41,7 @@ def test_the_defaults_are_those_of_the_paper() -> None:
 
 def test_alpha_min_is_the_floor_of_the_ratio_only() -> None:
     schedule = lock_schedule(torch.tensor([0.0, 0.005, 0.2]), torch.tensor(5.0), alpha_min=0.4)
-    torch.testing.assert_close(schedule.fusion_ratio, torch.tensor([0.4, 0.5, 1.0]))
+    assert_within_roundings(schedule.fusion_ratio, torch.tensor([0.4, 0.5, 1.0]), 1)
     assert schedule.guidance_scale.tolist() == [5.0, 5.0, 10.0]
 
 
@@ -72,7 +73,7 @@ def test_results_are_fp32_per_sample_even_without_samples() -> None:
 
 def test_strided_input_is_taken() -> None:
     variance = torch.tensor([0.002, NAN, 0.004, NAN])[::2]
-    torch.testing.assert_close(lock_schedule(variance, torch.tensor(5.0)).fusion_ratio, torch.tensor([0.2, 0.4]))
+    assert_within_roundings(lock_schedule(variance, torch.tensor(5.0)).fusion_ratio, torch.tensor([0.2, 0.4]), 1)
 
 
 @bad_inputs(

@@ -20,6 +20,23 @@ def assert_as_accurate_as_torch(actual: Tensor, native: Tensor, exact: Tensor) -
     assert error <= allowed, f"error {error:.3e}, allowed {allowed:.3e}"
 
 
+def assert_within_roundings(actual: Tensor, expected: Tensor, roundings: int) -> None:
+    """Wants `actual` off by at most as many roundings to its dtype, each of the largest finite expected value.
+
+    For what has no formula in torch to be measured against: a number known beforehand, or the same operator by another
+    way. NaN and infinities must be where they are expected.
+    """
+    assert actual.shape == expected.shape and actual.dtype == expected.dtype
+    finite = expected.isfinite()
+    assert torch.equal(actual.isfinite(), finite)
+    assert torch.equal(actual.nan_to_num()[~finite], expected.nan_to_num()[~finite])
+    if not finite.any():
+        return
+    error = (actual - expected)[finite].abs().max().item()
+    allowed = roundings * torch.finfo(actual.dtype).eps * expected[finite].abs().max().item()
+    assert error <= allowed, f"error {error:.3e}, allowed {allowed:.3e}"
+
+
 def assert_bit_identical(actual: Tensor, expected: Tensor) -> None:
     """Wants the same shape, dtype and bits, the sign of zero and the payload of NaN included."""
     assert actual.shape == expected.shape and actual.dtype == expected.dtype
