@@ -63,7 +63,18 @@ def why_not(device: torch.device) -> str | None:
         launchers()
     except ImportError as error:
         return f"Triton cannot be imported ({error}); pip install triton"
+    try:
+        start_triton()
+    except Exception as error:  # what it raises differs with what is missing
+        return f"Triton cannot be started ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
     return None
+
+
+def start_triton() -> None:
+    """Lets Triton build what it reaches the GPU through, for which it wants a C compiler."""
+    from triton.runtime import driver
+
+    driver.active.get_current_target()
 
 
 def implementation(name: str) -> Launcher:

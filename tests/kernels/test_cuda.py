@@ -19,6 +19,7 @@ def modern_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """CPU tensors pass for those of an H200."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(_cuda, "start_triton", lambda: None)
     _cuda.why_not.cache_clear()
     yield monkeypatch
     monkeypatch.undo()
@@ -57,6 +58,14 @@ def test_a_missing_triton_falls_back_with_the_command_that_installs_it(modern_gp
         modern_gpu.delattr(sys.modules["kvlock_kernels._triton"], name.rsplit(".", 1)[1], raising=False)
     modern_gpu.setitem(sys.modules, "triton", None)
     assert_falls_back("Triton cannot be imported .*pip install triton")
+
+
+def test_a_triton_that_cannot_start_falls_back_with_its_reason(modern_gpu: pytest.MonkeyPatch) -> None:
+    def start() -> None:
+        raise RuntimeError("Failed to find C compiler. Set CC.\nTraceback")
+
+    modern_gpu.setattr(_cuda, "start_triton", start)
+    assert_falls_back(r"Triton cannot be started \(Failed to find C compiler. Set CC.\)$")
 
 
 def test_a_gpu_of_another_maker_falls_back(modern_gpu: pytest.MonkeyPatch) -> None:
