@@ -41,10 +41,10 @@ class EditRow(NamedTuple):
     tokens: str
     background: str  # tokens
     step_s: str  # median of the steps without a lock
-    locked_step_s: str  # median of those with one
+    locked_step_s: str  # median of those with one; blank where there is none
     locked_ratio: str  # to a step of the plain pipeline
     edit_ratio: str  # of an edit with KAPPA of its steps locked, from the two medians
-    forwards: str  # of a locked step
+    forwards: str  # of the last step
     source_gib: str  # keys and values that it keeps
     peak_gib: str  # device memory of the run
     difference: str  # largest, of the final latents, to those of the hooks, or of preset plain to the plain pipeline
@@ -155,33 +155,46 @@ def measure(edit: Edit, device: str) -> list[EditRow]:
     """The plain pipeline, then every mode."""
     plain = run(edit, device)
     step = statistics.median(plain.seconds)
-    rows = [_row(edit, "pipeline", plain, step, 2, 0, None)]
+    rows = [_row(edit, "pipeline", plain, step, None)]
     hooks: Tensor | None = None
     for mode, (config, kernel) in MODES.items():
         with kvlock.attach(
             edit.pipe, edit.source, edit.masks, config=config, source_prompt_embeds=edit.embeds, kernel=kernel
         ) as session:
             steps = run(edit, device)
-            last = session.trace.rows()[-1]
+            trace = session.trace.rows()
         if mode == "store, hooks":
             hooks = steps.latents
         other = plain.latents if mode == "preset plain" else None if "full" in mode else hooks
         difference = None if other is None else (steps.latents - other).abs().max().item()
-        rows.append(_row(edit, mode, steps, step, last["forwards"], last["source_bytes"], difference))
+        rows.append(_row(edit, mode, steps, step, difference, trace))
         print(*rows[-1][:13], sep=", ", flush=True)
     return rows
 
 
 def _row(
-    edit: Edit, mode: str, steps: Steps, step: float, forwards: int, source: int, difference: float | None
+    edit: Edit,
+    mode: str,
+    steps: Steps,
+    step: float,
+    difference: float | None,
+    trace: list[dict[str, Any]] | None = None,
 ) -> EditRow:
-    unlocked = statistics.median(steps.seconds[: STEPS - LOCKED - 1])
-    locked = statistics.median(steps.seconds[STEPS - LOCKED :])  # without the first of them
-    return EditRow(
+    """`step`: seconds of a step of the plain pipeline, which has no trace."""
+    last = trace[-1] if trace else {"forwards": 2, "source_bytes": 0}
+    row = EditRow(
         edit.model, mode, str(edit.pipe.transformer.dtype).removeprefix("torch."), str(edit.masks.num_tokens),
-        str(len(edit.masks.index)), f"{unlocked:.4f}", f"{locked:.4f}", f"{locked / step:.4f}",
-        f"{((1 - KAPPA) * unlocked + KAPPA * locked) / step:.4f}", str(forwards), f"{source / 2**30:.3f}",
+        str(len(edit.masks.index)), "", "", "", "", str(last["forwards"]), f"{last['source_bytes'] / 2**30:.3f}",
         f"{steps.peak / 2**30:.2f}", "" if difference is None else f"{difference:.3g}",
+    )  # fmt: skip
+    if last["forwards"] == 2:
+        each = statistics.median(steps.seconds)
+        return row._replace(step_s=f"{each:.4f}", edit_ratio=f"{each / step:.4f}")
+    each = statistics.median(steps.seconds[: STEPS - LOCKED - 1])
+    locked = statistics.median(steps.seconds[STEPS - LOCKED :])  # without the first of them
+    return row._replace(
+        step_s=f"{each:.4f}", locked_step_s=f"{locked:.4f}", locked_ratio=f"{locked / step:.4f}",
+        edit_ratio=f"{((1 - KAPPA) * each + KAPPA * locked) / step:.4f}",
     )  # fmt: skip
 
 
