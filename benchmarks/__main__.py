@@ -17,7 +17,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code: 2 where a GPU is asked for and there is none."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--gpu", action="store_true", help="measure on the first CUDA GPU")
-    parser.add_argument("--core", action="store_true", help="the short run, of about 40 rows")
+    parser.add_argument("--core", action="store_true", help="the short run, of about 75 rows")
     parser.add_argument("--only", metavar="NAME", default="", help="cases whose line in the list has NAME in it")
     parser.add_argument("--by", metavar="NAME", default="", help="providers whose name has NAME in it")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", metavar="DIR")

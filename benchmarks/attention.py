@@ -91,7 +91,7 @@ def forced(backend: SDPBackend) -> Callable[[Inputs], Outputs]:
 
 
 def in_loop(**inputs: Any) -> Tensor:
-    from kvlock_kernels._triton.attention import attend_in_loop
+    from kvlock_kernels._triton.in_loop import attend_in_loop
 
     return attend_in_loop(**inputs)[0]
 
@@ -193,15 +193,23 @@ def compiled(name: str, launch: Callable[..., Tensor], source: torch.dtype) -> C
     )
 
 
+HOPPER = Case(
+    "attention-sm_90", WAN_1_3B_480P, "bf16", "", "", make_plain, work, check_plain, (),
+    offline=True, launch=hopper, archs=(90,), wide=False,
+)  # fmt: skip
+
+
 LENGTHS = (
-    Shape("n8192", (1, 1, 8192), 12),
-    Shape("n16384", (1, 1, 16384), 12),
-    Shape("n16384-d64", (1, 1, 16384), 24, 64),
+    *(Shape(f"n{n}-h{heads}", (1, 1, n), heads) for n in (8192, 16384) for heads in (12, 40)),
+    Shape("n75600-h12", (1, 1, 75600), 12),
+    *(Shape(f"n{n}-h24-d64", (1, 1, n), 24, 64) for n in (4096, 16384, 32760)),
+    *(Shape(f"n{n}-h16-d96", (1, 1, n), 16, 96) for n in (4096, 16384, 32760)),
 )
 
 CASES = (
     *(plain_case(shape) for shape in (*SHAPES, *LENGTHS)),
     *(case(shape, source) for shape in (*SHAPES, *LENGTHS) for source in SOURCES),
+    HOPPER,
     *(compiled("attention-in-loop", in_loop, source) for source in SOURCES),
     *(compiled("attention-one-launch", persistent, source) for source in SOURCES),
 )

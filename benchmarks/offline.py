@@ -166,7 +166,8 @@ def table(kernels: list[Compiled], triton_version: str) -> str:
     for kernel in kernels:
         groups.setdefault((kernel.case, kernel.kernel), []).append(kernel)
     for (case, name), group in groups.items():
-        numbers = zip(*(kernel[3:-3] for kernel in group), strict=True)
+        found = {kernel.arch: kernel[3:-3] for kernel in group}
+        numbers = zip(*(found.get(arch, ["–"] * len(group[0][3:-3])) for arch in ARCHS), strict=True)
         cells = [f"`{case}`", f"`{name}`", group[0].work_formula, *(" / ".join(map(str, n)) for n in numbers)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -186,7 +187,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("TRITON_INTERPRET is set: the interpreter compiles nothing; unset it and run again")
     import triton
 
-    compiled = [kernel for case in OFFLINE for arch in ARCHS for kernel in compile_case(case, arch)]
+    compiled = [kernel for case in OFFLINE for arch in case.archs for kernel in compile_case(case, arch)]
     text = table(compiled, triton.__version__)
     if options.write:
         readme = README.read_text(encoding="utf-8")

@@ -78,7 +78,8 @@ def kv_lerp_attention_(
     """`kv_lerp_attention` for those who own k and v and need them no more: out [B, M, H, D] alone.
 
     Whether k and v are mixed in place is left to what is fastest: afterwards each of their rows is the old one or the
-    mixed one. The products of the attention are those of torch's `scaled_dot_product_attention` in q's dtype.
+    mixed one. k and v share no memory, with each other or with a source. As in torch's `scaled_dot_product_attention`,
+    products take factors in q's dtype and sums are in fp32.
     """
     check_tensor("q", q, FLOATING)
     check_tensor("k", k, (q.dtype,), q)

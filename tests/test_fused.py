@@ -77,7 +77,8 @@ def test_exactly_one_place_lerps(pipes, source):
             _, trace = tiny.locked_call(pipes["wan"], config, steps=STEPS, kernel=kernel)
         locked = sum(row["locked"] for row in trace)
         assert locked == 3
-        others = {"kv_lerp_", "kv_lerp_pair_", "qk_norm_rope_kv_lerp_", "kv_lerp_attention"} - {lerp}
+        others = {"kv_lerp_", "kv_lerp_pair_", "qk_norm_rope_kv_lerp_"} - {lerp}
+        others |= {"kv_lerp_attention", "kv_lerp_attention_"}
         assert operators.counts[lerp] == lerps * branches * locked
         assert not others & set(operators.counts)
         passes = locked * (branches if source == "batch" else 1)

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kvlock
 from kvlock import KVLockConfig, Masks, preset
+from kvlock.adapters.kernels import KERNELS
 
 STEPS = 5
 MIXING = KVLockConfig(kappa=3, window=3, tau=0.6)
@@ -34,9 +35,9 @@ def v2v():
     return tiny.pipeline(WanVideoToVideoPipeline, "unipc")
 
 
-def attach(pipe, config: KVLockConfig = MIXING, *, source=None, masks=None, prompt=tiny.SOURCE_PROMPT):
+def attach(pipe, config: KVLockConfig = MIXING, *, source=None, masks=None, prompt=tiny.SOURCE_PROMPT, **options):
     source = tiny.source_latents() if source is None else source
-    return kvlock.attach(pipe, source, masks or tiny.masks(pipe), config=config, source_prompt_embeds=prompt)
+    return kvlock.attach(pipe, source, masks or tiny.masks(pipe), config=config, source_prompt_embeds=prompt, **options)
 
 
 class Calls:
@@ -168,8 +169,9 @@ def test_no_number_is_read_from_a_device_inside_the_loop(kind, schedule, source)
 READS = ("tolist", "cpu", "numpy", "item", "__bool__", "__float__", "__int__", "__index__")
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("source", ["store", "batch"])
-def test_from_the_second_step_on_kvlock_reads_no_tensor_on_the_host(wan, source, monkeypatch):
+def test_from_the_second_step_on_kvlock_reads_no_tensor_on_the_host(wan, source, kernel, monkeypatch):
     """On a CPU `tolist` and its like dispatch no operator, so they are watched by who calls them."""
     read: list[str] = []
 
@@ -191,7 +193,7 @@ def test_from_the_second_step_on_kvlock_reads_no_tensor_on_the_host(wan, source,
 
     for name in READS:
         watch(name)
-    with attach(wan, config=KVLockConfig(kappa=3, window=3, tau=0.6, source=source)) as session:
+    with attach(wan, config=KVLockConfig(kappa=3, window=3, tau=0.6, source=source), kernel=kernel) as session:
         tiny.call(wan, steps=STEPS, callback_on_step_end=after_step)
         assert read == []
         trace = session.trace.rows()
@@ -199,14 +201,17 @@ def test_from_the_second_step_on_kvlock_reads_no_tensor_on_the_host(wan, source,
     tiny.assert_locked(trace, session.trace.config)
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("source", ["store", "batch"])
 @pytest.mark.parametrize("kind", ["wan", "vace", "v2v"])
-def test_from_the_second_step_on_the_host_waits_no_more_often_than_in_the_plain_pipeline(wan, vace, v2v, kind, source):
+def test_from_the_second_step_on_the_host_waits_no_more_often_than_in_the_plain_pipeline(
+    wan, vace, v2v, kind, source, kernel
+):
     pipe = {"wan": wan, "vace": vace, "v2v": v2v}[kind]
     config = KVLockConfig(kappa=3, window=3, tau=0.6, source=source, background_guidance=1.0, composite="latent")
     with Syncs() as plain:
         tiny.call(pipe, steps=STEPS, callback_on_step_end=plain.next_step)
-    with tiny.attached(pipe, config) as session, Syncs() as locked:
+    with tiny.attached(pipe, config, kernel=kernel) as session, Syncs() as locked:
         tiny.call(pipe, steps=STEPS, callback_on_step_end=locked.next_step)
     steps = len(session.trace)
     assert len(plain.steps) == len(locked.steps) == steps + 1

@@ -27,7 +27,7 @@ def check_kernel(kernel: str) -> None:
     Raises:
         ValueError: it is another, and these are the known ones.
     """
-    if kernel not in KERNELS:
+    if not isinstance(kernel, str) or kernel not in KERNELS:
         raise ValueError(f"kernel={kernel!r} is not known; wanted one of {', '.join(map(repr, KERNELS))}")
 
 

@@ -30,7 +30,10 @@ def install(scheduler: Any, session: Session) -> None:
         )
     for name in ("set_timesteps", "step"):
         if name in vars(scheduler):
-            raise ValueError(f"{type(scheduler).__name__}.{name} is patched on this object already; detach that first")
+            raise ValueError(
+                f"{type(scheduler).__name__}.{name} is patched on this object already, by another session for example; "
+                "leave that context first"
+            )
     scheduler.kvlock_session = session
     scheduler.set_timesteps = types.MethodType(_set_timesteps(type(scheduler).set_timesteps), scheduler)
     scheduler.step = types.MethodType(_step(type(scheduler).step), scheduler)

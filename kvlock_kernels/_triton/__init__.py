@@ -1,4 +1,4 @@
-"""Triton kernels, one file per operator; each launcher has the signature of its operator in `torch.ops`."""
+"""Triton kernels; the launchers that `_cuda` registers have the signatures of their operators in `torch.ops`."""
 
 
 class Unsupported(Exception):

@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from kvlock_kernels._triton import Unsupported
-from kvlock_kernels._triton.attention import LOG2_E, strides
+from kvlock_kernels._triton.in_loop import LOG2_E, strides
 
 DTYPES = (torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 128
@@ -141,7 +141,7 @@ def consume(out_desc, lse, q, q_full, k_ring, v_ring, row, tiles, M, N, scale_lo
 
 
 @gluon.jit(do_not_specialize=["M", "N", "blocks"])
-def attention_kernel(
+def hopper_kernel(
     q, k, v, out, lse, M, N, heads, blocks, scale_log2,
     q_stride_b, q_stride_m, q_stride_h, k_stride_b, k_stride_n, k_stride_h, v_stride_b, v_stride_n, v_stride_h,
     D: gl.constexpr, DIM: gl.constexpr, LSE: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
@@ -222,7 +222,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, return_lse: bool
 
     def run() -> None:
         triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=q.device))
-        attention_kernel[(blocks * b * h,)](
+        hopper_kernel[(blocks * b * h,)](
             q, k, v, out, lse, m, n, h, blocks, scale * LOG2_E, *strides(q, k, v),
             D=d, DIM=max(triton.next_power_of_2(d), 64), LSE=return_lse, BLOCK_N=BLOCK_N, STAGES=STAGES, num_warps=4,
         )

@@ -182,7 +182,9 @@ def launch(
     if q.numel() == 0:
         return
     heads, dim = triton.next_power_of_2(c // d), triton.next_power_of_2(d)
-    if d > MAX_HEAD_DIM or heads * dim > MAX_TOKEN:
+    if d > MAX_HEAD_DIM:
+        raise Unsupported(f"head dimension {d}; the kernel takes at most {MAX_HEAD_DIM}")
+    if heads * dim > MAX_TOKEN:
         raise Unsupported(f"{c // d} heads of dimension {d}; the kernel takes at most {MAX_TOKEN} elements a token")
     if any(x.stride(2) != 1 for x in (q, k, v)):
         raise Unsupported("projections whose channels are not side by side in memory")

@@ -16,6 +16,7 @@ from kvlock_kernels._triton.tiles import (
     fp32_to_e4m3,
     load_mean,
     load_source,
+    means,
     round_half_even,
     tile_of,
 )
@@ -99,7 +100,7 @@ def pack_kv(x: Tensor, index: Tensor, dtype: torch.dtype, *, mean: Tensor | None
     tiling = Tiling.of(rows, h, d, PACK_TILE)
     pack_kernel[(tiling.blocks * b,)](
         x, dense(index, index), as_bytes(data), scale, dense(mean, scale), rows, tiling.blocks, *x.stride(),
-        MEANS=0 if mean is None else mean.shape[0], H=h, D=d, PACKING=packing, NATIVE=encodes_e4m3(x),
+        MEANS=means(mean), H=h, D=d, PACKING=packing, NATIVE=encodes_e4m3(x),
         TOKENS=tiling.tokens, HEADS=tiling.heads, DIM=tiling.dim, **LAUNCH | {"num_warps": PACK_WARPS},
     )
     return data, scale
@@ -115,7 +116,7 @@ def unpack_kv(data: Tensor, scale: Tensor | None, *, mean: Tensor | None = None,
     codes = as_bytes(data.contiguous())
     unpack_kernel[(tiling.blocks * b,)](
         codes, dense(scale, codes), dense(mean, codes), out, rows, tiling.blocks,
-        MEANS=0 if mean is None else mean.shape[0], H=h, D=d, PACKING=PACKINGS.get(data.dtype, 0),
+        MEANS=means(mean), H=h, D=d, PACKING=PACKINGS.get(data.dtype, 0),
         TOKENS=tiling.tokens, HEADS=tiling.heads, DIM=tiling.dim, **LAUNCH,
     )
     return out

@@ -1,11 +1,14 @@
-"""Attention in one launch that mixes the keys and values of head h + 1 while head h is attended to."""
+"""Attention in one launch that mixes the keys and values of head h + 1 while head h is attended to.
+
+Another way to do what `kv_lerp_attention_` does, for comparison: no operator launches it, see `attend`.
+"""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvlock_kernels._triton.attention import LOG2_E, attend_tile, checked, precision, strides, tiling
+from kvlock_kernels._triton.in_loop import LOG2_E, attend_tile, checked, precision, strides, tiling
 from kvlock_kernels._triton.tiles import lerp, load_source, source_options, source_pointers
 
 TOKENS = 64  # keys of a tile: a seventh to a quarter fewer instructions a key than with 32

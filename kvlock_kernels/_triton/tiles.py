@@ -69,12 +69,17 @@ def source_pointers(source: Tensor, scale: Tensor | None, mean: Tensor | None) -
     return data, dense(scale, data), dense(mean, data)
 
 
+def means(mean: Tensor | None) -> int:
+    """No mean, one for all samples, or (2) one for each: not their number, for which kernels would compile anew."""
+    return 0 if mean is None else min(mean.shape[0], 2)
+
+
 def source_options(source: Tensor, mean: Tensor | None, prefix: str = "") -> dict[str, Any]:
     """The constexprs that say how source rows are stored, shared and centred."""
     options = {
         "PACKING": PACKINGS.get(source.dtype, 0),
         "SHARED": source.shape[0] == 1,
-        "MEANS": 0 if mean is None else mean.shape[0],
+        "MEANS": means(mean),
     }
     return {prefix + name: value for name, value in options.items()}
 

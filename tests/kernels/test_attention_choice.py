@@ -1,13 +1,16 @@
 """Which way a call of kv_lerp_attention goes on which GPU."""
 
+import sys
 from typing import Any
 
 import pytest
 import torch
 from samples import int32, normal
-from tolerance import assert_as_accurate_as_torch, assert_bit_identical
+from tolerance import assert_as_accurate_as_torch, assert_bit_identical, assert_within_roundings
 
 from kvlock_kernels import kv_lerp_attention, reference
+
+CUDNN = "torch CUDNN_ATTENTION"
 
 
 def arguments(tokens: int = 70, dim: int = 32, dtype: torch.dtype = torch.float16) -> list[torch.Tensor]:
@@ -26,11 +29,16 @@ def way_of(monkeypatch: pytest.MonkeyPatch) -> Any:
     def noted(name: str) -> Any:
         return lambda q, *args, **options: (gone.append(name), q)
 
+    def torch_attention(q: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        allowed = torch.nn.attention._cur_sdpa_kernel_backends(with_priority=True)
+        gone.append(f"torch {allowed[0].name}")
+        return q
+
     monkeypatch.setattr(attend, "attend_in_loop", noted("in loop"))
     monkeypatch.setattr(attend, "kv_lerp_pair_", lambda *args, **options: None)
     monkeypatch.setattr(attend, "OWN", {32: 1000})
     monkeypatch.setattr(hopper, "attention", noted("own kernel"))
-    monkeypatch.setattr(attend.F, "scaled_dot_product_attention", lambda *args, **options: noted("torch")(*args)[1])
+    monkeypatch.setattr(attend.F, "scaled_dot_product_attention", torch_attention)
 
     def call(capability: tuple[int, int], args: list[torch.Tensor], **options: Any) -> str:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
@@ -41,17 +49,30 @@ def way_of(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_many_keys_go_to_the_own_kernel_on_the_gpu_it_is_made_for(way_of: Any) -> None:
-    assert way_of((9, 0), arguments(1000)) == "own kernel"
-    assert way_of((9, 0), arguments(999)) == "torch"
-    assert way_of((9, 0), arguments(1000, dim=64)) == "torch"
-    assert {way_of(capability, arguments(1000)) for capability in ((8, 0), (8, 9), (10, 0), (12, 0))} == {"torch"}
+    q, *rest = arguments(1000)
+    assert way_of((9, 0), [q, *rest]) == "own kernel"
+    assert way_of((9, 0), [q[:, :999], *rest]) == CUDNN
+    assert way_of((9, 0), arguments(999)) == CUDNN
+    assert way_of((9, 0), arguments(1000, dim=64)) == CUDNN
+
+
+def test_torch_is_asked_for_what_is_fastest_on_a_gpu(way_of: Any) -> None:
+    assert {way_of(capability, arguments(1000)) for capability in ((8, 0), (8, 9))} == {"torch FLASH_ATTENTION"}
+    assert {way_of(capability, arguments(1000)) for capability in ((10, 0), (12, 0))} == {CUDNN}
+
+
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_without_gluon_the_others_stay(way_of: Any, monkeypatch: pytest.MonkeyPatch, return_lse: bool) -> None:
+    monkeypatch.setitem(sys.modules, "kvlock_kernels._triton.hopper", None)
+    monkeypatch.delattr("kvlock_kernels._triton.hopper")
+    assert way_of((9, 0), arguments(1000), return_lse=return_lse) == ("in loop" if return_lse else CUDNN)
 
 
 def test_what_the_own_kernel_does_not_take_goes_to_torch(way_of: Any) -> None:
     q, k, *rest = arguments(1000)
-    assert way_of((9, 0), arguments(1000, dtype=torch.float32)) == "torch"
-    assert way_of((9, 0), [q.float(), k, *rest]) == "torch"
-    assert way_of((9, 0), arguments(1000), scale=-1.0) == "torch"
+    assert way_of((9, 0), arguments(1000, dtype=torch.float32)) == CUDNN
+    assert way_of((9, 0), [q.float(), k, *rest]) == CUDNN
+    assert way_of((9, 0), arguments(1000), scale=-1.0) == CUDNN
 
 
 def test_the_log_sum_exp_comes_from_a_kernel_that_gives_it(way_of: Any) -> None:
@@ -77,3 +98,14 @@ def test_keys_and_values_stay_as_they_are(
     exact, _ = reference.kv_lerp_attention(*(x.float() if x.is_floating_point() else x for x in args), scale=32**-0.5)
     native, _ = reference.kv_lerp_attention(*args, scale=32**-0.5)
     assert_as_accurate_as_torch(out, native, exact.double())
+
+
+@pytest.mark.parametrize("implementation", ["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
+def test_keys_wider_than_queries_keep_their_range() -> None:
+    """Rounded to the queries' dtype, as attention alone would want them, they would be infinite."""
+    q, k, v, *rest = arguments()
+    k, v = 1e5 * k.float(), v.float()
+    out = kv_lerp_attention(q, k, v, *rest, scale=1e-5).out
+    assert out.dtype == q.dtype
+    exact, _ = reference.kv_lerp_attention(q.float(), k, v, *(x.float() for x in rest[:2]), *rest[2:], scale=1e-5)
+    assert_within_roundings(out, exact.to(q.dtype), 2)

@@ -32,7 +32,7 @@ AXES: dict[str, Any] = {
 
 
 def in_loop(*args: Tensor, **options: Any) -> Tensor:
-    from kvlock_kernels._triton.attention import attend_in_loop
+    from kvlock_kernels._triton.in_loop import attend_in_loop
 
     return attend_in_loop(*args, **options)[0]
 
@@ -102,15 +102,18 @@ def test_a_way_is_as_accurate_as_torch_on_mixed_keys_and_values(way: Way, regime
 
 @pytest.mark.slow
 @each_way
-def test_every_combination_is_as_accurate(way: Way) -> None:
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dim", AXES["dim"])
+def test_every_combination_is_as_accurate(way: Way, dim: int, dtype: torch.dtype) -> None:
     """Of what changes the values of a head: two samples, one head, strided tensors."""
-    for regime in every(AXES | {"heads": (1,), "samples": ((2, 1),), "contiguous": (False,)}):
+    fixed = {"heads": (1,), "samples": ((2, 1),), "contiguous": (False,), "dim": (dim,), "dtype": (dtype,)}
+    for regime in every(AXES | fixed):
         assert_right(way, regime)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_log_sum_exp_is_that_of_the_scaled_scores(dtype: torch.dtype) -> None:
-    from kvlock_kernels._triton.attention import attend_in_loop
+    from kvlock_kernels._triton.in_loop import attend_in_loop
 
     args, options = call_of(REGIME | {"dtype": dtype})
     _, lse = attend_in_loop(*args, **options, return_lse=True)

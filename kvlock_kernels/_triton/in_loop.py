@@ -80,7 +80,7 @@ def attend_tile(
 
 
 @triton.jit
-def attention_kernel(
+def in_loop_kernel(
     q, k, v, out, lse, k_source, k_scale, k_mean, v_source, v_scale, v_mean, source_row, ratio, m, n, rows, qk_scale,
     q_stride_b, q_stride_m, q_stride_h, k_stride_b, k_stride_n, k_stride_h, v_stride_b, v_stride_n, v_stride_h,
     LERP: tl.constexpr, LSE: tl.constexpr, PRECISION: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
@@ -121,7 +121,7 @@ def attend_in_loop(
     if q.numel() == 0:
         return out, lse
     tiles = tiling(d, q.dtype, IN_LOOP_TOKENS)
-    attention_kernel[(triton.cdiv(m, tiles["QUERIES"]), b * h)](
+    in_loop_kernel[(triton.cdiv(m, tiles["QUERIES"]), b * h)](
         q, k, v, out, lse, *source_pointers(k_source, k_scale, k_mean), *source_pointers(v_source, v_scale, v_mean),
         rows_of_tokens(index, n), ratio.contiguous(), m, n, rows, scale * LOG2_E, *strides(q, k, v),
         LERP=rows > 0, LSE=return_lse, PRECISION=precision(q), H=h, D=d,
@@ -165,9 +165,9 @@ def rows_of_tokens(index: Tensor, tokens: int) -> Tensor:
 
 
 def tiling(d: int, dtype: torch.dtype, tokens: int) -> dict[str, int]:
-    """Sizes of the tiles, warps and stages: the largest that compile for sm_80 to sm_90 without a spill.
+    """Sizes of the tiles, warps and stages; for 16-bit numbers the largest that spill on no GPU from sm_80 to sm_90.
 
-    `tokens` is the number of keys of a tile of 16-bit numbers.
+    `tokens` is the number of keys of such a tile.
     """
     dim = max(triton.next_power_of_2(d), 16)
     if dtype == torch.float32:
