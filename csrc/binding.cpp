@@ -61,7 +61,9 @@ int64_t sharing(const char* name, const Tensor& value, int64_t samples) {
   return value.size(0);
 }
 
-const float* floats(const Maybe& value) { return value ? static_cast<const float*>(value->const_data_ptr()) : nullptr; }
+const float* floats(const Maybe& value) {
+  return value ? static_cast<const float*>(value->const_data_ptr()) : nullptr;
+}
 
 // x [B, N, H, D], or [B, N, C] seen with `heads` heads.
 Rows rows_of(const char* name, const Tensor& x, int64_t heads, int64_t dim, const int32_t* index) {
@@ -73,11 +75,12 @@ Rows rows_of(const char* name, const Tensor& x, int64_t heads, int64_t dim, cons
           flat ? dim * element : x.stride(2), element, index};
 }
 
-// On the CPU a wrong row would be a wild access that can be seen in time; elsewhere, seeing it would wait for the device.
+// On the CPU a row out of range can be seen before it becomes a wild access; on CUDA, looking would wait for the device.
 const int32_t* checked(const Tensor& index, int64_t tokens) {
   const auto* row = static_cast<const int32_t*>(index.const_data_ptr());
   for (int64_t i = 0; index.is_cpu() && i < index.numel(); i++) {
-    STD_TORCH_CHECK(row[i] >= 0 && row[i] < tokens, "index: found ", row[i], " at row ", i, ", wanted at least 0 and below N = ", tokens);
+    STD_TORCH_CHECK(row[i] >= 0 && row[i] < tokens, "index: found ", row[i], " for row ", i,
+                    ", wanted at least 0 and below N = ", tokens);
   }
   return row;
 }

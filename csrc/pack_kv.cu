@@ -243,7 +243,8 @@ void launch_encode(const Encode& call, cudaStream_t stream) {
 }
 
 const char* too_many(const Shape& shape) {
-  const bool fits = shape.samples < 65536 && shape.samples * shape.rows * shape.heads * (shape.dim + 256) < INT64_C(1) << 34;
+  const int64_t size = shape.samples * shape.rows * shape.heads * (shape.dim + 256);
+  const bool fits = shape.samples < 65536 && size < INT64_C(1) << 34;
   return fits ? nullptr : "found too many rows for one launch, wanted B < 2^16 and B * rows * H * (D + 256) < 2^34";
 }
 

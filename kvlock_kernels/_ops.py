@@ -154,11 +154,13 @@ _define(
     _recorded_shapes,
 )
 
+ops = getattr(torch.ops, NAMESPACE)
 _extension.load()
+
 for _name in _cuda.OPERATORS:
     _qualified = f"{NAMESPACE}::{_name}"
     if _extension.serves(_qualified, "CUDA"):
-        _schema = str(torch._C._dispatch_find_schema...)
+        _signature = str(getattr(ops, _name).default._schema).removeprefix(_qualified)
+        _qualified = f"{NAMESPACE}::fallback_{_name}"
+        torch.library.define(_qualified, _signature)
     torch.library.impl(_qualified, "cuda", _cuda.implementation(_name))
-
-ops = getattr(torch.ops, NAMESPACE)
