@@ -1,8 +1,8 @@
 """Installation of the packages kvlock and kvlock_kernels, and of the C++/CUDA extension where it can be built.
 
-KVLOCK_BUILD_EXT says whether the extension is built: "auto" (the default) builds what the tools at hand allow, "1" fails
-where nothing can be built, "0" builds nothing. It needs torch while it is built, which `pip install` shows a build only
-with --no-build-isolation. A C++ compiler builds the CPU part, nvcc the CUDA part, for the architectures in
+KVLOCK_BUILD_EXT says whether the extension is built: "auto" (the default) builds what the tools at hand allow, "1"
+fails where one of them fails, "0" builds nothing. Building needs torch, which pip shows to a build only with
+--no-build-isolation. A C++ compiler builds the CPU part, nvcc the CUDA part, for the architectures in
 TORCH_CUDA_ARCH_LIST; no GPU is needed.
 """
 
@@ -156,7 +156,7 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "test": ["pytest", "ruff", "mypy", TRITON],
+        "test": ["pytest", "hypothesis", "ruff", "mypy", TRITON],
         "bench": ["pytest-benchmark", "nvidia-ml-py"],
         "flash": ["flash-attn"],
         "triton": [TRITON],

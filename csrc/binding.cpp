@@ -75,7 +75,7 @@ Rows rows_of(const char* name, const Tensor& x, int64_t heads, int64_t dim, cons
           flat ? dim * element : x.stride(2), element, index};
 }
 
-// On the CPU a row out of range can be seen before it becomes a wild access; on CUDA, looking would wait for the device.
+// On the CPU a row out of range is seen before it is a wild access; on CUDA, looking would wait for the device.
 const int32_t* checked(const Tensor& index, int64_t tokens) {
   const auto* row = static_cast<const int32_t*>(index.const_data_ptr());
   for (int64_t i = 0; index.is_cpu() && i < index.numel(); i++) {

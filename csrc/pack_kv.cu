@@ -1,6 +1,6 @@
-// CUDA's implementation. A thread takes 8 elements, 16 bytes of bf16, of the same place in TOKENS rows, and asks for all
-// of them before it uses one: loads in flight are what a pass over memory lives on. Built with -fmad=false, because the
-// bits are those of the reference.
+// CUDA's implementation. A thread takes 8 elements, 16 bytes of bf16, of the same place in TOKENS rows, and asks for
+// all of them before it uses one: loads in flight are what a pass over memory lives on. Built with -fmad=false, because
+// the bits are those of the reference.
 #include <cuda_runtime.h>
 
 #include <type_traits>
@@ -44,8 +44,8 @@ __device__ float larger_of_lanes(float x, int apart) {
   return larger_or_nan(x, __shfl_xor_sync(~0u, x, apart));
 }
 
-// The largest x[j] of LANES lanes, for row j = lane % TOKENS: half the rows change hands, then a quarter, then the lanes
-// of one row compare.
+// The largest x[j] of LANES lanes, for row j = lane % TOKENS: half the rows change hands, then a quarter, then the
+// lanes of one row compare.
 template <int LANES>
 __device__ float largest_of_rows(const float (&x)[TOKENS]) {
   static_assert(TOKENS == 4 && LANES >= TOKENS);
