@@ -27,8 +27,8 @@ def load() -> None:
 
 
 def serves(name: str, key: str) -> bool:
-    """Whether something compiled serves operator `name` under the dispatch key, "CPU" or "CUDA"."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
+    """Whether operator `name` exists and has an implementation under the dispatch key itself, "CPU" or "CUDA"."""
+    return torch._C._dispatch_has_kernel(name) and torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
 
 
 def architectures() -> list[str]:

@@ -137,6 +137,18 @@ def test_every_number_of_16_bits_packs_as_the_reference_packs_it(dtype: torch.dt
         assert_packs_as_the_reference(codes.view(floating), torch.arange(2**9, dtype=torch.int32), dtype, None)
 
 
+@pytest.mark.parametrize(("dtype", "limit"), [(INT8, 127.0), (FP8, 448.0)], ids=["int8", "fp8"])
+def test_every_size_of_a_code_is_rounded_as_the_reference_rounds_it(dtype: torch.dtype, limit: float) -> None:
+    """Beside an element at the limit the scale is 1: the others reach every code, and every tie between two."""
+    values = torch.arange(2**15, dtype=torch.int16).view(torch.bfloat16).float()
+    values = values[values <= limit]
+    values = torch.cat([values * (1 + 2.0**-20), values, -values * (1 - 2.0**-20)]).clamp(max=limit)
+    rows = len(values) // 127
+    values = torch.cat([torch.full((rows, 1), limit), values[: 127 * rows].reshape(rows, 127)], 1)
+    x = values[None, :, None]
+    assert_packs_as_the_reference(x, torch.arange(x.shape[1], dtype=torch.int32), dtype, None)
+
+
 @pytest.mark.parametrize("row", [7, -1])
 def test_a_row_out_of_range_is_named_before_anything_is_touched(row: int) -> None:
     message = f"index: found {row} for row 1, wanted at least 0 and below N = 7"
