@@ -89,7 +89,7 @@ class BuildExtension(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         """Both parts, or the CPU part alone; in "auto" what fails is left out with a warning."""
-        nvcc = compiler("NVCC", "nvcc")
+        nvcc = compiler("NVCC", "nvcc", f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin/nvcc")
         for cuda in (nvcc, None) if nvcc else (None,):
             try:
                 self._build(ext, cuda)
