@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <array>
 #include <optional>
+#include <string>
 #include <tuple>
 
 #include "pack_kv.h"
@@ -41,14 +42,21 @@ Dtype dtype_of(const char* name, ScalarType type) {
 
 bool eight_bit(Dtype dtype) { return size_of(dtype) == 1; }
 
+template <class Sizes>
+std::string shape_text(const Sizes& sizes) {
+  std::string text;
+  for (const int64_t size : sizes) text += (text.empty() ? "" : ", ") + std::to_string(size);
+  return "[" + text + "]";
+}
+
 // An argument that a kernel reads as [sizes] without strides: contiguous, on the device of x.
 Tensor dense(const char* name, const Tensor& value, ScalarType type, std::initializer_list<int64_t> sizes,
              const Tensor& x) {
   STD_TORCH_CHECK(value.scalar_type() == type, name, ": found dtype number ", static_cast<int>(value.scalar_type()),
                   ", wanted ", type == ScalarType::Int ? "int32" : "float32");
   const auto found = value.sizes();
-  STD_TORCH_CHECK(std::equal(found.begin(), found.end(), sizes.begin(), sizes.end()), name, ": found ", value.dim(),
-                  " axes and ", value.numel(), " elements, wanted ", sizes.size(), " axes, of other sizes");
+  STD_TORCH_CHECK(std::equal(found.begin(), found.end(), sizes.begin(), sizes.end()), name,
+                  ": found shape ", shape_text(found), ", wanted ", shape_text(sizes));
   STD_TORCH_CHECK(value.is_cuda() == x.is_cuda() && value.get_device_index() == x.get_device_index(), name,
                   ": found device ", value.get_device_index(), ", wanted that of the rows, ", x.get_device_index());
   return torch::stable::contiguous(value);
@@ -68,8 +76,8 @@ const float* floats(const Maybe& value) {
 // x [B, N, H, D], or [B, N, C] seen with `heads` heads.
 Rows rows_of(const char* name, const Tensor& x, int64_t heads, int64_t dim, const int32_t* index) {
   const bool flat = x.dim() == 3;
-  STD_TORCH_CHECK(flat ? x.size(2) == heads * dim : x.size(2) == heads && x.size(3) == dim, name, ": found ", x.dim(),
-                  " axes of which the third is ", x.size(2), ", wanted H, D = ", heads, ", ", dim);
+  STD_TORCH_CHECK(flat ? x.size(2) == heads * dim : x.size(2) == heads && x.size(3) == dim, name, ": found shape ",
+                  shape_text(x.sizes()), ", wanted [.., .., H, D] or [.., .., H * D] with H, D = ", heads, ", ", dim);
   const int64_t element = x.stride(flat ? 2 : 3);
   return {x.data_ptr(), dtype_of(name, x.scalar_type()), x.size(0) == 1 ? 0 : x.stride(0), x.stride(1),
           flat ? dim * element : x.stride(2), element, index};
@@ -93,7 +101,7 @@ struct Cpu {
 // See `kvlock_kernels.pack_kv`.
 template <class Device>
 std::tuple<Tensor, Tensor> pack_kv(Tensor x, Tensor index, ScalarType type, Maybe mean) {
-  STD_TORCH_CHECK(x.dim() == 4, "x: found ", x.dim(), " axes, wanted [B, N, H, D]");
+  STD_TORCH_CHECK(x.dim() == 4, "x: found shape ", shape_text(x.sizes()), ", wanted [B, N, H, D]");
   const Dtype dtype = dtype_of("dtype", type);
   STD_TORCH_CHECK(!mean || eight_bit(dtype), "mean: found a value, wanted None beside a dtype that is not 8-bit");
   index = dense("index", index, ScalarType::Int, {index.numel()}, x);
@@ -136,7 +144,7 @@ void mix(const Shape& shape, const Rows& to, const Rows& from, const Tensor& sou
 // See `kvlock_kernels.unpack_kv`.
 template <class Device>
 Tensor unpack_kv(Tensor data, Maybe scale, Maybe mean, ScalarType type) {
-  STD_TORCH_CHECK(data.dim() == 4, "data: found ", data.dim(), " axes, wanted [B, rows, H, D]");
+  STD_TORCH_CHECK(data.dim() == 4, "data: found shape ", shape_text(data.sizes()), ", wanted [B, rows, H, D]");
   STD_TORCH_CHECK(!eight_bit(dtype_of("dtype", type)), "dtype: found an 8-bit dtype, wanted a floating one");
   Tensor out = torch::stable::new_empty(data, data.sizes(), type);
   if (out.numel() == 0) return out;
@@ -149,9 +157,10 @@ Tensor unpack_kv(Tensor data, Maybe scale, Maybe mean, ScalarType type) {
 // See `kvlock_kernels.kv_lerp_`.
 template <class Device>
 void kv_lerp_(Tensor x, Tensor source, Tensor index, Tensor ratio, Maybe scale, Maybe mean) {
-  STD_TORCH_CHECK(x.dim() == 3 || x.dim() == 4, "x: found ", x.dim(), " axes, wanted [B, N, H, D] or [B, N, C]");
-  STD_TORCH_CHECK(source.dim() == 3 || source.dim() == 4, "source: found ", source.dim(),
-                  " axes, wanted [Bs, rows, H, D] or [Bs, rows, C]");
+  STD_TORCH_CHECK(x.dim() == 3 || x.dim() == 4, "x: found shape ", shape_text(x.sizes()),
+                  ", wanted [B, N, H, D] or [B, N, C]");
+  STD_TORCH_CHECK(source.dim() == 3 || source.dim() == 4, "source: found shape ", shape_text(source.sizes()),
+                  ", wanted [Bs, rows, H, D] or [Bs, rows, C]");
   const int64_t b = x.size(0), rows = index.numel();
   index = dense("index", index, ScalarType::Int, {rows}, x);
   ratio = dense("ratio", ratio, ScalarType::Float, {b}, x);
