@@ -1,10 +1,130 @@
-"""Installation of the packages kvlock and kvlock_kernels."""
+"""Installation of the packages kvlock and kvlock_kernels, and of the C++/CUDA extension where it can be built.
 
+KVLOCK_BUILD_EXT says whether the extension is built: "auto" (the default) builds what the tools at hand allow, "1"
+fails where one of them fails, "0" builds nothing. Building needs torch, which pip shows to a build only with
+--no-build-isolation. A C++ compiler builds the CPU part, nvcc the CUDA part, for the architectures in
+TORCH_CUDA_ARCH_LIST; no GPU is needed.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import warnings
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
 
 TRITON = 'triton>=3.6; platform_system == "Linux"'  # CUDA builds of torch bring it, CPU builds do not
+
+SWITCH, SWITCHES = "KVLOCK_BUILD_EXT", ("auto", "0", "1")
+ARCHITECTURES = "8.0;8.9;9.0"
+TORCH_TARGET = "0x020a000000000000ULL"  # the stable ABI of torch 2.10, the first version that has all that is used
+# A fused product and sum, or a reciprocal for a quotient, would give other bits than the reference.
+CXX_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-trapping-math"]
+NVCC_FLAGS = ["-O3", "-std=c++20", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-fmad=false"]
+
+
+def switch() -> str:
+    """The value of KVLOCK_BUILD_EXT."""
+    value = os.environ.get(SWITCH, "auto")
+    if value not in SWITCHES:
+        raise SystemExit(f"{SWITCH}: found {value!r}, wanted {', '.join(SWITCHES[:-1])} or {SWITCHES[-1]}")
+    return value
+
+
+def extensions() -> list[Extension]:
+    """The extension, or nothing where it is not wanted or torch is not there to build against."""
+    wanted = switch()
+    if wanted == "0":
+        return []
+    try:
+        import torch  # noqa: F401
+    except ImportError as error:
+        if wanted == "auto":
+            return []
+        raise SystemExit(
+            f"{SWITCH}: found '1', but torch cannot be imported ({error}); install torch, then build with "
+            "pip install --no-build-isolation"
+        ) from error
+    sources = [f"csrc/{name}" for name in ("binding.cpp", "pack_kv.cpp", "pack_kv.cu")]
+    return [Extension("kvlock_kernels._C", sources, depends=["csrc/pack_kv.h", "csrc/eight.cuh"], py_limited_api=True)]
+
+
+def architectures() -> list[str]:
+    """The words of TORCH_CUDA_ARCH_LIST, such as "9.0" or "9.0+PTX"."""
+    words = re.split(r"[;, ]+", (os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES).strip("; ,"))
+    for word in words:
+        if not re.fullmatch(r"\d+\.\d+[af]?(\+PTX)?", word):
+            raise RuntimeError(f"TORCH_CUDA_ARCH_LIST: found {word!r}, wanted numbers such as 9.0 or 9.0+PTX")
+    return words
+
+
+def gencode(word: str) -> list[str]:
+    """nvcc's flags for one architecture: its code, and PTX where that is asked for."""
+    number = word.removesuffix("+PTX").replace(".", "")
+    codes = [f"sm_{number}"] + ([f"compute_{number}"] if word.endswith("+PTX") else [])
+    return [f"-gencode=arch=compute_{number},code={code}" for code in codes]
+
+
+def compiler(variable: str, *names: str) -> str | None:
+    """The program that the environment variable names, or the first one of these names on the path."""
+    return os.environ.get(variable) or next(filter(None, map(shutil.which, names)), None)
+
+
+def run(*command: str) -> None:
+    """Runs a compiler; what it says is in the error."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+
+
+class BuildExtension(build_ext):
+    """Calls the compilers itself: torch's own build class refuses to compile CUDA beside a CPU build of torch."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        """One name for every version of Python, because the object holds nothing of Python."""
+        return str(Path(*fullname.split("."))) + ".so"
+
+    def build_extension(self, ext: Extension) -> None:
+        """Both parts, or the CPU part alone; in "auto" what fails is left out with a warning."""
+        nvcc = compiler("NVCC", "nvcc", f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin/nvcc")
+        for cuda in (nvcc, None) if nvcc else (None,):
+            try:
+                self._build(ext, cuda)
+                return
+            except (OSError, RuntimeError) as error:
+                if switch() == "1":
+                    raise
+                part = "CUDA part of its extension" if cuda else "extension"
+                warnings.warn(f"kvlock goes on without the {part}: {error}", stacklevel=1)
+        ext.optional = True  # nothing is copied where nothing was built
+
+    def _build(self, ext: Extension, nvcc: str | None) -> None:
+        from torch.utils.cpp_extension import include_paths, library_paths
+
+        cxx = compiler("CXX", "c++", "g++", "clang++")
+        if cxx is None:
+            raise RuntimeError("no C++ compiler was found; install g++ or set CXX")
+        target, objects = Path(self.get_ext_fullpath(ext.name)), Path(self.build_temp)
+        for folder in (target.parent, objects):
+            folder.mkdir(parents=True, exist_ok=True)
+        common = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", *(f"-I{path}" for path in include_paths())]
+        commands = {".cpp": [cxx, *CXX_FLAGS, *common]}
+        if nvcc:
+            words = architectures()
+            commands[".cpp"] += ["-DKVLOCK_CUDA", f'-DKVLOCK_ARCHITECTURES="{";".join(words)}"']
+            commands[".cu"] = [nvcc, *NVCC_FLAGS, *(flag for word in words for flag in gencode(word))]
+        built = []
+        for source in map(Path, ext.sources):
+            if source.suffix in commands:
+                built.append(str(objects / f"{source.name}.o"))
+                run(*commands[source.suffix], "-c", str(source), "-o", built[-1])
+        linker = [nvcc, "-cudart=static"] if nvcc else [cxx]  # nvcc knows where its own library is
+        libraries = [f"-L{path}" for path in library_paths()]
+        run(*linker, "-shared", "-o", str(target), *built, *libraries, "-ltorch_cpu", "-ldl")
+
 
 setup(
     name="kvlock",
@@ -21,6 +141,9 @@ setup(
         "kvlock.mini": ["weights/*", "weights/*/*"],
         "kvlock_kernels": ["py.typed"],
     },
+    ext_modules=extensions(),
+    cmdclass={"build_ext": BuildExtension},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
     install_requires=[
         "torch>=2.10",
         "diffusers>=0.38",
@@ -33,7 +156,7 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "test": ["pytest", "ruff", "mypy", TRITON],
+        "test": ["pytest", "hypothesis", "ruff", "mypy", TRITON],
         "bench": ["pytest-benchmark", "nvidia-ml-py"],
         "flash": ["flash-attn"],
         "triton": [TRITON],

@@ -1,7 +1,9 @@
 """Contracts of the operators: schema, shape inference, and the implementation for each device.
 
 The reference is registered under the lowest-priority key of the dispatcher and serves every device that has nothing
-better; CUDA has the kernels. No result aliases an argument; where a tensor is missing, an empty one returns.
+better; CUDA has the kernels. Where the extension was built, it serves some operators on the CPU and on CUDA, and what
+would serve CUDA without it becomes the operator's fallback, which the extension calls on a GPU that it has no code for.
+No result aliases an argument; where a tensor is missing, an empty one returns.
 """
 
 from collections.abc import Callable
@@ -10,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvlock_kernels import _cuda, reference
+from kvlock_kernels import _cuda, _extension, reference
 
 NAMESPACE = "kvlock_kernels"
 
@@ -152,7 +154,13 @@ _define(
     _recorded_shapes,
 )
 
-for _name in _cuda.OPERATORS:
-    torch.library.impl(f"{NAMESPACE}::{_name}", "cuda", _cuda.implementation(_name))
-
 ops = getattr(torch.ops, NAMESPACE)
+_extension.load()
+
+for _name in _cuda.OPERATORS:
+    _qualified = f"{NAMESPACE}::{_name}"
+    if _extension.serves(_qualified, "CUDA"):
+        _signature = str(getattr(ops, _name).default._schema).removeprefix(_qualified)
+        _qualified = f"{NAMESPACE}::fallback_{_name}"
+        torch.library.define(_qualified, _signature)
+    torch.library.impl(_qualified, "cuda", _cuda.implementation(_name))

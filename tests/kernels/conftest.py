@@ -5,6 +5,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from serving import served_on_cpu
+
+from kvlock_kernels import _extension, reference
+from kvlock_kernels._cuda import OPERATORS
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic mode, below, asks of cuBLAS
 if not torch.cuda.is_available():
@@ -15,23 +19,28 @@ IMPLEMENTATIONS = (
     "interpreter",  # the Triton kernels on CPU tensors
     pytest.param("cuda", marks=pytest.mark.gpu),
 )
+COMPILED = [name for name in OPERATORS if _extension.serves(f"kvlock_kernels::{name}", "CPU")]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Every test of a module that says EACH_IMPLEMENTATION runs on each.
+    """Every test of a module that says EACH_IMPLEMENTATION runs on each, on the extension where it was built.
 
     Checks at the door come before any implementation, so tests of bad inputs run once.
     """
     everywhere = getattr(metafunc.module, "EACH_IMPLEMENTATION", False) and "bad" not in metafunc.fixturenames
     if everywhere:
-        metafunc.parametrize("implementation", IMPLEMENTATIONS, indirect=True)
+        compiled = ("extension",) if any(hasattr(metafunc.module, name) for name in COMPILED) else ()
+        metafunc.parametrize("implementation", (*IMPLEMENTATIONS, *compiled), indirect=True)
 
 
 @pytest.fixture(autouse=True)
 def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
-    """What the operators run on: the reference, or the kernels in the interpreter or on a GPU."""
-    name = getattr(request, "param", "reference")
-    if name == "interpreter":
+    """What the operators run on: the reference, the extension, or the kernels in the interpreter or on a GPU."""
+    name = getattr(request, "param", "whatever serves the CPU")
+    if name == "reference":
+        with served_on_cpu({compiled: getattr(reference, compiled) for compiled in COMPILED}):
+            yield name
+    elif name == "interpreter":
         if torch.cuda.is_available():
             pytest.skip("the kernels are compiled where there is a GPU; run them with -m gpu")
         import interpreter

@@ -8,6 +8,7 @@ from unittest import mock
 import numpy as np
 import torch
 import triton.language as tl
+from serving import served_on_cpu
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from kvlock_kernels import _cuda
@@ -17,18 +18,12 @@ from kvlock_kernels._triton import persistent
 @contextlib.contextmanager
 def kernels_on_cpu() -> Iterator[None]:
     """Registers every kernel for the CPU, as it is registered for CUDA, until the block is left."""
-    library = torch.library.Library("kvlock_kernels", "IMPL")
     # Programs run one after the other, so that one must not wait for the next.
     alone = mock.patch.object(persistent, "resident_programs", lambda device: 1)
     oldest = mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: _cuda.OLDEST)
     # The interpreter computes in numpy, which warns of NaN and inf where a GPU goes on.
-    with alone, oldest, bf16_as_on_a_gpu(), np.errstate(all="ignore"):
-        for name, launcher in _cuda.launchers().items():
-            library.impl(name, launcher, "CPU")
-        try:
-            yield
-        finally:
-            library._destroy()
+    with alone, oldest, bf16_as_on_a_gpu(), np.errstate(all="ignore"), served_on_cpu(_cuda.launchers()):
+        yield
 
 
 @contextlib.contextmanager

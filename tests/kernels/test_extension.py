@@ -1,0 +1,178 @@
+"""The compiled extension on the CPU: the bits of the reference."""
+
+import math
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from regimes import each_regime, rows_of
+from samples import DTYPES, int32, normal, packed, scattered, source_rows
+from serving import served_on_cpu
+from tolerance import assert_bit_identical
+from torch import Tensor
+
+from kvlock_kernels import _extension, info, kv_lerp_, pack_kv, reference, unpack_kv
+
+pytestmark = pytest.mark.skipif(_extension.path() is None, reason=f"the extension is not built: {_extension.BUILD}")
+
+INT8, FP8 = torch.int8, torch.float8_e4m3fn
+STORAGE = (*DTYPES, INT8, FP8)
+NAMES = ("pack_kv", "unpack_kv", "kv_lerp_")
+
+
+def assert_same(actual: Tensor, expected: Tensor) -> None:
+    """Wants the same bits, but any NaN for a NaN: of two in one product, hardware keeps the sign of one."""
+    nan = expected.float().isnan()
+    assert torch.equal(actual.float().isnan(), nan)
+    zero = lambda x: x.float().masked_fill(nan, 0)
+    assert actual.dtype == expected.dtype
+    assert_bit_identical(zero(actual), zero(expected))
+
+
+def assert_packs_as_the_reference(x: Tensor, index: Tensor, dtype: torch.dtype, mean: Tensor | None) -> None:
+    found = torch.ops.kvlock_kernels.pack_kv(x, index, dtype, mean=mean)
+    expected = reference.pack_kv(x, index, dtype, mean=mean)
+    for actual, wanted in zip(found, expected, strict=True):
+        assert_same(actual, wanted)
+    data, scale = expected[0], expected[1] if dtype in reference.EIGHT_BIT else None
+    for back in DTYPES:
+        unpacked = unpack_kv(data, scale, mean=mean, dtype=back)
+        assert_same(unpacked, reference.unpack_kv(data, scale, mean=mean, dtype=back))
+
+
+def test_it_serves_its_operators_and_leaves_the_fallbacks_to_python() -> None:
+    for name in NAMES:
+        assert _extension.serves(f"kvlock_kernels::{name}", "CPU") and info.on_cpu(name) == "extension"
+        assert _extension.serves(f"kvlock_kernels::fallback_{name}", "CUDA") == bool(_extension.architectures())
+    assert info.on_cpu("lock_schedule").startswith("reference")
+
+
+def test_it_serves_again_after_another_implementation_did() -> None:
+    called = []
+    x, index = normal(1, 3, 1, 8), int32(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with served_on_cpu({"pack_kv": lambda *args, **kwargs: called.append(1) or reference.pack_kv(*args, **kwargs)}):
+            pack_kv(x, index, INT8)
+    pack_kv(x, index, INT8)
+    assert called == [1]
+
+
+@each_regime()
+def test_a_lerp_has_the_bits_of_the_reference(regime: dict[str, Any]) -> None:
+    n, h, d, dtype = (regime[name] for name in ("tokens", "heads", "dim", "dtype"))
+    (b, sources), (source_dtype, mean) = regime["samples"], regime["source"]
+    x = normal(b, n, 3, h, d, dtype=dtype)[:, :, 1]
+    x = x.contiguous() if regime["contiguous"] else x
+    (index, _), ratio = rows_of(n, regime["share"]), torch.tensor([regime["ratio"], 0.77])[:b]
+    source, options, _ = source_rows(source_dtype, sources, len(index), h, d, mean=mean)
+    expected = x.clone()
+    reference.kv_lerp_(expected, source, index, ratio, **options)
+    assert_bit_identical(kv_lerp_(x, source, index, ratio, **options), expected)
+
+
+sizes = st.tuples(st.integers(1, 2), st.integers(1, 9), st.integers(1, 3), st.sampled_from((1, 3, 8, 24, 40, 128, 260)))
+exponents = st.integers(-44, 30)  # of ten: from subnormal numbers on
+special = st.lists(st.sampled_from((0.0, -0.0, math.inf, -math.inf, math.nan, 2.0**-149, 2.0**-126)), max_size=4)
+layouts = st.sampled_from(("dense", "heads first", "one of three", "every other element"))
+
+
+def laid_out(layout: str, b: int, n: int, h: int, d: int, seed: int, dtype: torch.dtype) -> Tensor:
+    """Normal numbers [B, N, H, D] with the strides that the layout has."""
+    if layout == "heads first":
+        return normal(b, h, n, d, seed=seed, dtype=dtype).transpose(1, 2)
+    if layout == "one of three":
+        return normal(b, n, 3, h, d, seed=seed, dtype=dtype)[:, :, 1]
+    if layout == "every other element":
+        return normal(b, n, h, 2 * d, seed=seed, dtype=dtype)[..., ::2]
+    return normal(b, n, h, d, seed=seed, dtype=dtype)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    size=sizes, share=st.floats(0, 1), exponent=exponents, values=special, layout=layouts, seed=st.integers(0, 1000),
+    dtype=st.sampled_from(DTYPES), storage=st.sampled_from(STORAGE), means=st.sampled_from((None, "one", "each")),
+)  # fmt: skip
+def test_packing_has_the_bits_of_the_reference(
+    size: tuple[int, int, int, int], share: float, exponent: int, values: list[float], layout: str, seed: int,
+    dtype: torch.dtype, storage: torch.dtype, means: str | None,
+) -> None:  # fmt: skip
+    b, n, h, d = size
+    x = laid_out(layout, b, n, h, d, seed, torch.float32).double().mul(10.0**exponent).to(dtype)
+    for place, value in enumerate(values):
+        x[place % b, place % n, place % h, (3 * place) % d] = value
+    mean = None
+    if means is not None and storage in reference.EIGHT_BIT:
+        mean = normal(b if means == "each" else 1, h, d, seed=seed + 1) * 10.0 ** max(exponent, -38)
+    assert_packs_as_the_reference(x, scattered(n, round(share * n)), storage, mean)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    size=sizes, share=st.floats(0, 1), layout=layouts, seed=st.integers(0, 1000), flat=st.booleans(),
+    dtype=st.sampled_from(DTYPES), storage=st.sampled_from(STORAGE), shared=st.booleans(), mean=st.booleans(),
+    ratios=st.lists(st.sampled_from((0.0, -1.0, 0.3, 0.999, 1.0, 2.0, math.nan)), min_size=2, max_size=2),
+)  # fmt: skip
+def test_lerping_has_the_bits_of_the_reference(
+    size: tuple[int, int, int, int], share: float, layout: str, seed: int, flat: bool,
+    dtype: torch.dtype, storage: torch.dtype, shared: bool, mean: bool, ratios: list[float],
+) -> None:  # fmt: skip
+    b, n, h, d = size
+    index, ratio = scattered(n, round(share * n)), torch.tensor(ratios[:b])
+    source, options, _ = source_rows(storage, 1 if shared else b, len(index), h, d, mean=mean, seed=seed)
+    x = laid_out(layout, b, n, h, d, seed + 1, dtype)
+    x = x.flatten(2) if flat else x
+    expected = x.clone()
+    reference.kv_lerp_(expected, source, index, ratio, **options)
+    assert_same(kv_lerp_(x, source, index, ratio, **options), expected)
+
+
+@pytest.mark.parametrize("dtype", STORAGE, ids=str)
+def test_every_number_of_16_bits_packs_as_the_reference_packs_it(dtype: torch.dtype) -> None:
+    codes = torch.arange(2**16, dtype=torch.int32).to(torch.int16).reshape(1, 2**9, 1, 2**7)
+    for floating in (torch.bfloat16, torch.float16):
+        assert_packs_as_the_reference(codes.view(floating), torch.arange(2**9, dtype=torch.int32), dtype, None)
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(INT8, 127.0), (FP8, 448.0)], ids=["int8", "fp8"])
+def test_every_size_of_a_code_is_rounded_as_the_reference_rounds_it(dtype: torch.dtype, limit: float) -> None:
+    """Beside an element at the limit the scale is 1: the others reach every code, and every tie between two."""
+    values = torch.arange(2**15, dtype=torch.int16).view(torch.bfloat16).float()
+    values = values[values <= limit]
+    values = torch.cat([values * (1 + 2.0**-20), values, -values * (1 - 2.0**-20)]).clamp(max=limit)
+    rows = len(values) // 127
+    values = torch.cat([torch.full((rows, 1), limit), values[: 127 * rows].reshape(rows, 127)], 1)
+    x = values[None, :, None]
+    assert_packs_as_the_reference(x, torch.arange(x.shape[1], dtype=torch.int32), dtype, None)
+
+
+@pytest.mark.parametrize("row", [7, -1])
+def test_a_row_out_of_range_is_named_before_anything_is_touched(row: int) -> None:
+    message = f"index: found {row} for row 1, wanted at least 0 and below N = 7"
+    with pytest.raises(RuntimeError, match=message):
+        pack_kv(normal(1, 7, 2, 4), int32(0, row), INT8)
+    with pytest.raises(RuntimeError, match=message):
+        kv_lerp_(normal(1, 7, 2, 4), normal(1, 2, 2, 4), int32(0, row), torch.ones(1))
+
+
+def test_bad_arguments_below_the_door_are_named() -> None:
+    ops, x, index = torch.ops.kvlock_kernels, normal(2, 7, 2, 4), int32(0, 1)
+    data, scale, _ = packed(INT8, 2, 2, 2, 4, seed=1)
+    for name, wanted, call in (
+        ("x", "wanted .B, N, H, D.", lambda: ops.pack_kv(x.flatten(2), index, INT8)),
+        ("x", "wanted float32", lambda: ops.pack_kv(x.double(), index, INT8)),
+        ("index", "wanted int32", lambda: ops.pack_kv(x, index.long(), INT8)),
+        ("dtype", "wanted float32", lambda: ops.pack_kv(x, index, torch.float64)),
+        ("mean", "wanted 1 or 2", lambda: ops.pack_kv(x, index, INT8, mean=torch.zeros(3, 2, 4))),
+        ("mean", "wanted None", lambda: ops.pack_kv(x, index, torch.float16, mean=torch.zeros(1, 2, 4))),
+        ("scale", "wanted a value", lambda: ops.unpack_kv(data, None, dtype=torch.float32)),
+        ("scale", r"shape .1, 2, 2., wanted .2, 2, 2.", lambda: ops.unpack_kv(data, scale[:1], dtype=torch.float32)),
+        ("dtype", "wanted a floating one", lambda: ops.unpack_kv(data, scale, dtype=INT8)),
+        ("source", "wanted 2", lambda: ops.kv_lerp_(x, x[:, :3], index, torch.ones(2))),
+        ("ratio", "wanted float32", lambda: ops.kv_lerp_(x, x[:, :2], index, torch.ones(2).half())),
+    ):
+        with pytest.raises(RuntimeError, match=f"{name}: found .*{wanted}"):
+            call()

@@ -1,0 +1,83 @@
+"""The machine code of the extension's CUDA part: no spills, wide accesses, no two roundings in one."""
+
+import re
+import subprocess
+from collections import Counter
+
+import pytest
+
+from benchmarks import offline
+from kvlock_kernels import _extension
+
+pytestmark = pytest.mark.skipif(
+    _extension.path() is None or not _extension.architectures(),
+    reason=f"the CUDA part of the extension is not built: {_extension.BUILD}, where there is nvcc",
+)
+Kernels = dict[tuple[str, str], Counter[str]]  # how often a kernel has each opcode, by architecture and mangled name
+
+
+@pytest.fixture(scope="module")
+def code(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
+    """All kernels, read by the tools that Triton brings."""
+    tools, found = pytest.importorskip("triton").knobs.nvidia, {}
+    folder = tmp_path_factory.mktemp("cubins")
+    extract = [tools.cuobjdump.path, "-xelf", "all", str(_extension.path())]
+    subprocess.run(extract, cwd=folder, check=True, capture_output=True)
+    for cubin in folder.glob("*.cubin"):
+        arch = re.search(r"sm_\d+", cubin.name)
+        assert arch is not None
+        for part in re.split(r"\n(?=\.text\.)", offline._output(tools.nvdisasm.path, "-c", str(cubin)))[1:]:
+            found[arch[0], part.split(":", 1)[0]] = Counter(offline.INSTRUCTION.findall(part))
+    return found
+
+
+def count(opcodes: Counter[str], name: str, word: str = "") -> int:
+    """How many instructions `name` there are, such as LDG, or of those that have the word, as in LDG.E.128."""
+    parts = ((opcode.split("."), n) for opcode, n in opcodes.items())
+    return sum(n for words, n in parts if words[0] == name and (not word or word in words))
+
+
+def chosen(code: Kernels, *parts: str) -> Kernels:
+    """The kernels whose mangled names hold all `parts`."""
+    kernels = {key: opcodes for key, opcodes in code.items() if all(part in key[1] for part in parts)}
+    assert kernels
+    return kernels
+
+
+def built_for() -> set[str]:
+    return {"sm_" + word.removesuffix("+PTX").replace(".", "") for word in _extension.architectures()}
+
+
+def test_every_kernel_is_there_for_every_architecture(code: Kernels) -> None:
+    assert {arch for arch, _ in code} == built_for()
+    for arch in built_for():
+        mixers, encoders = (sum(name in key[1] and key[0] == arch for key in code) for name in ("mix_k", "encode_"))
+        assert mixers == 2 * 3 * 5  # wide or not, to 3 dtypes from 5
+        assert encoders == 5 * 3 * 2  # 4 numbers of lanes or any row, from 3 dtypes to 2
+
+
+def test_nothing_spills(code: Kernels) -> None:
+    assert not [key for key, opcodes in code.items() if count(opcodes, "LDL") + count(opcodes, "STL")]
+
+
+@pytest.mark.parametrize("dtype", ["13__nv_bfloat16", "6__half", "f"], ids=["bf16", "fp16", "fp32"])
+def test_rows_move_in_accesses_of_16_bytes(code: Kernels, dtype: str) -> None:
+    """4 rows a thread, and the mean by two more; a packed source is read 8 bytes at a time."""
+    rows = 8 if dtype == "f" else 4
+    for opcodes in chosen(code, f"encode_kernelI{dtype}").values():
+        assert count(opcodes, "LDG", "128") == rows + 2
+        assert count(opcodes, "STG", "64") == 4
+    for opcodes in chosen(code, f"mix_kernelI{dtype}", "Lb1").values():
+        assert count(opcodes, "LDG", "128") >= rows
+        assert count(opcodes, "STG", "128") >= rows
+
+
+def test_e4m3_is_encoded_by_an_instruction_where_there_is_one(code: Kernels) -> None:
+    for (arch, _), opcodes in chosen(code, "encode_", "e4m3").items():
+        instructions = sum(n for opcode, n in opcodes.items() if opcode.startswith("F2FP") and "E4M3" in opcode)
+        assert (instructions > 0) == (arch != "sm_80")
+
+
+def test_no_product_and_sum_are_fused(code: Kernels) -> None:
+    """A division, which encoding has, is made of them; its one sum beside is a difference from the mean."""
+    assert not [key for key, opcodes in chosen(code, "mix_kernel").items() if count(opcodes, "FFMA")]

@@ -1,0 +1,56 @@
+"""What serves each operator, as `python -m kvlock_kernels.info` says it, and an extension that cannot be loaded."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvlock_kernels import _cuda, _extension, info
+
+
+def test_the_command_names_every_operator_and_what_serves_it() -> None:
+    done = subprocess.run([sys.executable, "-m", "kvlock_kernels.info"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert lines[0].split() == ["torch", torch.__version__]
+    for name in _cuda.OPERATORS:
+        assert lines[lines.index(name) + 1].split()[:2] in (["CPU", "extension"], ["CPU", "reference:"])
+
+
+def test_an_extension_that_was_not_built_is_named_with_the_command_that_builds_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_extension, "path", lambda: None)
+    assert info.built() == "not built; build it with pip install --no-build-isolation -e ."
+
+
+def test_an_extension_that_cannot_be_loaded_warns_and_leaves_the_operators(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    broken = tmp_path / "_C.so"
+    broken.write_bytes(b"no object")
+    monkeypatch.setattr(_extension, "path", lambda: broken)
+    with pytest.warns(RuntimeWarning, match=r"_C\.so cannot be loaded .*pip install --no-build-isolation"):
+        _extension.load()
+    monkeypatch.setattr(_extension, "serves", lambda name, key: False)
+    assert info.built() == f"{broken} cannot be loaded"
+
+
+def test_on_cuda_the_extension_comes_first_and_triton_fills_the_gap(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_cuda, "why_not", lambda device: None)
+    monkeypatch.setattr(_extension, "serves", lambda name, key: name.endswith("fallback_pack_kv"))
+    monkeypatch.setattr(_extension, "architectures", lambda: ["8.0", "9.0"])
+    monkeypatch.setattr(_extension, "has_code_for", lambda device: True)
+    assert info.on_cuda("pack_kv", 0).startswith("extension")
+    assert info.on_cuda("lock_schedule", 0).startswith("Triton")
+    monkeypatch.setattr(_extension, "has_code_for", lambda device: False)
+    assert info.on_cuda("pack_kv", 0).startswith("Triton")
+    assert "the extension has code for 8.0, 9.0 only" in info.on_cuda("pack_kv", 0)
+    monkeypatch.setattr(_cuda, "why_not", lambda device: "too old")
+    assert info.on_cuda("pack_kv", 0) == "reference: too old"
+
+
+def test_an_operator_that_does_not_exist_is_served_by_nothing() -> None:
+    assert not _extension.serves("kvlock_kernels::no_such_operator", "CPU")
