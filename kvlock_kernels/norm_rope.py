@@ -185,6 +185,6 @@ def _check_rows(
     found = source.shape[1]
     if found > x.shape[1]:
         raise refuse(names[1], f"{found} rows", f"at most N = {x.shape[1]}")
-    like = x.unflatten(2, heads) if source.ndim == 4 else x
+    like = x.view(*x.shape[:2], *heads) if source.ndim == 4 else x  # unflatten: not compiled inside torch.device
     check_source(names, like, source, found if rows is None else rows, scale, mean)
     return found

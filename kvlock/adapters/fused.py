@@ -59,7 +59,7 @@ class FusedWanProcessor(Holder):
         self._norm_rope(attn, q, k, v, cos, sin)
         self.reached = True
         out = dispatch_attention_fn(
-            *(x.unflatten(2, (attn.heads, -1)) for x in (q, k, v)),
+            *(x.view(*x.shape[:2], attn.heads, -1) for x in (q, k, v)),  # unflatten: not compiled inside torch.device
             attn_mask=attention_mask,
             dropout_p=0.0,
             is_causal=False,

@@ -13,8 +13,8 @@ from kvlock_kernels._triton.in_loop import attend_in_loop
 from kvlock_kernels._triton.lerp import kv_lerp_pair_
 
 # The choice, from one H100 at D = 128 (benchmarks/results):
-# - Mixing first, then plain attention, takes 1.01 times the time of plain attention at 32760 tokens and 1.1 at 4096.
-# - Mixing in the loop of the attention takes 4 (rows in bf16) to 10 times (int8) as long at 4096 tokens.
+# - Mixing first, then plain attention, takes 1.01 times the time of plain attention at 32760 tokens and 1.11 at 4096.
+# - Mixing in the loop of the attention takes 4 (rows in bf16) to 11 times (int8) as long as that at 4096 tokens.
 # - One launch that mixes under the attention takes twice as long at 32760 tokens, 3.6 times at 4096.
 
 # Torch's own attention, the fastest first, by the major number of the compute capability. At 32760 tokens cuDNN reaches
@@ -24,8 +24,8 @@ REST = (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 PLAIN = {8: (SDPBackend.FLASH_ATTENTION, *REST), 9: (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, *REST)}
 
 # The fewest queries and keys from which the kernel of this package for sm_90 takes less time than those, by D: it takes
-# 1.11, 1.04, 1.00, 0.91 and 0.93 times cuDNN's time at 4096, 8192, 16384, 32760 and 75600 tokens and D = 128, and 1.04
-# times at 16384 and D = 64 or 96.
+# 1.12, 1.04, 1.00, 0.92 and 0.91 times cuDNN's time at 4096, 8192, 16384, 32760 and 75600 tokens and D = 128, 1.04 and
+# 1.05 times at 16384 and D = 64 and 96.
 OWN = {128: 32760}
 
 

@@ -105,6 +105,14 @@ def test_a_fullgraph_compile_gives_the_bits_of_eager(name: str, make: Callable[[
 
 
 @each_call
+def test_it_compiles_inside_a_device_context(name: str, make: Callable[[], Call]) -> None:
+    torch.compiler.reset()
+    call = make()
+    with torch.device("cpu"):
+        torch.compile(getattr(kvlock_kernels, name), fullgraph=True, backend="eager")(*call.args, **call.kwargs)
+
+
+@each_call
 def test_nothing_waits_for_the_device(name: str, make: Callable[[], Call]) -> None:
     call = make()
     with RefuseSynchronisation():

@@ -1,0 +1,88 @@
+"""What the documents and the choice of kernels say of measurements is what the committed rows say."""
+
+import csv
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks import __main__ as runner
+from benchmarks._case import RATES, WAN_1_3B_480P
+from benchmarks._harness import Row, read
+from kvlock_kernels._triton import attend
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+README = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+ROWS = read(RESULTS / "nvidia-h100-80gb-hbm3.csv")
+STORED = {"kv_lerp_": "bf16", "pack_kv": "int8", "qk_norm_rope_kv_lerp_": "bf16"}  # the rows of the table
+SHAPES = {4096: "small-h12", 8192: "n8192-h12", 16384: "n16384-h12", 32760: "wan-1.3b-480p", 75600: "wan-14b-720p"}
+PLAIN = ("SDPA cuDNN", "SDPA FLASH", "FlexAttention", "SageAttention", "kvlock sm_90")
+
+
+def table(first: str) -> list[list[str]]:
+    """The cells of the Markdown table whose header begins with `first`."""
+    lines = README.split(f"| {first} |", 1)[1].splitlines()[2:]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[: lines.index("")]]
+
+
+def row(op: str, provider: str, shape: str, source: str = "") -> Row | None:
+    """The first that was measured."""
+    wanted = op, provider, shape, source, "ok"
+    return next((r for r in ROWS if (r.op, r.provider, r.shape, r.source, r.status) == wanted), None)
+
+
+def test_every_operator_of_the_table_has_its_prediction_and_its_row() -> None:
+    predicted: dict[str, str] = {}  # of the first case of each operator
+    for case in runner.CASES:
+        if case.core and case.shape == WAN_1_3B_480P and case.source == STORED.get(case.op, ""):
+            time = case.work(case.shape).predicted_us(RATES["NVIDIA H100"])
+            predicted.setdefault(case.op, f"{time:.1f} us")
+    cells = table("operator")
+    assert len(cells) == 5
+    for op, _, prediction, time, share in cells:
+        measured = row(op.strip("`"), "kvlock", "wan-1.3b-480p", STORED.get(op.strip("`"), ""))
+        assert measured is not None
+        assert prediction == predicted[op.strip("`")]
+        assert (time, share) == (f"{float(measured.p50):.1f} us", f"{100 * float(measured.share_of_copy):.0f} %")
+
+
+def test_the_rates_of_attention_are_those_of_the_rows() -> None:
+    cells = table("tokens")
+    assert [int(line[0]) for line in cells] == list(SHAPES)
+    for line in cells:
+        shape = SHAPES[int(line[0])]
+        measured = [row("attention", provider, shape) for provider in PLAIN]
+        assert line[1:6] == ["–" if r is None else f"{float(r.rate):.0f}" for r in measured]
+        locked, plain = row("kv_lerp_attention_", "kvlock", shape, "int8"), measured[0]
+        assert plain is not None
+        assert line[6] == ("–" if locked is None else f"{float(locked.p50) / float(plain.p50):.2f}")
+
+
+def test_the_edits_of_the_table_are_those_of_the_rows() -> None:
+    with (RESULTS / "edit-nvidia-h100-80gb-hbm3.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    cells = table("mode")
+    assert len(cells) == len(rows)
+    for line, measured in zip(cells, rows, strict=True):
+        seconds = [f"{float(measured[name]):.3f} s" if measured[name] else "" for name in ("step_s", "locked_step_s")]
+        assert line[2:4] == seconds
+        assert line[4] == (f"{float(measured['locked_ratio']):.2f}" if measured["locked_ratio"] else "")
+        assert float(line[5]) == round(float(measured["edit_ratio"]), 2)
+        assert line[7] == f"{float(measured['peak_gib']):.1f} GiB"
+
+
+@pytest.mark.parametrize("dim", attend.OWN)
+def test_the_own_kernel_is_chosen_only_where_a_row_shows_it_right_and_faster(dim: int) -> None:
+    chosen = [shape for tokens, shape in SHAPES.items() if tokens >= attend.OWN[dim]]
+    assert dim == WAN_1_3B_480P.dim and chosen  # all of these shapes have heads of 128
+    for shape in chosen:
+        own, plain = row("attention", "kvlock sm_90", shape), row("attention", "SDPA cuDNN", shape)
+        assert own is not None and plain is not None
+        assert float(own.max_error) < 0.01 and float(own.p50) < float(plain.p50)
+
+
+def test_every_row_says_what_it_was_measured_on() -> None:
+    assert all(r.gpu and r.torch and r.triton and r.commit and r.date for r in ROWS)
+    assert all(r.max_error or r.op == "copy" for r in ROWS if r.status == "ok")
+    assert not re.search("not yet measured", README)
