@@ -54,6 +54,7 @@ class LockState:
         self.source_row = torch.full((num_tokens,), -1, dtype=torch.int32, device=index.device)  # the inverse of index
         self.source_row[index.long()] = torch.arange(len(index), dtype=torch.int32, device=index.device)
         self.foreground = (self.source_row < 0).nonzero().flatten().int()  # [N - rows] int32, the other tokens
+        self.order = torch.cat([index, self.foreground])  # [N] int32, all tokens, background first
         self.ratio = torch.empty(0)  # [B] fp32, refilled in place between steps
         self.source_batch = 1  # samples at the front of a batch in BATCH mode
 
@@ -112,6 +113,7 @@ class LockedLayers(ABC):
         self.shared.index = self.shared.index.to(device)
         self.shared.source_row = self.shared.source_row.to(device)
         self.shared.foreground = self.shared.foreground.to(device)
+        self.shared.order = self.shared.order.to(device)
 
     def off(self) -> None:
         self._switch(OFF)

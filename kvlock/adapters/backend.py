@@ -94,19 +94,17 @@ class BackendLayer(Holder):
 
     def _record(self, x: Tensor) -> Recorded:
         """The background rows of x [Bs, N, H, D]; with a full lock the others follow, as room for those of the edit."""
-        shared = self.shared
-        order = torch.cat([shared.index, shared.foreground]) if shared.full else shared.index
-        return Recorded(x.index_select(1, order), AFTER_ROPE)
+        return Recorded(x.index_select(1, self.shared.order if self.shared.full else self.shared.index), AFTER_ROPE)
 
     def _joined(self, source: Tensor, x: Tensor) -> Tensor:
         """Source rows, then the foreground rows of x [B, N, H, D]: attention does not ask for the order of its keys."""
-        rows, foreground = self.shared.rows, x.index_select(1, self.shared.foreground)
+        rows, foreground = self.shared.rows, self.shared.foreground
         if len(source) == len(x):
-            source[:, rows:] = foreground
+            torch.index_select(x, 1, foreground, out=source[:, rows:])
             return source
         if len(source) != 1:
             raise ValueError(f"{self.name} has source rows of {len(source)} samples; wanted 1 or {len(x)}")
-        return torch.cat([source[:, :rows].expand(len(x), -1, -1, -1), foreground], dim=1)
+        return torch.cat([source[:, :rows].expand(len(x), -1, -1, -1), x.index_select(1, foreground)], dim=1)
 
     def _attend_beside(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
         """The source's samples come first in the batch, the edit's after them."""

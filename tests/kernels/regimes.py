@@ -56,6 +56,12 @@ def every(axes: dict[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
         yield dict(zip(axes, values, strict=True))
 
 
+def all_of(dim: int, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    """All combinations of the streaming kernels with this head dimension and dtype: two samples, strided tensors."""
+    fixed = {"heads": (2,), "samples": ((2, 1),), "contiguous": (False,), "dim": (dim,), "dtype": (dtype,)}
+    return every(STREAMING | fixed)
+
+
 def each_regime(axes: dict[str, Sequence[Any]] = STREAMING) -> pytest.MarkDecorator:
     """Runs a test on the pairwise combinations; it gets one as `regime`, a dict by the names of the axes."""
     regimes = pairwise(axes)

@@ -158,9 +158,9 @@ def _norm_rope() -> Call:
     return Call(args, {"eps": 1e-6})
 
 
-def _norm_rope_packed() -> Call:
-    k_data, k_scale, k_mean = packed(torch.int8, 2, 3, 2, 4, seed=6, mean=True)
-    v_data, v_scale, _ = packed(torch.int8, 2, 3, 2, 4, seed=7)
+def _norm_rope_packed(dtype: torch.dtype) -> Call:
+    k_data, k_scale, k_mean = packed(dtype, 2, 3, 2, 4, seed=6, mean=True)
+    v_data, v_scale, _ = packed(dtype, 2, 3, 2, 4, seed=7)
     options = {"eps": 1e-6, "k_scale": k_scale, "v_scale": v_scale, "k_mean": k_mean}
     qkv = projections(2, 7, 2, 4, torch.bfloat16)
     return Call((*qkv, k_data, v_data, int32(1, -1, -1, 2, -1, -1, 0), torch.tensor([0.6, 0.3])), options)
@@ -202,7 +202,9 @@ CALLS: dict[str, tuple[str, Callable[[], Call]]] = {
     "unpack-fp8-mean": ("unpack_kv", partial(_unpack, FP8)),
     "unpack-fp32": ("unpack_kv", _unpack_cast),
     "norm-rope": ("qk_norm_rope_kv_lerp_", _norm_rope),
-    "norm-rope-bf16-int8-mean": ("qk_norm_rope_kv_lerp_", _norm_rope_packed),
+    "norm-rope-bf16-int8-mean": ("qk_norm_rope_kv_lerp_", partial(_norm_rope_packed, INT8)),
+    "norm-rope-bf16-fp8-mean": ("qk_norm_rope_kv_lerp_", partial(_norm_rope_packed, FP8)),
     "norm-rope-pack-bf16": ("qk_norm_rope_kv_pack_", partial(_norm_rope_pack, torch.bfloat16)),
     "norm-rope-pack-int8": ("qk_norm_rope_kv_pack_", partial(_norm_rope_pack, INT8)),
+    "norm-rope-pack-fp8": ("qk_norm_rope_kv_pack_", partial(_norm_rope_pack, FP8)),
 }

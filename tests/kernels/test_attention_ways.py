@@ -167,11 +167,12 @@ def test_the_order_of_rows_does_not_matter(way: Way) -> None:
 
 
 @each_way
-def test_large_scores_neither_overflow_nor_vanish(way: Way) -> None:
-    (q, k, *rest), options = call_of(REGIME | {"dtype": torch.float32, "source": (torch.float32, False)})
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_large_scores_neither_overflow_nor_vanish(way: Way, dtype: torch.dtype) -> None:
+    (q, k, *rest), options = call_of(REGIME | {"dtype": dtype, "source": (dtype, False)})
     rest[-1].fill_(0)  # the definition below has the plain keys
     q, k = q * 100, k * 100
-    scores = options["scale"] * torch.einsum("bmhd,bnhd->bhmn", q, k)
+    scores = options["scale"] * torch.einsum("bmhd,bnhd->bhmn", q.float(), k.float())
     assert scores.max() > 1e4 and scores.min() < -1e4
     exact = attended(*(x.double() for x in (q, k, rest[0])), options["scale"])
     native = attended(q, k, rest[0], options["scale"])

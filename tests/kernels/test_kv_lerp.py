@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from refusals import Bad, assert_refused, bad_inputs
-from regimes import each_regime, rows_of
+from regimes import STREAMING, all_of, each_regime, rows_of
 from samples import DTYPES, NAN, int32, nan_with_payload, normal, packed, source_rows
 from tolerance import assert_as_accurate_as_torch, assert_bit_identical
 from torch import Tensor
@@ -28,6 +28,18 @@ def formula(x: Tensor, source: Tensor, index: Tensor, ratio: Tensor) -> Tensor:
 
 @each_regime()
 def test_the_lerp_is_as_accurate_as_torch_lerp_of_the_decoded_rows(regime: dict[str, Any]) -> None:
+    assert_right(regime)
+
+
+@pytest.mark.slow
+@each_dtype
+@pytest.mark.parametrize("dim", STREAMING["dim"])
+def test_every_combination_is_as_accurate(dim: int, dtype: torch.dtype) -> None:
+    for regime in all_of(dim, dtype):
+        assert_right(regime)
+
+
+def assert_right(regime: dict[str, Any]) -> None:
     n, h, d, dtype = (regime[name] for name in ("tokens", "heads", "dim", "dtype"))
     (b, sources), (source_dtype, mean) = regime["samples"], regime["source"]
     x = normal(b, n, 3, h, d, dtype=dtype)[:, :, 1]  # k of q, k, v side by side

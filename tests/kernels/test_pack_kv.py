@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from refusals import Bad, assert_refused, bad_inputs
-from regimes import each_regime, rows_of
+from regimes import STREAMING, all_of, each_regime, rows_of
 from samples import DTYPES, NAN, int32, normal
 from tolerance import assert_bit_identical, assert_within_roundings
 
@@ -21,6 +21,18 @@ ROWS = [6, 0, 3]
 
 @each_regime()
 def test_packing_and_unpacking_give_the_bits_of_the_reference(regime: dict[str, Any]) -> None:
+    assert_same_bits(regime)
+
+
+@pytest.mark.slow
+@each_dtype
+@pytest.mark.parametrize("dim", STREAMING["dim"])
+def test_every_combination_gives_the_bits_of_the_reference(dim: int, dtype: torch.dtype) -> None:
+    for regime in all_of(dim, dtype):
+        assert_same_bits(regime)
+
+
+def assert_same_bits(regime: dict[str, Any]) -> None:
     n, h, d, dtype = (regime[name] for name in ("tokens", "heads", "dim", "dtype"))
     (b, means), (storage, has_mean) = regime["samples"], regime["source"]
     x = normal(b, n, 3, h, d, dtype=dtype)[:, :, 1]
