@@ -11,6 +11,7 @@ if TYPE_CHECKING:
         KVLockPipeline,
         Masks,
         Session,
+        Store,
         Trace,
         attach,
         encode_source,
@@ -26,6 +27,7 @@ __all__ = [
     "KVLockPipeline",
     "Masks",
     "Session",
+    "Store",
     "Trace",
     "attach",
     "encode_source",
@@ -33,7 +35,7 @@ __all__ = [
 ]
 
 # Modules that come with the names, so that `import kvlock` is enough for `kvlock.masks.binarize`.
-_MODULES = ("adapters", "config", "flow", "geometry", "masks", "pipeline", "run", "session", "trace")
+_MODULES = ("adapters", "config", "flow", "geometry", "masks", "pipeline", "run", "session", "store", "trace")
 
 if not TYPE_CHECKING:  # type checkers would otherwise accept every name
 

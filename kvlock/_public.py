@@ -8,4 +8,5 @@ from kvlock.geometry import Geometry
 from kvlock.masks import Masks
 from kvlock.pipeline import KVLockOutput, KVLockPipeline, encode_source
 from kvlock.session import Session
+from kvlock.store import Store
 from kvlock.trace import Trace

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from kvlock.config import KVLockConfig
+from kvlock.store import Store
 
 
 class ModelSizes(NamedTuple):
@@ -70,6 +71,7 @@ def estimate(
     sigmas: Sequence[float] | None = None,
     guidance_scale: float = 5.0,
     bytes_per_value: int = 2,
+    store: Store | None = None,
 ) -> Cost:
     """The cost of one edit, for a pipeline that runs the guidance branches one after the other.
 
@@ -78,7 +80,7 @@ def estimate(
         forwards = 2 K                 without KV-Lock
         forwards = 2 K + L             source="store": the source runs once and serves both branches
         forwards = 2 K + 2 L           source="batch": the source runs beside each branch and is never stored
-        bytes    = layers * 2 * rows * heads * head_dim * bytes_per_value
+        bytes    = layers * 2 * rows * heads * head_dim * bytes_per_value, in 8 bits (head_dim + 4) for the last two
 
     The predictions are the guided and the conditional ones of a window of W steps, in fp32::
 
@@ -92,6 +94,7 @@ def estimate(
         sigmas: noise share of each step; needed where the config gives its window as `kappa_sigma`.
         guidance_scale: the pipeline's own; at most 1 means that there is no unconditional branch.
         bytes_per_value: 2 for bfloat16 and float16, 4 for float32.
+        store: how source rows are stored; None is in the dtype of the model.
 
     Raises:
         ValueError: the rows exceed the tokens, the guidance scale is not finite, the run has no step, the config locks
@@ -114,7 +117,11 @@ def estimate(
     plain = branches * (num_steps - start)
     layers = len(config.layers) if config.layers is not None else model.layers
     layers += model.control_layers if config.control_blocks else 0
-    per_row = layers * 2 * model.heads * model.head_dim * bytes_per_value
+    store = Store() if store is None else store
+    full, background = (
+        layers * store.bytes_of(rows, model.heads, model.head_dim, bytes_per_value)
+        for rows in (tokens, background_rows)
+    )
     stores = config.source == "store" and locked > 0
     return Cost(
         tokens=tokens,
@@ -123,9 +130,9 @@ def estimate(
         locked_steps=locked,
         forwards_plain=plain,
         forwards=plain + locked * (1 if config.source == "store" else locked_branches),
-        bytes_full=per_row * tokens,
-        bytes_background=per_row * background_rows,
-        bytes_kept=per_row * background_rows if stores else 0,
+        bytes_full=full,
+        bytes_background=background,
+        bytes_kept=background if stores else 0,
         bytes_predictions=2 * config.window_steps(num_steps) * tokens * model.token_values * 4,
     )
 

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kvlock.store import Rows, Store
+
 OFF, RECORD, LERP, BATCH = range(4)
 BEFORE_ROPE, AFTER_ROPE = "before RoPE", "after RoPE"
 
@@ -20,15 +22,16 @@ class LayerKey(NamedTuple):
     block: int
     tensor: str  # "k", "v", or "kv" for both
     expert: int = 0  # number of the transformer in its pipeline
+    heads: int = 1
 
 
 class Recorded(NamedTuple):
     """Source rows of one tensor of a layer, and where in its attention they were taken."""
 
-    rows: Tensor  # [Bs, rows, C] or [Bs, rows, H, D], in the dtype of the model; what follows the rows is scratch
+    rows: Rows
     point: str  # BEFORE_ROPE or AFTER_ROPE
 
-    def at(self, point: str, key: LayerKey) -> Tensor:
+    def at(self, point: str, key: LayerKey) -> Rows:
         """The rows, for a layer that mixes at `point`.
 
         Raises:
@@ -45,8 +48,9 @@ class Recorded(NamedTuple):
 class LockState:
     """What all layers of a session read. A new `mode` is one more graph for a compiled block, never one a layer."""
 
-    def __init__(self, index: Tensor, num_tokens: int, *, full: bool = False) -> None:
+    def __init__(self, index: Tensor, num_tokens: int, *, full: bool = False, store: Store | None = None) -> None:
         self.mode = OFF
+        self.store = Store() if store is None else store
         self.full = full  # whether every ratio of the session is 1, so that no layer has to look
         self.index = index  # [rows] int32, background rows of the token axis
         self.rows = len(index)

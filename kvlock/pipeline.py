@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kvlock.adapters.attach import attach, notice_empty_prompt
+from kvlock.adapters.attach import attach, check_store, notice_empty_prompt
 from kvlock.adapters.families import PIPELINES, check_pipeline
 from kvlock.adapters.kernels import check_kernel
 from kvlock.adapters.vae import encode, repair_stride
 from kvlock.config import KVLockConfig
 from kvlock.geometry import latent_frames, legal_frames
 from kvlock.masks import Masks, binarize
+from kvlock.store import Store
 from kvlock.trace import Trace
 
 # Of the pipeline's call: they follow from the video and from what KVLockPipeline returns.
@@ -34,16 +35,20 @@ class KVLockOutput(NamedTuple):
 class KVLockPipeline:
     """Edit videos with `pipe`, a Wan VACE, T2V or V2V pipeline of diffusers, under one set of settings.
 
-    `kernel` is `attach`'s: where the lock acts.
+    `kernel` and `store` are `attach`'s: where the lock acts, and how source rows are stored.
     """
 
-    def __init__(self, pipe: Any, config: KVLockConfig | None = None, *, kernel: str = "hooks") -> None:
+    def __init__(
+        self, pipe: Any, config: KVLockConfig | None = None, *, kernel: str = "hooks", store: Store | None = None
+    ) -> None:
         check_kernel(kernel)
         self.pipe = pipe
         self.kernel = kernel
+        self.store = Store() if store is None else store
         self.config = KVLockConfig() if config is None else config
         if not isinstance(self.config, KVLockConfig):
             raise ValueError(f"config is a {type(config).__name__}; wanted a kvlock.KVLockConfig")
+        check_store(self.store, self.config, kernel)
         check_pipeline(pipe)
         repair_stride(pipe)
 
@@ -133,7 +138,10 @@ class KVLockPipeline:
             )[0]
 
         attached = dataclasses.replace(config, composite="none" if config.composite == "pixel" else config.composite)
-        with attach(pipe, source, masks, config=attached, source_prompt_embeds=embeds, kernel=self.kernel) as session:
+        lock = attach(
+            pipe, source, masks, config=attached, source_prompt_embeds=embeds, kernel=self.kernel, store=self.store
+        )
+        with lock as session:
             if progress is not None:
                 arguments |= _reporting(progress, arguments.get("callback_on_step_end"), session.trace)
             result = pipe(**arguments).frames[0]

@@ -17,6 +17,7 @@ from kvlock.config import KVLockConfig
 from kvlock.locked_layers import LockState
 from kvlock.masks import Masks
 from kvlock.session import Session
+from kvlock.store import Store
 
 
 @contextlib.contextmanager
@@ -28,6 +29,7 @@ def attach(
     config: KVLockConfig | None = None,
     source_prompt_embeds: Tensor | None = None,
     kernel: str = "hooks",
+    store: Store | None = None,
 ) -> Iterator[Session]:
     """Lock the background of every call of `pipe` inside the `with` block; leaving it restores the pipeline exactly.
 
@@ -47,6 +49,7 @@ def attach(
             source rows then take the room of all tokens), as everything else is. Inside the block
             ``pipe.transformer.set_attention_backend("kvlock")`` chooses it too, for all transformers of the pipeline
             and until the block is left; another name sets the backend for everything else.
+        store: how source rows are stored; None is `Store()`, in the dtype of the model.
 
     Yields:
         The session; ``session.trace`` records each step, also after the block.
@@ -67,6 +70,8 @@ def attach(
     if config.composite == "pixel":
         raise ValueError('composite="pixel" needs the decoded video; use KVLockPipeline, or "latent" or "none" here')
     check_kernel(kernel)
+    store = Store() if store is None else store
+    check_store(store, config, kernel)
     check_pipeline(pipe)
     if masks.dilate_tokens != config.dilate_tokens:
         raise ValueError(
@@ -84,7 +89,8 @@ def attach(
         given = _empty_prompt(pipe) if source_prompt_embeds is None else source_prompt_embeds
         source_prompt_embeds = _without_padding(given)
 
-    lock = Lock(kernel, LockState(masks.index, masks.num_tokens, full=config.fusion == "full"), experts, config)
+    state = LockState(masks.index, masks.num_tokens, full=config.fusion == "full", store=store)
+    lock = Lock(kernel, state, experts, config)
     session = Session(
         config,
         masks,
@@ -115,6 +121,20 @@ def attach(
         for _, module in experts:
             undo.callback(listen(module, choose_backend))
         yield session
+
+
+def check_store(store: Store, config: KVLockConfig, kernel: str) -> None:
+    """Refuse a store that the settings or the kernel have no use for.
+
+    Raises:
+        ValueError: says which, and what goes with it.
+    """
+    if not isinstance(store, Store):
+        raise ValueError(f"store is a {type(store).__name__}; wanted a kvlock.Store")
+    if store.packs and config.locks and config.source == "batch":
+        raise ValueError(f'dtype={store.dtype!r} of the store: source="batch" stores no rows; wanted source="store"')
+    if store.k_mean and kernel == "fused":
+        raise ValueError('k_mean=True of the store: kernel="fused" stores keys as they are; wanted another kernel')
 
 
 def _check_numbers(name: str, value: Tensor) -> None:

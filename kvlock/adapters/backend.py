@@ -22,6 +22,7 @@ from kvlock.locked_layers import (
     Recorded,
     require_same,
 )
+from kvlock.store import Rows
 from kvlock_kernels import kv_lerp_attention_
 
 _ABSENT = object()  # of a processor that has its class's backend
@@ -81,7 +82,7 @@ class BackendLayer(Holder):
         self.require_tokens(k.shape[1])
         self.reached = True
         if shared.mode == RECORD:
-            self.k_source, self.v_source = self._record(k), self._record(v)
+            self.k_source, self.v_source = self._record(k, keys=True), self._record(v, keys=False)
             return self._attend_as_before(q, k, v, scale)
         if shared.mode == BATCH:
             return self._attend_beside(q, k, v, scale)
@@ -90,19 +91,24 @@ class BackendLayer(Holder):
         k_source, v_source = self.k_source.at(AFTER_ROPE, self.key), self.v_source.at(AFTER_ROPE, self.key)
         if shared.full:
             return self._attend_as_before(q, self._joined(k_source, k), self._joined(v_source, v), scale)
-        return kv_lerp_attention_(q, k, v, k_source, v_source, shared.index, shared.ratio, scale=scale)
+        options = k_source.options("k") | v_source.options("v")
+        return kv_lerp_attention_(
+            q, k, v, k_source.data, v_source.data, shared.index, shared.ratio, scale=scale, **options
+        )
 
-    def _record(self, x: Tensor) -> Recorded:
-        """The background rows of x [Bs, N, H, D]; with a full lock the others follow, as room for those of the edit."""
-        return Recorded(x.index_select(1, self.shared.order if self.shared.full else self.shared.index), AFTER_ROPE)
+    def _record(self, x: Tensor, *, keys: bool) -> Recorded:
+        """The background rows of x [Bs, N, H, D]; those of a full lock have room for the edit's others behind them."""
+        shared = self.shared
+        index = shared.order if shared.full and not shared.store.packs else shared.index
+        return Recorded(shared.store.keep(x, index, x.shape[2], keys=keys), AFTER_ROPE)
 
-    def _joined(self, source: Tensor, x: Tensor) -> Tensor:
+    def _joined(self, kept: Rows, x: Tensor) -> Tensor:
         """Source rows, then the foreground rows of x [B, N, H, D]: attention does not ask for the order of its keys."""
-        rows, foreground = self.shared.rows, self.shared.foreground
-        if len(source) == len(x):
+        rows, foreground, source = self.shared.rows, self.shared.foreground, kept.unpacked(x.dtype)
+        if len(source) == len(x) and not self.shared.store.packs:
             torch.index_select(x, 1, foreground, out=source[:, rows:])
             return source
-        if len(source) != 1:
+        if len(source) not in (1, len(x)):
             raise ValueError(f"{self.name} has source rows of {len(source)} samples; wanted 1 or {len(x)}")
         return torch.cat([source[:, :rows].expand(len(x), -1, -1, -1), x.index_select(1, foreground)], dim=1)
 
@@ -199,4 +205,4 @@ class BackendLayers(LockedLayers):
     @property
     def source_bytes(self) -> int:
         sources = [source for layer in self._layers for source in (layer.k_source, layer.v_source)]
-        return sum(source.rows.nbytes for source in sources if source is not None)
+        return sum(source.rows.bytes_kept for source in sources if source is not None)

@@ -137,7 +137,8 @@ def locked_attentions(transformer: nn.Module, config: KVLockConfig) -> Iterator[
             raise ValueError(f"control_blocks=True, but {type(module).__name__} has no control blocks; wanted False")
         chosen += [(family.control_blocks, i) for i in range(len(getattr(module, family.control_blocks)))]
     for stack, i in chosen:
-        yield LayerKey(stack, i, "kv"), getattr(getattr(module, stack)[i], family.attention)
+        attention = getattr(getattr(module, stack)[i], family.attention)
+        yield LayerKey(stack, i, "kv", heads=attention.heads), attention
 
 
 def tapped_modules(transformer: nn.Module, config: KVLockConfig) -> Iterator[tuple[LayerKey, nn.Module]]:

@@ -21,6 +21,7 @@ from kvlock.locked_layers import (
     Recorded,
     require_same,
 )
+from kvlock.store import Rows
 from kvlock_kernels import qk_norm_rope_kv_lerp_, qk_norm_rope_kv_pack_
 
 
@@ -72,8 +73,9 @@ class FusedWanProcessor(Holder):
         shared, eps = self.shared, attn.norm_q.eps
         layer = (attn.norm_q.weight, attn.norm_k.weight, cos, sin)
         if shared.mode == RECORD:
-            rows = qk_norm_rope_kv_pack_(q, k, v, *layer, shared.source_row, shared.rows, q.dtype, eps=eps)
-            self.k_source, self.v_source = Recorded(rows.k.data, BEFORE_ROPE), Recorded(rows.v.data, BEFORE_ROPE)
+            dtype = shared.store.storage_dtype(q.dtype)
+            rows = qk_norm_rope_kv_pack_(q, k, v, *layer, shared.source_row, shared.rows, dtype, eps=eps)
+            self.k_source, self.v_source = Recorded(Rows(*rows.k), BEFORE_ROPE), Recorded(Rows(*rows.v), BEFORE_ROPE)
             return
         edit = 0
         if shared.mode == BATCH:
@@ -81,14 +83,14 @@ class FusedWanProcessor(Holder):
             rows = qk_norm_rope_kv_pack_(
                 q[:edit], k[:edit], v[:edit], *layer, shared.source_row, shared.rows, q.dtype, eps=eps
             )
-            k_source, v_source = rows.k.data, rows.v.data
+            k_source, v_source = Rows(*rows.k), Rows(*rows.v)
         elif self.k_source is None or self.v_source is None:
             raise ValueError(f"{self.name} has no source rows; record them first")
         else:
             k_source, v_source = self.k_source.at(BEFORE_ROPE, self.key), self.v_source.at(BEFORE_ROPE, self.key)
-        qk_norm_rope_kv_lerp_(
-            q[edit:], k[edit:], v[edit:], *layer, k_source, v_source, shared.source_row, shared.ratio, eps=eps
-        )
+        packing: dict[str, Any] = k_source.options("k") | v_source.options("v")
+        sources = (k_source.data, v_source.data, shared.source_row, shared.ratio)
+        qk_norm_rope_kv_lerp_(q[edit:], k[edit:], v[edit:], *layer, *sources, eps=eps, **packing)
 
     def _check(self, q: Tensor, encoder_hidden_states: Tensor | None, rotary_emb: Any) -> None:
         if encoder_hidden_states is not None or rotary_emb is None:
@@ -168,4 +170,4 @@ class FusedLayers(LockedLayers):
     @property
     def source_bytes(self) -> int:
         sources = [source for fused in self.holders() for source in (fused.k_source, fused.v_source)]
-        return sum(source.rows.nbytes for source in sources if source is not None)
+        return sum(source.rows.bytes_kept for source in sources if source is not None)

@@ -29,6 +29,7 @@ class Tap(Holder):
 
     def __init__(self, key: LayerKey, shared: LockState, plain_class: type[nn.Module]) -> None:
         super().__init__(key, shared)
+        self.keys = key.tensor == "k"
         self.plain_class = plain_class  # of the module
         self.source: Recorded | None = None
 
@@ -42,7 +43,7 @@ def tap_hook(module: Any, args: tuple, output: Tensor) -> Tensor | None:
     rows = _token_rows(output, shared.num_tokens, tap.key)
     tap.reached = True
     if shared.mode == RECORD:
-        tap.source = Recorded(rows.index_select(1, shared.index), BEFORE_ROPE)
+        tap.source = Recorded(shared.store.keep(rows, shared.index, tap.key.heads, keys=tap.keys), BEFORE_ROPE)
         return None
     if shared.mode == BATCH:
         edit, source = rows[shared.source_batch :], rows[: shared.source_batch].index_select(1, shared.index)
@@ -50,7 +51,8 @@ def tap_hook(module: Any, args: tuple, output: Tensor) -> Tensor | None:
     elif tap.source is None:
         raise ValueError(f"{tap.name} has no source rows for {tap.key.tensor}; record them first")
     else:
-        kv_lerp_(rows, tap.source.at(BEFORE_ROPE, tap.key), shared.index, shared.ratio)
+        source_rows = tap.source.at(BEFORE_ROPE, tap.key)
+        kv_lerp_(rows, source_rows.data, shared.index, shared.ratio, **source_rows.options("source"))
     return output
 
 
@@ -123,4 +125,4 @@ class Taps(LockedLayers):
 
     @property
     def source_bytes(self) -> int:
-        return sum(tap.source.rows.nbytes for tap in self.holders() if tap.source is not None)
+        return sum(tap.source.rows.bytes_kept for tap in self.holders() if tap.source is not None)

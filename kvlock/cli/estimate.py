@@ -39,6 +39,7 @@ def run(args: argparse.Namespace) -> None:
     """
     from kvlock.config import preset
     from kvlock.cost import estimate
+    from kvlock.store import Store
 
     config = preset(args.preset)
     inputs.check_run_options(args)
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
     start = model.first_step(args.steps)
     video, tokens, rows = _sizes(args, model, config.dilate_tokens)
     dtype = models.resolve_dtype(args.dtype, args.model, models.resolve_device(args.device).type)
-    stored, beside = (
+    stored, packed, beside = (
         estimate(
             model.sizes,
             preset(args.preset, source=source),
@@ -56,8 +57,9 @@ def run(args: argparse.Namespace) -> None:
             start=start,
             guidance_scale=args.guidance_scale,
             bytes_per_value=BYTES[dtype],
+            store=store,
         )
-        for source in ("store", "batch")
+        for source, store in (("store", None), ("store", Store("int8")), ("batch", None))
     )
     sizes, geometry = model.sizes, model.geometry
     patch = "x".join(map(str, geometry.patch))
@@ -79,6 +81,7 @@ def run(args: argparse.Namespace) -> None:
     for cost, how in ((stored, "the source runs once a step"), (beside, "source='batch': it runs beside each branch")):
         print(f"           {cost.forwards} with it ({cost.forwards / cost.forwards_plain:.2f}x), {how}")
     print(f"memory     {_bytes(stored.bytes_background)} of source K and V at a time, background rows in {dtype}")
+    print(f"           {_bytes(packed.bytes_background)} in 8 bits (Store('int8') or Store('fp8'))")
     print(f"           {_bytes(stored.bytes_full)} if every row were kept; none with source='batch'")
     print(predictions)
 

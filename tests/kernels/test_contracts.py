@@ -89,7 +89,6 @@ def test_opcheck_accepts_the_contract(name: str, make: Callable[[], Call]) -> No
     torch.library.opcheck(func, args, kwargs, test_utils=OPCHECKS[1:] if fp8 else OPCHECKS)
 
 
-@each_implementation
 @each_call
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_a_fullgraph_compile_gives_the_bits_of_eager(name: str, make: Callable[[], Call], dynamic: bool) -> None:
