@@ -20,6 +20,7 @@ TRITON = 'triton>=3.6; platform_system == "Linux"'  # CUDA builds of torch bring
 
 SWITCH, SWITCHES = "KVLOCK_BUILD_EXT", ("auto", "0", "1")
 ARCHITECTURES = "8.0;8.9;9.0"
+IN_PLACE = Path(__file__).with_name("kvlock_kernels") / "_C.so"  # of an editable installation
 TORCH_TARGET = "0x020a000000000000ULL"  # the stable ABI of torch 2.10, the first version that has all that is used
 # A fused product and sum, or a reciprocal for a quotient, would give other bits than the reference.
 CXX_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-trapping-math"]
@@ -41,7 +42,7 @@ def extensions() -> list[Extension]:
         return []
     try:
         import torch  # noqa: F401
-    except ImportError as error:
+    except (ImportError, OSError) as error:  # the latter where a library of torch's is missing
         if wanted == "auto":
             return []
         raise SystemExit(
@@ -89,6 +90,10 @@ class BuildExtension(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         """Both parts, or the CPU part alone; in "auto" what fails is left out with a warning."""
+        # An older object must not pass for what is built now.
+        Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
+        if self.editable_mode:
+            IN_PLACE.unlink(missing_ok=True)
         nvcc = compiler("NVCC", "nvcc", f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin/nvcc")
         for cuda in (nvcc, None) if nvcc else (None,):
             try:
@@ -123,7 +128,9 @@ class BuildExtension(build_ext):
                 run(*commands[source.suffix], "-c", str(source), "-o", built[-1])
         linker = [nvcc, "-cudart=static"] if nvcc else [cxx]  # nvcc knows where its own library is
         libraries = [f"-L{path}" for path in library_paths()]
-        run(*linker, "-shared", "-o", str(target), *built, *libraries, "-ltorch_cpu", "-ldl")
+        part = target.with_suffix(".part")  # a build that is cut off leaves no half of an object
+        run(*linker, "-shared", "-o", str(part), *built, *libraries, "-ltorch_cpu", "-ldl")
+        part.replace(target)
 
 
 setup(

@@ -101,7 +101,8 @@ struct Cpu {
 // See `kvlock_kernels.pack_kv`.
 template <class Device>
 std::tuple<Tensor, Tensor> pack_kv(Tensor x, Tensor index, ScalarType type, Maybe mean) {
-  STD_TORCH_CHECK(x.dim() == 4, "x: found shape ", shape_text(x.sizes()), ", wanted [B, N, H, D]");
+  STD_TORCH_CHECK(x.dim() == 4 && x.size(3) > 0, "x: found shape ", shape_text(x.sizes()),
+                  ", wanted [B, N, H, D] with D >= 1");
   const Dtype dtype = dtype_of("dtype", type);
   STD_TORCH_CHECK(!mean || eight_bit(dtype), "mean: found a value, wanted None beside a dtype that is not 8-bit");
   index = dense("index", index, ScalarType::Int, {index.numel()}, x);
@@ -164,9 +165,11 @@ void kv_lerp_(Tensor x, Tensor source, Tensor index, Tensor ratio, Maybe scale, 
   const int64_t b = x.size(0), rows = index.numel();
   index = dense("index", index, ScalarType::Int, {rows}, x);
   ratio = dense("ratio", ratio, ScalarType::Float, {b}, x);
-  if (x.numel() == 0 || rows == 0) return;
+  STD_TORCH_CHECK(source.is_cuda() == x.is_cuda() && source.get_device_index() == x.get_device_index(),
+                  "source: found device ", source.get_device_index(), ", wanted that of x, ", x.get_device_index());
   sharing("source", source, b);
   STD_TORCH_CHECK(source.size(1) == rows, "source: found ", source.size(1), " rows, wanted ", rows);
+  if (x.numel() == 0 || rows == 0) return;
 
   const Tensor& with_heads = x.dim() == 4 ? x : source;
   const bool flat = with_heads.dim() == 3;
@@ -246,8 +249,10 @@ STABLE_TORCH_LIBRARY_IMPL(kvlock_kernels, CUDA, library) {
 extern "C" __attribute__((visibility("default"))) const char* kvlock_architectures() { return KVLOCK_ARCHITECTURES; }
 extern "C" __attribute__((visibility("default"))) int kvlock_serves([[maybe_unused]] int device) {
 #ifdef KVLOCK_CUDA
-  return kvlock::Cuda::serves(device);
-#else
-  return 0;
+  try {
+    return kvlock::Cuda::serves(device);
+  } catch (...) {  // no such device; an exception must not leave a function of C
+  }
 #endif
+  return 0;
 }

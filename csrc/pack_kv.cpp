@@ -10,7 +10,8 @@
 #include <vector>
 
 // Loops are compiled for several instruction sets, of which the loader takes the best one that the CPU has.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+// Older compilers than GCC 12 do not know these names.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
 #define VECTORISED __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 #else
 #define VECTORISED
