@@ -163,7 +163,7 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "test": ["pytest", "hypothesis", "ruff", "mypy", TRITON],
+        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", TRITON],
         "bench": ["pytest-benchmark", "nvidia-ml-py"],
         "flash": ["flash-attn"],
         "triton": [TRITON],
