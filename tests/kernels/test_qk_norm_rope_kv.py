@@ -8,7 +8,12 @@ import torch.nn.functional as F
 from refusals import Bad, assert_refused, bad_inputs
 from regimes import STREAMING, each_regime, rows_of, sources_of_values
 from samples import DTYPES, NAN, int32, nan_with_payload, normal, packed, projections, source_rows
-from tolerance import assert_as_accurate_as_torch, assert_bit_identical, assert_within_roundings
+from tolerance import (
+    assert_as_accurate_as_torch,
+    assert_bit_identical,
+    assert_sums_differ_at_most,
+    assert_within_roundings,
+)
 from torch import Tensor
 
 from kvlock_kernels import kv_lerp_, pack_kv, qk_norm_rope_kv_lerp_, qk_norm_rope_kv_pack_, unpack_kv
@@ -42,15 +47,6 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     pairs = torch.view_as_complex(wide.unflatten(2, (-1, cos.shape[1] // 2, 2)).contiguous())
     turn = torch.complex(cos[:, 0::2].to(wide.dtype), sin[:, 1::2].to(wide.dtype))
     return torch.view_as_real(pairs * turn[:, None]).flatten(2).to(x.dtype)
-
-
-def assert_sums_differ_at_most(actual: Tensor, expected: Tensor) -> None:
-    """Bit-identical, but that each kernel adds up the squares of a token in the order of its own threads."""
-    wanted = expected.float()
-    allowed = 4 * torch.finfo(torch.float32).eps * wanted.abs().max()
-    if expected.dtype != torch.float32:
-        allowed = allowed + torch.finfo(expected.dtype).eps * wanted.abs()  # such a difference may round the other way
-    assert ((actual.float() - wanted).abs() <= allowed).all()
 
 
 def step_by_step(args: tuple[Tensor, ...], rows: tuple[Tensor, Tensor], index: Tensor, ratio: Tensor) -> list[Tensor]:
