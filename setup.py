@@ -41,7 +41,7 @@ def extensions() -> list[Extension]:
     if wanted == "0":
         return []
     try:
-        import torch  # noqa: F401
+        import torch  # noqa: F401 - only whether it is there
     except (ImportError, OSError) as error:  # the latter where a library of torch's is missing
         if wanted == "auto":
             return []

@@ -22,7 +22,7 @@ class LayerKey(NamedTuple):
     block: int
     tensor: str  # "k", "v", or "kv" for both
     expert: int = 0  # number of the transformer in its pipeline
-    heads: int = 1
+    heads: int = 1  # of its attention
 
 
 class Recorded(NamedTuple):

@@ -108,7 +108,7 @@ def attend_persistently_(
     """See `kvlock_kernels.kv_lerp_attention_`: one launch that mixes k and v in place and waits within itself.
 
     Raises:
-        Unsupported: as `attention.checked`.
+        Unsupported: as `in_loop.checked`.
     """
     q, k, v = checked(q, k, v, scale)
     b, m, h, d = q.shape

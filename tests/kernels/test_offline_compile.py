@@ -42,7 +42,7 @@ def test_nothing_spills_at_other_head_dimensions() -> None:
 
 @each_case_and_arch
 def test_loads_and_stores_of_16_bit_rows_are_16_bytes_wide(kernels: list[dict[str, Any]], case: Case) -> None:
-    """A thread holds 8 elements, so that 8-bit rows, which are all that unpack_kv reads or pack_kv writes, take 8."""
+    """8-bit rows may take 8 bytes: a thread of the kernels that mix or unpack holds 8 elements."""
     if not case.wide:
         pytest.skip("its threads move a few numbers")
     packed = case.source in ("int8", "e4m3")
