@@ -38,7 +38,7 @@ class BackendLayer(Holder):
         super().__init__(key, shared)
         self.attention = attention
         self.processor = attention.processor
-        self.k_source: Recorded | None = None  # [Bs, rows, H, D]; with a full lock that is not packed [Bs, N, H, D], rows first
+        self.k_source: Recorded | None = None  # rows [Bs, rows, H, D]; unpacked under a full lock [Bs, N, H, D]
         self.v_source: Recorded | None = None
         self._member = member
         self._hook: torch.utils.hooks.RemovableHandle | None = None
