@@ -10,12 +10,14 @@ if TYPE_CHECKING:
         KVLockOutput,
         KVLockPipeline,
         Masks,
+        Recording,
         Session,
         Store,
         Trace,
         attach,
         encode_source,
         preset,
+        record,
     )
 
 __version__ = "0.1.0"
@@ -26,16 +28,20 @@ __all__ = [
     "KVLockOutput",
     "KVLockPipeline",
     "Masks",
+    "Recording",
     "Session",
     "Store",
     "Trace",
     "attach",
     "encode_source",
     "preset",
+    "record",
 ]
 
 # Modules that come with the names, so that `import kvlock` is enough for `kvlock.masks.binarize`.
-_MODULES = ("adapters", "config", "flow", "geometry", "masks", "pipeline", "run", "session", "store", "trace")
+_MODULES = (
+    "adapters", "config", "flow", "geometry", "masks", "pipeline", "recording", "run", "session", "store", "trace",
+)  # fmt: skip
 
 if not TYPE_CHECKING:  # type checkers would otherwise accept every name
 

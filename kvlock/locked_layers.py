@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kvlock.places import Shelf
+from kvlock.step_file import Piece
 from kvlock.store import Rows, Store
 
 OFF, RECORD, LERP, BATCH = range(4)
@@ -48,9 +50,18 @@ class Recorded(NamedTuple):
 class LockState:
     """What all layers of a session read. A new `mode` is one more graph for a compiled block, never one a layer."""
 
-    def __init__(self, index: Tensor, num_tokens: int, *, full: bool = False, store: Store | None = None) -> None:
+    def __init__(
+        self,
+        index: Tensor,
+        num_tokens: int,
+        *,
+        full: bool = False,
+        store: Store | None = None,
+        shelf: Shelf | None = None,
+    ) -> None:
         self.mode = OFF
         self.store = Store() if store is None else store
+        self.shelf = shelf  # where rows wait that do not stay with their layers
         self.full = full  # whether every ratio of the session is 1, so that no layer has to look
         self.index = index  # [rows] int32, background rows of the token axis
         self.rows = len(index)
@@ -70,6 +81,33 @@ class Holder:
         self.key = key
         self.shared = shared
         self.reached = False  # whether it has, since the last switch
+        self.k_source: Recorded | None = None  # of rows that stay with the layer
+        self.v_source: Recorded | None = None
+
+    def keep(self, tensor: str, rows: Rows, point: str) -> Recorded | None:
+        """What to remember of rows of "k" or "v": nothing, where they are put on the shelf."""
+        shelf = self.shared.shelf
+        if shelf is None:
+            return Recorded(rows, point)
+        shelf.put(self._piece(tensor), rows)
+        return None
+
+    def source_rows(self, tensor: str, point: str) -> Rows:
+        """The rows of "k" or "v", for a layer that mixes at `point`.
+
+        Raises:
+            ValueError: there are none, or they were recorded at the other point.
+        """
+        shelf = self.shared.shelf
+        if shelf is not None:
+            return shelf.get(self._piece(tensor))
+        kept = self.k_source if tensor == "k" else self.v_source
+        if kept is None:
+            raise ValueError(f"{self.name} has no source rows for {tensor}; record them first")
+        return kept.at(point, self.key)
+
+    def _piece(self, tensor: str) -> Piece:
+        return Piece(self.key.expert, self.key.stack, self.key.block, tensor)
 
     @property
     def name(self) -> str:
@@ -95,7 +133,13 @@ class Holder:
 
 
 class LockedLayers(ABC):
-    """The layers of a session, whatever it is that records and lerps in them; a session switches them together."""
+    """The layers of a session, whatever it is that records and lerps in them; a session switches them together.
+
+    Attributes:
+        point: where in the attention they do so, BEFORE_ROPE or AFTER_ROPE.
+    """
+
+    point: str
 
     def __init__(self, shared: LockState) -> None:
         self.shared = shared
@@ -114,6 +158,8 @@ class LockedLayers(ABC):
                 )
 
     def to(self, device: torch.device) -> None:
+        if self.shared.shelf is not None:
+            self.shared.shelf.to(device)
         self.shared.index = self.shared.index.to(device)
         self.shared.source_row = self.shared.source_row.to(device)
         self.shared.foreground = self.shared.foreground.to(device)
@@ -162,14 +208,30 @@ class LockedLayers(ABC):
     def remove(self) -> None:
         """Leave the transformer as it was."""
 
-    @abstractmethod
+    def turn_to(self, step: int) -> None:
+        """The rows that are recorded or mixed from now on are those of step number `step` of the scheduler's table."""
+        if self.shared.shelf is not None:
+            self.shared.shelf.turn_to(step)
+
+    def seal(self) -> None:
+        """All layers have recorded their rows of this step."""
+        if self.shared.shelf is not None:
+            self.shared.shelf.seal()
+
     def free(self) -> None:
         """Forget the recorded rows."""
+        if self.shared.shelf is not None:
+            self.shared.shelf.clear()
+        for holder in self.holders():
+            holder.k_source = holder.v_source = None
 
     @property
-    @abstractmethod
     def source_bytes(self) -> int:
         """Bytes held for the recorded rows."""
+        if self.shared.shelf is not None:
+            return self.shared.shelf.bytes_kept
+        kept = [source for holder in self.holders() for source in (holder.k_source, holder.v_source)]
+        return sum(source.rows.bytes_kept for source in kept if source is not None)
 
 
 def require_same(parts: Iterable[tuple[LayerKey, Any]], installed: Iterable[Any]) -> None:

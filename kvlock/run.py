@@ -57,7 +57,7 @@ class Run:
         self.mixes = False  # whether the lock acts on the call under way
         self.mixed = False  # whether the lock acted on a branch of this step
         self.ever_mixed = False
-        self._window = config.locked_steps(steps, flow.sigmas, start=flow.start)
+        self.window = config.locked_steps(steps, flow.sigmas, start=flow.start)  # where lock and boost act
         self._masks = masks.to(device)
         self._source = source_latents.to(device, torch.float32)
         self._starts_from_video = starts_from_video
@@ -77,7 +77,7 @@ class Run:
     @property
     def locked(self) -> bool:
         """Whether this step is inside the window in which the lock and a boosted guidance act."""
-        return self.step in self._window
+        return self.step in self.window
 
     @property
     def has_ratio(self) -> bool:
@@ -85,9 +85,10 @@ class Run:
         return self.config.fusion != "variance" or self._predictions >= MIN_HISTORY
 
     @property
-    def locked_steps(self) -> int:
-        """Number of steps in that window."""
-        return len(self._window)
+    def initial_noise(self) -> Tensor:
+        """eps [B, C, T, h, w] fp32, known from the first step on."""
+        assert self._eps is not None
+        return self._eps
 
     @property
     def finished(self) -> bool:

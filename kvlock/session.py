@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from kvlock.config import KVLockConfig
 from kvlock.flow import Flow
 from kvlock.locked_layers import LockedLayers
 from kvlock.masks import Masks
+from kvlock.recording import Recorder, Recording
 from kvlock.run import Run
 from kvlock.trace import StepRecord, Trace
 
@@ -47,6 +48,7 @@ class Session:
         guidance_of: Callable[[int], float],
         begin_index_of: Callable[[], int | None],
         starts_from_video: bool,
+        ledger: Recorder | Recording | None = None,
     ) -> None:
         self.config = config
         self.trace = Trace(config)
@@ -60,6 +62,7 @@ class Session:
         self._guidance_of = guidance_of
         self._begin_index_of = begin_index_of
         self._starts_from_video = starts_from_video
+        self._ledger = ledger  # what belongs to the source rows: written while they are recorded, compared afterwards
         self._flow: Flow | None = None
         self._run: Run | None = None
 
@@ -72,8 +75,10 @@ class Session:
         self.trace.clear()
         self.release()
 
-    def begin_call(self, expert: int, x: Tensor, timestep: Tensor) -> Tensor | None:
-        """The transformer is about to run on latents `x` [B, ...].
+    def begin_call(
+        self, expert: int, x: Tensor, timestep: Tensor, conditions: Mapping[str, Tensor] | None = None
+    ) -> Tensor | None:
+        """The transformer is about to run on latents `x` [B, ...]; `conditions` is what else of it the source shares.
 
         Returns:
             The noised source [B, ...] fp32 that must run before this call (`source="store"`) or beside it
@@ -81,6 +86,7 @@ class Session:
         """
         if self._run is None:
             self._run = self._new_run(expert, x, timestep)
+            self._note_run(self._run, conditions or {})
         run = self._run
         if run.use_expert(expert, self._guidance_of):
             self._rows.free()
@@ -101,6 +107,9 @@ class Session:
             run.extra_rows = len(source)
             self._rows.lerp_batch(run.fusion_ratio, len(source))
             return source
+        if isinstance(self._ledger, Recording) and run.recorded_step != run.step:
+            self._rows.turn_to(run.step)
+            run.recorded_step = run.step
         if run.recorded_step == run.step:
             self._rows.lerp(run.fusion_ratio)
             return None
@@ -113,10 +122,12 @@ class Session:
         """Around the forward on the source: its K and V are recorded, then the taps are ready to lerp."""
         run = self._require_run()
         self.in_source_pass = True
+        self._rows.turn_to(run.step)
         self._rows.record()
         try:
             yield
             self._rows.require_all(run.expert)
+            self._rows.seal()
         finally:
             self.in_source_pass = False
             self._rows.off()
@@ -157,6 +168,8 @@ class Session:
         """
         run = self._require_run()
         guided = run.guided_velocity(sample)
+        if self._ledger is not None and self.config.locks and run.step == run.flow.start:
+            self._ledger.note_noise(run.initial_noise)
         variances = run.observe(guided)
         guides = len(run.outputs) > 1
         self.trace.append(
@@ -236,9 +249,18 @@ class Session:
             )
         return run
 
+    def _note_run(self, run: Run, conditions: Mapping[str, Tensor]) -> None:
+        """What the source rows of this run depend on, beside model, masks and source; reads the conditions once."""
+        if self._ledger is None or not self.config.locks:
+            return
+        self._ledger.note(steps=len(run.flow.timesteps), first_step=run.flow.start, sigmas=list(run.flow.sigmas))
+        self._ledger.note_some(locked_steps=list(run.window))
+        for name, value in conditions.items():
+            self._ledger.note_tensor(name, value)
+
     def _why_not(self, run: Run) -> str:
         """Why the lock never acted in a run that has ended."""
-        if run.locked_steps == 0:
+        if not run.window:
             return "no step of this run lies in the window; wanted more steps, or a larger kappa"
         if self.config.branches == "uncond":
             return 'branches="uncond", and this run has no unconditional branch'
@@ -248,3 +270,16 @@ class Session:
         if self._run is None:
             raise ValueError("scheduler.step was called before the transformer ran; wanted a whole pipeline call")
         return self._run
+
+
+class SourceSession(Session):
+    """A session that records the source and lets the transformer run on nothing else."""
+
+    def begin_call(
+        self, expert: int, x: Tensor, timestep: Tensor, conditions: Mapping[str, Tensor] | None = None
+    ) -> Tensor | None:
+        source = super().begin_call(expert, x, timestep, conditions)
+        run = self._require_run()
+        run.forwards -= len(x)
+        run.mixes = False
+        return source

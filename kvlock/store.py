@@ -1,8 +1,10 @@
-"""How source rows are kept from the source's forward to the edit's: the dtype they are stored in."""
+"""How source rows are kept from the source's forward to the edit's: in which dtype, and where."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 from kvlock_kernels import pack_kv, unpack_kv
 
 DTYPES = {"model": None, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
+PLACES = ("device", "host", "disk")
 
 
 class Rows(NamedTuple):
@@ -23,6 +26,11 @@ class Rows(NamedTuple):
     @property
     def bytes_kept(self) -> int:
         return sum(part.nbytes for part in self if part is not None)
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Rows:
+        """Every tensor that there is, changed."""
+        scale, mean = (None if part is None else change(part) for part in (self.scale, self.mean))
+        return Rows(change(self.data), scale, mean)
 
     def options(self, name: str) -> dict[str, Any]:
         """Scale and mean as the operators call them: ``{name}_scale`` and ``{name}_mean``."""
@@ -42,13 +50,19 @@ class Store:
             each token and head (`kvlock_kernels.pack_kv`).
         k_mean: whether 8-bit keys are stored relative to their mean over the rows of the layer, which is kept too. Keys
             of one head share a large component that attention does not see; what is left has smaller steps.
+        place: where the rows of a step wait: on the ``"device"``, in ``"host"`` memory (pinned, where the device is a
+            CUDA one) or on ``"disk"``. From the latter two the rows of two layers are on the device at a time: those of
+            one come while the layer before it computes.
+        folder: where a ``"disk"`` store makes its temporary file; None is the system's own place for such files.
 
     Raises:
-        ValueError: a setting is not known, or does not go with the other.
+        ValueError: a setting is not known, or does not go with the others.
     """
 
     dtype: str = "model"
     k_mean: bool = False
+    place: str = "device"
+    folder: str | Path | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.dtype, str) or self.dtype not in DTYPES:
@@ -57,11 +71,22 @@ class Store:
             raise ValueError(f"k_mean={self.k_mean!r} is not allowed; wanted True or False")
         if self.k_mean and not self.packs:
             raise ValueError("k_mean=True has no effect with dtype='model'; wanted dtype='fp8' or 'int8'")
+        if not isinstance(self.place, str) or self.place not in PLACES:
+            raise ValueError(f"place={self.place!r} is not known; wanted one of {', '.join(map(repr, PLACES))}")
+        if self.folder is not None and not isinstance(self.folder, str | Path):
+            raise ValueError(f"folder={self.folder!r} is not allowed; wanted a path or None")
+        if self.folder is not None and self.place != "disk":
+            raise ValueError(f"folder={str(self.folder)!r} has no effect with place={self.place!r}; leave it out")
 
     @property
     def packs(self) -> bool:
         """Whether rows are stored in 8 bits."""
         return DTYPES[self.dtype] is not None
+
+    @property
+    def elsewhere(self) -> Store:
+        """The same store in the next place, away from the device."""
+        return replace(self, place="host" if self.place == "device" else "disk")
 
     def storage_dtype(self, model: torch.dtype) -> torch.dtype:
         """The dtype of stored rows of a model in dtype `model`."""

@@ -183,7 +183,8 @@ class Lerps(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is torch.ops.kvlock_kernels.kv_lerp_.default:
             taps = [m.kvlock_tap for m in self._modules if hasattr(m, "kvlock_tap")]
-            taps = [tap for tap in taps if tap.source and tap.source.rows.data is args[1]]
+            kept = {tap: tap.k_source or tap.v_source for tap in taps}
+            taps = [tap for tap, source in kept.items() if source and source.rows.data is args[1]]
             self.counts[taps[0].key[:3] if taps else None] += 1
         return func(*args, **(kwargs or {}))
 

@@ -11,11 +11,15 @@ import torch
 from torch import Tensor
 
 from kvlock.adapters import root, shim
+from kvlock.adapters.belongings import note_model, note_source
 from kvlock.adapters.families import STARTS_FROM_VIDEO, check_pipeline, family_of, is_one_of
-from kvlock.adapters.kernels import Lock, check_kernel, listen
+from kvlock.adapters.kernels import Lock, check_kernel, listen, point_of
 from kvlock.config import KVLockConfig
 from kvlock.locked_layers import LockState
 from kvlock.masks import Masks
+from kvlock.memory import is_out_of_memory
+from kvlock.places import Shelf, shelf_of
+from kvlock.recording import RecordedShelf, Recorder, Recording
 from kvlock.session import Session
 from kvlock.store import Store
 
@@ -30,6 +34,7 @@ def attach(
     source_prompt_embeds: Tensor | None = None,
     kernel: str = "hooks",
     store: Store | None = None,
+    recording: Recording | None = None,
 ) -> Iterator[Session]:
     """Lock the background of every call of `pipe` inside the `with` block; leaving it restores the pipeline exactly.
 
@@ -49,29 +54,63 @@ def attach(
             source rows then take the room of all tokens), as everything else is. Inside the block
             ``pipe.transformer.set_attention_backend("kvlock")`` chooses it too, for all transformers of the pipeline
             and until the block is left; another name sets the backend for everything else.
-        store: how source rows are stored; None is `Store()`, in the dtype of the model.
+        store: how and where source rows are kept; None is `Store()`, on the device in the dtype of the model.
+        recording: source rows made by `kvlock.record`, in place of a source pass; `store` and `source_prompt_embeds`
+            are then the recording's. An edit with another seed than the recording's keeps the recorded noise for the
+            source, and a warning says so.
 
     Yields:
         The session; ``session.trace`` records each step, also after the block.
 
     Raises:
         ValueError: an argument is of another type or holds NaN or infinity; the pipeline, its transformer, its
-            scheduler or a setting is not supported, or `pipe` is attached already; or the kernel does not fit it.
-            Inside the block: the transformer was changed in a way that the lock would not follow.
+            scheduler or a setting is not supported, or `pipe` is attached already; or the kernel does not fit it; or
+            the recording belongs to another model, schedule, size, mask or source, or a file of it is not what was
+            recorded. Inside the block: the transformer was changed in a way that the lock would not follow.
         RuntimeError: ``kernel="backend"``, and the dispatcher of this diffusers has no place for it.
     """
     config = KVLockConfig() if config is None else config
-    for name, value, wanted in (("config", config, KVLockConfig), ("masks", masks, Masks)):
-        if not isinstance(value, wanted):
-            raise ValueError(f"{name} is a {type(value).__name__}; wanted a kvlock.{wanted.__name__}")
+    store = Store() if store is None else store
+    check_settings(config, masks, store, kernel)
+    check_recording(recording, config, store)
+    with contextlib.ExitStack() as undo:
+        shelf = shelf_of(store) if recording is None else RecordedShelf(recording)
+        if shelf is not None:
+            undo.callback(shelf.close)
+        session = undo.enter_context(
+            on_pipeline(
+                pipe, source_latents, masks, config, source_prompt_embeds, kernel, Session, store, shelf, recording
+            )
+        )
+        if recording is not None:
+            recording.verify_ahead()
+        try:
+            yield session
+        except (MemoryError, RuntimeError) as error:
+            if is_out_of_memory(error) and shelf is None and session.config.locks and config.source == "store":
+                error.add_note(f"source rows are kept on the device; {store.elsewhere} keeps them in host memory")
+            raise
+
+
+@contextlib.contextmanager
+def on_pipeline(
+    pipe: Any,
+    source_latents: Tensor,
+    masks: Masks,
+    config: KVLockConfig,
+    source_prompt_embeds: Tensor | None,
+    kernel: str,
+    session_type: type[Session],
+    store: Store,
+    shelf: Shelf | None,
+    ledger: Recorder | Recording | None,
+) -> Iterator[Session]:
+    """A session on a pipeline, whatever becomes of its source rows; the arguments are those of `attach`."""
     _check_numbers("source_latents", source_latents)
     if source_prompt_embeds is not None:
         _check_numbers("source_prompt_embeds", source_prompt_embeds)
     if config.composite == "pixel":
         raise ValueError('composite="pixel" needs the decoded video; use KVLockPipeline, or "latent" or "none" here')
-    check_kernel(kernel)
-    store = Store() if store is None else store
-    check_store(store, config, kernel)
     check_pipeline(pipe)
     if masks.dilate_tokens != config.dilate_tokens:
         raise ValueError(
@@ -85,13 +124,17 @@ def attach(
     if len(experts) == 2 and experts[0][1] is experts[1][1]:
         raise ValueError("transformer and transformer_2 are one module; wanted two, or transformer_2=None")
     families = {i: family_of(module) for i, module in experts}
-    if config.locks:
-        given = _empty_prompt(pipe) if source_prompt_embeds is None else source_prompt_embeds
-        source_prompt_embeds = _without_padding(given)
+    if config.locks and source_prompt_embeds is None and not isinstance(ledger, Recording):
+        source_prompt_embeds = _empty_prompt(pipe)
+    if config.locks and source_prompt_embeds is not None:
+        source_prompt_embeds = _without_padding(source_prompt_embeds)
 
-    state = LockState(masks.index, masks.num_tokens, full=config.fusion == "full", store=store)
+    state = LockState(masks.index, masks.num_tokens, full=config.fusion == "full", store=store, shelf=shelf)
     lock = Lock(kernel, state, experts, config)
-    session = Session(
+    if ledger is not None and config.locks:
+        note_model(ledger, pipe, [module for _, module in experts], lock, config)
+        note_source(ledger, source_latents, masks, source_prompt_embeds)
+    session = session_type(
         config,
         masks,
         source_latents,
@@ -101,9 +144,12 @@ def attach(
         guidance_of=lambda expert: _guidance(pipe, expert),
         begin_index_of=lambda: getattr(pipe.scheduler, "begin_index", None),
         starts_from_video=is_one_of(pipe, STARTS_FROM_VIDEO),
+        ledger=ledger,
     )
 
     def choose_backend() -> None:
+        if ledger is not None and config.locks:
+            ledger.note(point=point_of("backend"))
         try:
             lock.change("backend")
         finally:
@@ -123,6 +169,15 @@ def attach(
         yield session
 
 
+def check_settings(config: KVLockConfig, masks: Masks, store: Store, kernel: str) -> None:
+    """Wants settings of the right types that go together; raises ValueError otherwise."""
+    for name, value, wanted in (("config", config, KVLockConfig), ("masks", masks, Masks)):
+        if not isinstance(value, wanted):
+            raise ValueError(f"{name} is a {type(value).__name__}; wanted a kvlock.{wanted.__name__}")
+    check_kernel(kernel)
+    check_store(store, config, kernel)
+
+
 def check_store(store: Store, config: KVLockConfig, kernel: str) -> None:
     """Refuse a store that the settings or the kernel have no use for.
 
@@ -131,10 +186,26 @@ def check_store(store: Store, config: KVLockConfig, kernel: str) -> None:
     """
     if not isinstance(store, Store):
         raise ValueError(f"store is a {type(store).__name__}; wanted a kvlock.Store")
-    if store.packs and config.locks and config.source == "batch":
-        raise ValueError(f'dtype={store.dtype!r} of the store: source="batch" stores no rows; wanted source="store"')
+    if store != Store() and config.locks and config.source == "batch":
+        raise ValueError(f'{store}: source="batch" stores no rows; wanted source="store"')
     if store.k_mean and kernel == "fused":
         raise ValueError('k_mean=True of the store: kernel="fused" stores keys as they are; wanted another kernel')
+
+
+def check_recording(recording: Recording | None, config: KVLockConfig, store: Store) -> None:
+    """Refuse settings that a recording has no use for.
+
+    Raises:
+        ValueError: says which.
+    """
+    if recording is None:
+        return
+    if not isinstance(recording, Recording):
+        raise ValueError(f"recording is a {type(recording).__name__}; wanted a kvlock.Recording")
+    if store != Store():
+        raise ValueError(f"{store} is for a source pass, and a recording has its rows already; leave it out")
+    if config.source == "batch":
+        raise ValueError('source="batch" runs the source beside the edit; a recording wants source="store"')
 
 
 def _check_numbers(name: str, value: Tensor) -> None:

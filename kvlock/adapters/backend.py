@@ -38,8 +38,6 @@ class BackendLayer(Holder):
         super().__init__(key, shared)
         self.attention = attention
         self.processor = attention.processor
-        self.k_source: Recorded | None = None  # rows [Bs, rows, H, D]; unpacked under a full lock [Bs, N, H, D]
-        self.v_source: Recorded | None = None
         self._member = member
         self._hook: torch.utils.hooks.RemovableHandle | None = None
         self._note_backend()
@@ -82,13 +80,11 @@ class BackendLayer(Holder):
         self.require_tokens(k.shape[1])
         self.reached = True
         if shared.mode == RECORD:
-            self.k_source, self.v_source = self._record(k, keys=True), self._record(v, keys=False)
+            self.k_source, self.v_source = self._record("k", k), self._record("v", v)
             return self._attend_as_before(q, k, v, scale)
         if shared.mode == BATCH:
             return self._attend_beside(q, k, v, scale)
-        if self.k_source is None or self.v_source is None:
-            raise ValueError(f"{self.name} has no source rows; record them first")
-        k_source, v_source = self.k_source.at(AFTER_ROPE, self.key), self.v_source.at(AFTER_ROPE, self.key)
+        k_source, v_source = self.source_rows("k", AFTER_ROPE), self.source_rows("v", AFTER_ROPE)
         if shared.full:
             return self._attend_as_before(q, self._joined(k_source, k), self._joined(v_source, v), scale)
         options = k_source.options("k") | v_source.options("v")
@@ -96,16 +92,17 @@ class BackendLayer(Holder):
             q, k, v, k_source.data, v_source.data, shared.index, shared.ratio, scale=scale, **options
         )
 
-    def _record(self, x: Tensor, *, keys: bool) -> Recorded:
+    def _record(self, tensor: str, x: Tensor) -> Recorded | None:
         """The background rows of x [Bs, N, H, D]; those of a full lock have room for the edit's others behind them."""
         shared = self.shared
-        index = shared.order if shared.full and not shared.store.packs else shared.index
-        return Recorded(shared.store.keep(x, index, x.shape[2], keys=keys), AFTER_ROPE)
+        with_room = shared.full and shared.shelf is None and not shared.store.packs
+        index = shared.order if with_room else shared.index
+        return self.keep(tensor, shared.store.keep(x, index, x.shape[2], keys=tensor == "k"), AFTER_ROPE)
 
     def _joined(self, kept: Rows, x: Tensor) -> Tensor:
         """Source rows, then the foreground rows of x [B, N, H, D]: attention does not ask for the order of its keys."""
         rows, foreground, source = self.shared.rows, self.shared.foreground, kept.unpacked(x.dtype)
-        if len(source) == len(x) and not self.shared.store.packs:
+        if len(source) == len(x) and source.shape[1] == x.shape[1] and not self.shared.store.packs:
             torch.index_select(x, 1, foreground, out=source[:, rows:])
             return source
         if len(source) not in (1, len(x)):
@@ -156,6 +153,8 @@ class BackendLayers(LockedLayers):
         RuntimeError: this diffusers has no place for the backend.
     """
 
+    point = AFTER_ROPE
+
     def __init__(self, shared: LockState) -> None:
         super().__init__(shared)
         self._member = backend_registry.register()
@@ -197,12 +196,3 @@ class BackendLayers(LockedLayers):
         backend_registry.announce(None)  # one that an exception kept from its attention
         for layer in self._layers:
             layer.rest() if mode == OFF else layer.arm()
-
-    def free(self) -> None:
-        for layer in self._layers:
-            layer.k_source = layer.v_source = None
-
-    @property
-    def source_bytes(self) -> int:
-        sources = [source for layer in self._layers for source in (layer.k_source, layer.v_source)]
-        return sum(source.rows.bytes_kept for source in sources if source is not None)

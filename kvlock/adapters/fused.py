@@ -18,7 +18,6 @@ from kvlock.locked_layers import (
     LayerKey,
     LockedLayers,
     LockState,
-    Recorded,
     require_same,
 )
 from kvlock.store import Rows
@@ -34,8 +33,6 @@ class FusedWanProcessor(Holder):
     def __init__(self, key: LayerKey, shared: LockState, plain: WanAttnProcessor) -> None:
         super().__init__(key, shared)
         self.plain = plain
-        self.k_source: Recorded | None = None  # [Bs, rows, H, D]
-        self.v_source: Recorded | None = None
 
     @property
     def _attention_backend(self) -> Any:  # what set_attention_backend chooses belongs to the plain processor
@@ -75,7 +72,8 @@ class FusedWanProcessor(Holder):
         if shared.mode == RECORD:
             dtype = shared.store.storage_dtype(q.dtype)
             rows = qk_norm_rope_kv_pack_(q, k, v, *layer, shared.source_row, shared.rows, dtype, eps=eps)
-            self.k_source, self.v_source = Recorded(Rows(*rows.k), BEFORE_ROPE), Recorded(Rows(*rows.v), BEFORE_ROPE)
+            self.k_source = self.keep("k", Rows(*rows.k), BEFORE_ROPE)
+            self.v_source = self.keep("v", Rows(*rows.v), BEFORE_ROPE)
             return
         edit = 0
         if shared.mode == BATCH:
@@ -84,10 +82,8 @@ class FusedWanProcessor(Holder):
                 q[:edit], k[:edit], v[:edit], *layer, shared.source_row, shared.rows, q.dtype, eps=eps
             )
             k_source, v_source = Rows(*rows.k), Rows(*rows.v)
-        elif self.k_source is None or self.v_source is None:
-            raise ValueError(f"{self.name} has no source rows; record them first")
         else:
-            k_source, v_source = self.k_source.at(BEFORE_ROPE, self.key), self.v_source.at(BEFORE_ROPE, self.key)
+            k_source, v_source = self.source_rows("k", BEFORE_ROPE), self.source_rows("v", BEFORE_ROPE)
         packing: dict[str, Any] = k_source.options("k") | v_source.options("v")
         sources = (k_source.data, v_source.data, shared.source_row, shared.ratio)
         qk_norm_rope_kv_lerp_(q[edit:], k[edit:], v[edit:], *layer, *sources, eps=eps, **packing)
@@ -126,6 +122,8 @@ def check_fit(key: LayerKey, attention: Any) -> None:
 class FusedLayers(LockedLayers):
     """All fused processors of a session; a call in which nothing is locked finds the plain ones in their places."""
 
+    point = BEFORE_ROPE
+
     def __init__(self, shared: LockState) -> None:
         super().__init__(shared)
         self._layers: list[tuple[Any, FusedWanProcessor]] = []  # attention modules and their fused processors
@@ -162,12 +160,3 @@ class FusedLayers(LockedLayers):
                 raise fused.replaced_by(attention.processor)
             elif was_off:
                 attention.set_processor(fused)
-
-    def free(self) -> None:
-        for fused in self.holders():
-            fused.k_source = fused.v_source = None
-
-    @property
-    def source_bytes(self) -> int:
-        sources = [source for fused in self.holders() for source in (fused.k_source, fused.v_source)]
-        return sum(source.rows.bytes_kept for source in sources if source is not None)

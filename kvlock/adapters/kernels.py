@@ -14,7 +14,7 @@ from kvlock.adapters.taps import Taps
 from kvlock.config import KVLockConfig
 from kvlock.locked_layers import LayerKey, LockedLayers, LockState
 
-KERNELS: dict[str, tuple[Callable[[LockState], LockedLayers], Callable[..., Iterator[tuple[LayerKey, Any]]]]] = {
+KERNELS: dict[str, tuple[type[LockedLayers], Callable[..., Iterator[tuple[LayerKey, Any]]]]] = {
     "hooks": (Taps, tapped_modules),
     "fused": (FusedLayers, locked_attentions),
     "backend": (BackendLayers, locked_attentions),
@@ -29,6 +29,11 @@ def check_kernel(kernel: str) -> None:
     """
     if not isinstance(kernel, str) or kernel not in KERNELS:
         raise ValueError(f"kernel={kernel!r} is not known; wanted one of {', '.join(map(repr, KERNELS))}")
+
+
+def point_of(kernel: str) -> str:
+    """Where in the attention this kind of layer records and mixes."""
+    return KERNELS[kernel][0].point
 
 
 class Lock:
@@ -80,8 +85,25 @@ class Lock:
     def _parts(self) -> Iterator[tuple[LayerKey, Any]]:
         """Looked up anew, and refused where it does not fit, each time."""
         for i, module in self._experts if self._config.locks else ():
+            if self._state.shelf is not None:
+                _refuse_compiled(module)
             for key, part in KERNELS[self.kernel][1](module, self._config):
                 yield key._replace(expert=i), part
+
+
+def _refuse_compiled(transformer: Any) -> None:
+    """Rows that wait elsewhere are fetched by Python between two layers, which compiled code does not come back to.
+
+    Raises:
+        ValueError: the transformer or a part of it is compiled.
+    """
+    compiled = [name for name, module in transformer.named_modules() if module._compiled_call_impl is not None]
+    if transformer is not unwrap(transformer) or compiled:
+        raise ValueError(
+            f"{type(unwrap(transformer)).__name__} is compiled{f' ({compiled[0]})' if compiled else ''}, and source "
+            "rows that wait on the host or the disk cannot reach it; wanted Store(place='device'), or a transformer "
+            "that is not compiled"
+        )
 
 
 def listen(transformer: Any, choose: Callable[[], None]) -> Callable[[], None]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 from kvlock.adapters.families import Family, unwrap
@@ -43,7 +45,7 @@ def _before(
     if session.in_source_pass:
         return None
     call = dict(zip(names, args, strict=False)) | kwargs
-    x = session.begin_call(expert, call["hidden_states"], call["timestep"])
+    x = session.begin_call(expert, call["hidden_states"], call["timestep"], _conditions(call, family))
     if x is None:  # nothing of the source is needed for this call
         return None
     source = call | _source_rows(call, x, family, session)
@@ -54,6 +56,13 @@ def _before(
     names = ("hidden_states", "timestep", "encoder_hidden_states", *family.batched)
     given = [name for name in names if call.get(name) is not None]
     return (), call | {name: torch.cat([_expand(source[name], len(x)), _expand(call[name], len(x))]) for name in given}
+
+
+def _conditions(call: dict[str, Any], family: Family) -> dict[str, Tensor]:
+    """What the source's forward has in common with the edit's: of batched arguments the first sample."""
+    own = ("hidden_states", "timestep", "encoder_hidden_states")
+    given = {name: value for name, value in call.items() if isinstance(value, Tensor) and name not in own}
+    return {name: value[:1] if name in family.batched else value for name, value in given.items()}
 
 
 def _expand(value: Tensor, batch: int) -> Tensor:
@@ -80,3 +89,31 @@ def _after(module: nn.Module, args: tuple, output: Any, *, session: Session) -> 
         return (session.end_call(output[0]), *output[1:])
     output.sample = session.end_call(output.sample)
     return output
+
+
+def run_on_source_only(transformer: Any, session: Session) -> Callable[[], None]:
+    """Let the transformer answer every call but the source's with zeros, without running.
+
+    Returns:
+        What takes this off again.
+    """
+    before = vars(transformer).get("forward")  # of an offloaded module
+    forward = transformer.forward
+    model: Any = unwrap(transformer)
+    names, channels = tuple(inspect.signature(type(model).forward).parameters)[1:], model.config["out_channels"]
+
+    def answer(*args: Any, **kwargs: Any) -> Any:
+        if session.in_source_pass:
+            return forward(*args, **kwargs)
+        call = dict(zip(names, args, strict=False)) | kwargs
+        zeros = torch.zeros_like(call["hidden_states"][:, :channels])
+        return (zeros,) if not call.get("return_dict", True) else Transformer2DModelOutput(sample=zeros)
+
+    def undo() -> None:
+        if before is None:
+            del transformer.forward
+        else:
+            transformer.forward = before
+
+    transformer.forward = answer
+    return undo

@@ -18,7 +18,6 @@ from kvlock.locked_layers import (
     LayerKey,
     LockedLayers,
     LockState,
-    Recorded,
     require_same,
 )
 from kvlock_kernels import kv_lerp_
@@ -29,9 +28,8 @@ class Tap(Holder):
 
     def __init__(self, key: LayerKey, shared: LockState, plain_class: type[nn.Module]) -> None:
         super().__init__(key, shared)
-        self.keys = key.tensor == "k"
+        self.tensor = key.tensor
         self.plain_class = plain_class  # of the module
-        self.source: Recorded | None = None
 
 
 def tap_hook(module: Any, args: tuple, output: Tensor) -> Tensor | None:
@@ -43,16 +41,19 @@ def tap_hook(module: Any, args: tuple, output: Tensor) -> Tensor | None:
     rows = _token_rows(output, shared.num_tokens, tap.key)
     tap.reached = True
     if shared.mode == RECORD:
-        tap.source = Recorded(shared.store.keep(rows, shared.index, tap.key.heads, keys=tap.keys), BEFORE_ROPE)
+        recorded = shared.store.keep(rows, shared.index, tap.key.heads, keys=tap.tensor == "k")
+        kept = tap.keep(tap.tensor, recorded, BEFORE_ROPE)
+        if tap.tensor == "k":
+            tap.k_source = kept
+        else:
+            tap.v_source = kept
         return None
     if shared.mode == BATCH:
         edit, source = rows[shared.source_batch :], rows[: shared.source_batch].index_select(1, shared.index)
         kv_lerp_(edit, source, shared.index, shared.ratio)
-    elif tap.source is None:
-        raise ValueError(f"{tap.name} has no source rows for {tap.key.tensor}; record them first")
     else:
-        source_rows = tap.source.at(BEFORE_ROPE, tap.key)
-        kv_lerp_(rows, source_rows.data, shared.index, shared.ratio, **source_rows.options("source"))
+        mixed_in = tap.source_rows(tap.tensor, BEFORE_ROPE)
+        kv_lerp_(rows, mixed_in.data, shared.index, shared.ratio, **mixed_in.options("source"))
     return output
 
 
@@ -80,6 +81,8 @@ def _tapped_class(plain_class: type[nn.Module]) -> type[nn.Module]:
 
 class Taps(LockedLayers):
     """All taps of a session, put on by `install` and taken off by `remove`."""
+
+    point = BEFORE_ROPE
 
     def __init__(self, shared: LockState) -> None:
         super().__init__(shared)
@@ -118,11 +121,3 @@ class Taps(LockedLayers):
                 plain = module.kvlock_tap.plain_class
                 module.__class__ = plain if mode == OFF else _tapped_class(plain)
         super()._switch(mode)
-
-    def free(self) -> None:
-        for tap in self.holders():
-            tap.source = None
-
-    @property
-    def source_bytes(self) -> int:
-        return sum(tap.source.rows.bytes_kept for tap in self.holders() if tap.source is not None)

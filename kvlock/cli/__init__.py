@@ -8,7 +8,8 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from kvlock.cli import calibrate, edit, estimate, mask, models, signals
+from kvlock.cli import calibrate, edit, estimate, mask, signals
+from kvlock.memory import is_out_of_memory
 
 # What a shell reports for a program ended by a signal: 128 and its number.
 INTERRUPTED, TERMINATED = 130, 143
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         return _fail(" ".join(str(error).split()) or type(error).__name__, 2)
     except (MemoryError, RuntimeError) as error:
-        if not models.is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         return _fail("out of memory; try --offload model, --offload group, --dtype bfloat16 or a smaller video", 1)
     except KeyboardInterrupt:

@@ -142,6 +142,8 @@ def load_pipeline(model: str | None, *, dtype: str, device: str, offload: str) -
     """
     import torch
 
+    from kvlock.memory import is_out_of_memory
+
     target = resolve_device(device)
     precision = getattr(torch, resolve_dtype(dtype, model, target.type))
     try:
@@ -222,12 +224,3 @@ def resolve_dtype(dtype: str, model: str | None, device_type: str) -> str:
     if dtype != "auto":
         return dtype
     return "float32" if model is None or device_type == "cpu" else "bfloat16"
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the machine is too small, rather than something wrong: torch has no one class for that."""
-    message = str(error).lower()
-    known = ("out of memory", "can't allocate memory", "not enough memory")  # of a GPU; of a CPU, on Linux and Windows
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(part in message for part in known)
-    )

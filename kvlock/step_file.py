@@ -1,0 +1,153 @@
+"""The source rows of one step in a safetensors file, written layer by layer and read through a memory map."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, NamedTuple, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from kvlock.store import Rows
+
+# The header stands in front of the data and is known after it: it gets this room, and blanks fill what it leaves.
+HEADER_BYTES = 2**17
+ALIGNMENT = 64  # of every tensor, so that no view of the map straddles what a machine loads at once
+NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3",
+         torch.int8: "I8", torch.uint8: "U8"}  # fmt: skip
+
+
+class Piece(NamedTuple):
+    """Whose rows these are: one tensor of one layer."""
+
+    expert: int  # number of the transformer in its pipeline
+    stack: str  # name of its block list
+    block: int
+    tensor: str  # "k" or "v"
+
+    @property
+    def layer(self) -> tuple[int, str, int]:
+        return self[:3]
+
+    def __str__(self) -> str:
+        return ".".join(map(str, self))
+
+    @classmethod
+    def parse(cls, name: str) -> Piece:
+        expert, stack, block, tensor = name.split(".")
+        return cls(int(expert), stack, int(block), tensor)
+
+
+class StepWriter:
+    """Writes one file; a writer that is left by an exception removes it.
+
+    Raises:
+        ValueError: the file cannot be written; the message names it and says why.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._entries: dict[str, dict] = {}
+        self._end = 0  # of the data so far
+        self._file: IO[bytes] | None = None
+        with self._named_errors():
+            self._file = path.open("xb")
+            self._file.seek(HEADER_BYTES)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, where: TracebackType | None) -> None:
+        if error is None:
+            self.close()
+        else:
+            self.discard()
+
+    def add(self, piece: Piece, rows: Rows) -> None:
+        """Append rows, whatever their device."""
+        for part, tensor in rows._asdict().items():
+            if tensor is not None:
+                self._append(f"{piece}.{part}", tensor)
+
+    def close(self) -> None:
+        """Write the header, and wait until the disk has everything."""
+        header = json.dumps(self._entries).encode()
+        if len(header) > HEADER_BYTES - 8:
+            self.discard()
+            raise ValueError(f"{self.path} needs a header of {len(header)} bytes; there is room for {HEADER_BYTES - 8}")
+
+        with self._named_errors() as file:
+            file.seek(0)
+            file.write((HEADER_BYTES - 8).to_bytes(8, "little") + header.ljust(HEADER_BYTES - 8))
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+
+    def discard(self) -> None:
+        """Remove the file, where there is one of this writer."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # a full disk objects once more to what is still buffered
+                self._file.close()
+            self.path.unlink(missing_ok=True)
+
+    def _append(self, name: str, tensor: Tensor) -> None:
+        flat = tensor.detach().cpu().contiguous()
+        self._write(name, NAMES[flat.dtype], list(flat.shape), flat.view(-1).view(torch.uint8))
+        blanks = -self._end % ALIGNMENT
+        if blanks:
+            self._write(f"{name}.blanks", "U8", [blanks], torch.zeros(blanks, dtype=torch.uint8))
+
+    def _write(self, name: str, dtype: str, shape: list[int], data: Tensor) -> None:
+        start, self._end = self._end, self._end + data.nbytes
+        self._entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, self._end]}
+        with self._named_errors() as file:
+            file.write(data.numpy())
+
+    @contextlib.contextmanager
+    def _named_errors(self) -> Iterator[Any]:
+        """Gives the open file; an error of the system removes it, and is raised again with its name."""
+        try:
+            yield self._file
+        except OSError as error:
+            self.discard()
+            raise ValueError(f"cannot write {self.path}: {error.strerror}") from error
+
+
+class StepFile:
+    """Reads one file; its tensors are views of a memory map, and their pages come when they are touched.
+
+    Raises:
+        ValueError: the file is not there, or is none of ours; the message names it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._file = safe_open(path, framework="pt", device="cpu")
+            names = [name.rsplit(".", 1) for name in self._file.offset_keys()]  # in the order of writing
+            self._parts: dict[Piece, list[str]] = {}
+            for owner, part in names:
+                if part in Rows._fields:
+                    self._parts.setdefault(Piece.parse(owner), []).append(part)
+        except (OSError, SafetensorError, ValueError) as error:
+            raise ValueError(f"{path} holds no source rows: {error}") from error
+
+    @property
+    def pieces(self) -> list[Piece]:
+        return list(self._parts)
+
+    def rows(self, piece: Piece) -> Rows:
+        """The rows of one tensor of one layer, [Bs, rows, ...] on the CPU."""
+        return Rows(**{part: self._file.get_tensor(f"{piece}.{part}") for part in self._parts[piece]})
+
+
+def digest(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
