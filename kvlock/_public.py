@@ -6,8 +6,9 @@ from kvlock.adapters.attach import attach
 from kvlock.adapters.record import record
 from kvlock.config import PRESETS, KVLockConfig, preset
 from kvlock.geometry import Geometry
+from kvlock.job import encode_source
 from kvlock.masks import Masks
-from kvlock.pipeline import KVLockOutput, KVLockPipeline, encode_source
+from kvlock.pipeline import KVLockOutput, KVLockPipeline
 from kvlock.recording import Recording
 from kvlock.session import Session
 from kvlock.store import Store

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from kvlock.config import KVLockConfig
+from kvlock.places import LAYERS_ON_DEVICE
 from kvlock.store import Store
 
 
@@ -56,7 +57,12 @@ class Cost(NamedTuple):
     forwards: int  # the same with the source
     bytes_full: int  # of all tokens
     bytes_background: int  # of background rows
-    bytes_kept: int  # what the run holds: bytes_background, or 0 where nothing is stored
+    bytes_kept: int  # what the run holds, wherever: bytes_background, or 0 where nothing is stored
+    bytes_device: int  # of these on the device: all, or two layers of a store in another place
+    bytes_host: int  # in host memory, where the device is not the host: all, or two layers on their way from the disk
+    bytes_disk: int
+    bytes_moved: int  # between device and place in a locked step: written once, read for every branch
+    bytes_recording: int  # of all locked steps, which `kvlock record` writes; an edit from it moves its share of a step
     bytes_predictions: int  # of the clean predictions that the variance looks back on, with or without a lock
 
 
@@ -94,7 +100,7 @@ def estimate(
         sigmas: noise share of each step; needed where the config gives its window as `kappa_sigma`.
         guidance_scale: the pipeline's own; at most 1 means that there is no unconditional branch.
         bytes_per_value: 2 for bfloat16 and float16, 4 for float32.
-        store: how source rows are stored; None is in the dtype of the model.
+        store: how and where source rows are kept; None is on the device, in the dtype of the model.
 
     Raises:
         ValueError: the rows exceed the tokens, the guidance scale is not finite, the run has no step, the config locks
@@ -122,7 +128,9 @@ def estimate(
         layers * store.bytes_of(rows, model.heads, model.head_dim, bytes_per_value)
         for rows in (tokens, background_rows)
     )
-    stores = config.source == "store" and locked > 0
+    kept = background if config.source == "store" and locked > 0 else 0
+    passing = kept * min(LAYERS_ON_DEVICE, layers) // layers
+    elsewhere = store.place != "device"
     return Cost(
         tokens=tokens,
         background_rows=background_rows,
@@ -132,7 +140,12 @@ def estimate(
         forwards=plain + locked * (1 if config.source == "store" else locked_branches),
         bytes_full=full,
         bytes_background=background,
-        bytes_kept=background if stores else 0,
+        bytes_kept=kept,
+        bytes_device=passing if elsewhere else kept,
+        bytes_host={"device": 0, "host": kept, "disk": passing}[store.place],
+        bytes_disk=kept if store.place == "disk" else 0,
+        bytes_moved=(1 + locked_branches) * kept if elsewhere else 0,
+        bytes_recording=kept * locked,
         bytes_predictions=2 * config.window_steps(num_steps) * tokens * model.token_values * 4,
     )
 

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kvlock.adapters.attach import attach, check_store, notice_empty_prompt
-from kvlock.adapters.families import PIPELINES, check_pipeline
+from kvlock.adapters.families import check_pipeline
 from kvlock.adapters.kernels import check_kernel
-from kvlock.adapters.vae import encode, repair_stride
+from kvlock.adapters.record import record
+from kvlock.adapters.vae import repair_stride
 from kvlock.config import KVLockConfig
-from kvlock.geometry import latent_frames, legal_frames
-from kvlock.masks import Masks, binarize
+from kvlock.job import as_list, prepare, sequence_length
+from kvlock.masks import Masks
+from kvlock.recording import Recording
 from kvlock.store import Store
 from kvlock.trace import Trace
-
-# Of the pipeline's call: they follow from the video and from what KVLockPipeline returns.
-OWN_ARGUMENTS = {"height", "width", "num_frames", "num_videos_per_prompt", "output_type", "return_dict"}
 
 
 class KVLockOutput(NamedTuple):
@@ -68,6 +68,7 @@ class KVLockPipeline:
         composite: str | None = None,
         trim: bool = False,
         progress: Callable[[int, int, Trace], None] | None = None,
+        recording: Recording | None = None,
         **pipeline_arguments: Any,
     ) -> KVLockOutput:
         """Change what the mask marks, as the prompt says, and leave the rest alone.
@@ -86,126 +87,92 @@ class KVLockPipeline:
             composite: overrides the config's: "none", "latent" or "pixel" (the source's own pixels outside the mask).
             trim: drop trailing frames down to 4n + 1 instead of refusing the video.
             progress: called after every step with (step, steps, trace).
+            recording: the source's rows, from `record` with the same video, mask, references and steps; the source then
+                does not run, and `source_prompt` is the recording's.
             pipeline_arguments: anything else the pipeline's call takes.
 
         Raises:
             ValueError: video, mask, prompt or a setting cannot be used; the message says why.
         """
-        pipe = self.pipe
         config = self.config if composite is None else dataclasses.replace(self.config, composite=composite)
-        pixels = _pixels(video)
-        inside = binarize(mask).cpu()
-        if inside.shape != pixels.shape[:3]:
-            raise ValueError(
-                f"mask has [F, H, W] = {list(inside.shape)}, the video {list(pixels.shape[:3])}; wanted them alike"
-            )
-        if trim:
-            keep = legal_frames(len(pixels), pipe.vae_scale_factor_temporal)
-            pixels, inside = pixels[:keep], inside[:keep]
-        latent_frames(len(pixels), pipe.vae_scale_factor_temporal)
-        for name, text in (("prompt", prompt), ("source_prompt", source_prompt)):
-            if not isinstance(text, str):
-                raise ValueError(f"{name} is a {type(text).__name__}; wanted one str")
-        references = _as_list(reference_images)
-        if isinstance(guidance_scale, bool) or not isinstance(guidance_scale, int | float):
-            raise ValueError(f"guidance_scale={guidance_scale!r} is not allowed; wanted a finite number")
-        if generator is not None and not isinstance(generator, torch.Generator | list | tuple):
-            raise ValueError(f"generator is a {type(generator).__name__}; wanted a torch.Generator")
-        if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, int) or num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps={num_inference_steps!r} is not allowed; wanted an int >= 1")
-        arguments = _accepted(pipe, pipeline_arguments) | _conditions(pipe, pixels, inside, references)
-        masks = Masks.from_pixels(inside, pipe, reference_frames=len(references), dilate_tokens=config.dilate_tokens)
-        _, height, width = inside.shape
-        source = encode_source(pipe, pixels)
-        if references:
-            source = torch.cat([*_reference_latents(pipe, references, height, width), source], dim=2)
-        arguments |= {
-            "prompt": prompt,
-            "negative_prompt": negative_prompt,
-            "height": height,
-            "width": width,
-            "num_inference_steps": num_inference_steps,
-            "guidance_scale": guidance_scale,
-            "generator": generator,
-            "output_type": "pt",
-        }
-        embeds = None
-        if config.locks:
-            if not source_prompt:
-                notice_empty_prompt(stacklevel=3)
-            embeds = pipe.encode_prompt(
-                source_prompt, do_classifier_free_guidance=False, **_sequence_length(pipe, pipeline_arguments)
-            )[0]
+        given: dict[str, Any] = {"prompt": prompt, "negative_prompt": negative_prompt, "guidance_scale": guidance_scale}
+        given |= {"generator": generator, "num_inference_steps": num_inference_steps, "output_type": "pt"}
+        asked = (video, mask, source_prompt, reference_images, trim, given, pipeline_arguments)
+        job = prepare(self.pipe, *asked, dilate_tokens=config.dilate_tokens)
+        if recording is not None and source_prompt:
+            recording.note(about=recording.about | {"source_prompt": source_prompt})
+        embeds = self._source_prompt(source_prompt, pipeline_arguments) if config.locks and recording is None else None
 
         attached = dataclasses.replace(config, composite="none" if config.composite == "pixel" else config.composite)
-        lock = attach(
-            pipe, source, masks, config=attached, source_prompt_embeds=embeds, kernel=self.kernel, store=self.store
-        )
-        with lock as session:
-            if progress is not None:
-                arguments |= _reporting(progress, arguments.get("callback_on_step_end"), session.trace)
-            result = pipe(**arguments).frames[0]
+        options: dict[str, Any] = {"config": attached, "kernel": self.kernel, "store": self.store}
+        options |= {"source_prompt_embeds": embeds, "recording": recording}
+        with attach(self.pipe, job.source, job.masks, **options) as session:
+            result = self.pipe(**_reporting(job.arguments, progress, session.trace)).frames[0]
         session.trace.config = config
         edited = result.float().cpu().movedim(1, -1).clamp(0, 1)
         if config.composite == "pixel":
-            edited = torch.where(inside[..., None], edited, pixels)
-        return KVLockOutput(edited, session.trace, masks)
+            edited = torch.where(job.inside[..., None], edited, job.pixels)
+        return KVLockOutput(edited, session.trace, job.masks)
+
+    @torch.no_grad()
+    def record(
+        self,
+        path: str | Path,
+        video: Tensor,
+        mask: Tensor,
+        *,
+        source_prompt: str = "",
+        reference_images: Sequence[Any] | None = None,
+        num_inference_steps: int = 50,
+        generator: torch.Generator | None = None,
+        trim: bool = False,
+        progress: Callable[[int, int, Trace], None] | None = None,
+        about: Mapping[str, Any] | None = None,
+        **pipeline_arguments: Any,
+    ) -> Recording:
+        """Record the source's rows into a folder at `path`, from which any number of edits take them.
+
+        The arguments are those of an edit; the recording holds the video, the mask and the references too
+        (``inputs``: "frames", "mask", "reference_0", ...), and `about`, JSON types that its readers find again.
+
+        Raises:
+            ValueError: as an edit, or as `kvlock.record`.
+        """
+        if self.store.place != "device":
+            raise ValueError(f"place={self.store.place!r} of the store: a recording is its own place; leave it out")
+        given: dict[str, Any] = {"prompt": source_prompt, "guidance_scale": 5.0, "generator": generator}
+        given |= {"num_inference_steps": num_inference_steps, "output_type": "latent"}
+        asked = (video, mask, source_prompt, reference_images, trim, given, pipeline_arguments)
+        job = prepare(self.pipe, *asked, dilate_tokens=self.config.dilate_tokens)
+        embeds = self._source_prompt(source_prompt, pipeline_arguments) if self.config.locks else None
+        inputs = {"frames": video[: len(job.inside)], "mask": job.inside}
+        for i, image in enumerate(as_list(reference_images)):
+            inputs[f"reference_{i}"] = torch.from_numpy(np.array(image.convert("RGB")))
+        seed = generator.initial_seed() if isinstance(generator, torch.Generator) else None
+        own = {"source_prompt": source_prompt, "seed": seed, "kernel": self.kernel}
+
+        config = dataclasses.replace(self.config, composite="none")
+        options: dict[str, Any] = {"config": config, "kernel": self.kernel, "store": self.store}
+        with record(self.pipe, path, job.source, job.masks, source_prompt_embeds=embeds, **options) as session:
+            session.keep_inputs(inputs, own | dict(about or {}))
+            self.pipe(**_reporting(job.arguments, progress, session.trace))
+        return Recording(path)
+
+    def _source_prompt(self, text: str, pipeline_arguments: dict[str, Any]) -> Tensor:
+        """Its embeddings, as long as the pipeline makes those of the prompt."""
+        if not text:
+            notice_empty_prompt(stacklevel=4)
+        length = sequence_length(self.pipe, pipeline_arguments)
+        return self.pipe.encode_prompt(text, do_classifier_free_guidance=False, **length)[0]
 
 
-def encode_source(pipe: Any, video: Tensor) -> Tensor:
-    """The latents that `kvlock.attach` takes for a source video: [1, C, T, h, w] fp32, normalised as the pipeline does.
-
-    Args:
-        video: [F, H, W, 3], uint8 or floating point in [0, 1]; F = 4n + 1.
-
-    Raises:
-        ValueError: the video has another shape, dtype or range.
-    """
-    return encode(pipe, _pixels(video).movedim(-1, 1) * 2 - 1)
-
-
-def _pixels(video: Tensor) -> Tensor:
-    """[F, H, W, 3] fp32 in [0, 1], on the CPU."""
-    if not isinstance(video, Tensor):
-        raise ValueError(f"video is a {type(video).__name__}; wanted a tensor [F, H, W, 3]")
-    shape = list(video.shape)
-    if len(shape) != 4 or shape[-1] != 3 or 0 in shape:
-        raise ValueError(f"video has shape {shape}; wanted a tensor [F, H, W, 3]")
-    if video.dtype == torch.uint8:
-        return video.cpu().float() / 255
-    if not video.is_floating_point():
-        raise ValueError(f"video has dtype {video.dtype}; wanted uint8, or floating point in [0, 1]")
-    low, high = video.min().item(), video.max().item()
-    if not (low >= 0 and high <= 1):
-        raise ValueError(f"video has values from {low:g} to {high:g}; wanted floating point in [0, 1]")
-    return video.cpu().float()
-
-
-def _as_list(images: Any) -> list[Any]:
-    if images is None:
-        return []
-    return list(images) if isinstance(images, list | tuple) else [images]
-
-
-def _parameters(pipe: Any) -> Mapping[str, inspect.Parameter]:
-    """What the pipeline's call takes, read off the class in the table: a subclass may only pass it on."""
-    known = next(base for base in type(pipe).__mro__ if base.__name__ in PIPELINES)
-    return inspect.signature(known.__call__).parameters
-
-
-def _accepted(pipe: Any, arguments: dict[str, Any]) -> dict[str, Any]:
-    known = _parameters(pipe)
-    unknown = sorted(set(arguments) - set(known))
-    if unknown:
-        raise ValueError(f"{type(pipe).__name__} takes no argument {', '.join(unknown)}")
-    taken = sorted(set(arguments) & OWN_ARGUMENTS)
-    if taken:
-        raise ValueError(f"{', '.join(taken)} cannot be given: KVLockPipeline decides it")
-    return dict(arguments)
-
-
-def _reporting(report: Callable[[int, int, Trace], None], callback: Any, trace: Trace) -> dict[str, Any]:
-    """The pipeline's arguments that call `report` after every step, and then the caller's own callback."""
+def _reporting(
+    arguments: dict[str, Any], report: Callable[[int, int, Trace], None] | None, trace: Trace
+) -> dict[str, Any]:
+    """The arguments of a call that calls `report` after every step, and then the caller's own callback."""
+    if report is None:
+        return arguments
+    callback = arguments.get("callback_on_step_end")
 
     def on_step_end(pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         report(step, pipe.num_timesteps, trace)
@@ -213,38 +180,4 @@ def _reporting(report: Callable[[int, int, Trace], None], callback: Any, trace: 
 
     tensors = getattr(callback, "tensor_inputs", None)  # diffusers reads them off its own kind of callback
     named = {} if tensors is None else {"callback_on_step_end_tensor_inputs": tensors}
-    return {"callback_on_step_end": on_step_end} | named
-
-
-def _sequence_length(pipe: Any, arguments: dict[str, Any]) -> dict[str, int]:
-    """The source prompt is padded as the pipeline pads the prompt, whose default `encode_prompt` does not share."""
-    default = _parameters(pipe)["max_sequence_length"].default
-    return {"max_sequence_length": arguments.get("max_sequence_length", default)}
-
-
-def _conditions(pipe: Any, pixels: Tensor, inside: Tensor, references: list[Any]) -> dict[str, Any]:
-    """What the pipeline is told of the source: VACE gets it with the masked pixels grey, V2V as it is, T2V nothing."""
-    parameters = _parameters(pipe)
-    given: dict[str, Any] = {}
-    if "num_frames" in parameters:
-        given["num_frames"] = len(pixels)
-    if "video" in parameters:
-        filled = pixels
-        if "mask" in parameters:
-            # VACE encodes the masked pixels as "reactive" control: left in, they hand it the object to be replaced.
-            filled = torch.where(inside[..., None], 0.5, pixels)
-            given["mask"] = inside[None, :, None].float()
-        given["video"] = filled.movedim(-1, 1)[None]
-    if references:
-        if "reference_images" not in parameters:
-            raise ValueError(f"{type(pipe).__name__} takes no reference_images; wanted a VACE pipeline")
-        given["reference_images"] = references
-    return given
-
-
-def _reference_latents(pipe: Any, references: list[Any], height: int, width: int) -> list[Tensor]:
-    """Each reference image's own clean latents, [1, C, 1, h, w], fitted to the picture as the pipeline does."""
-    blank = torch.zeros(1, 1, 3, height, width)
-    device = pipe._execution_device
-    _, _, images = pipe.preprocess_conditions(blank, blank, references, 1, height, width, 1, torch.float32, device)
-    return [encode(pipe, image[None]) for image in images[0]]
+    return arguments | {"callback_on_step_end": on_step_end} | named

@@ -1,135 +1,27 @@
-"""A recording: the source rows of all locked steps in one folder, with a manifest of what they belong to."""
+"""A recording, opened: the source rows of all locked steps, with a manifest of what they belong to."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from kvlock.places import Layer, Shelf, read
-from kvlock.step_file import Piece, StepFile, StepWriter, digest
+from kvlock.step_file import Piece, StepFile, digest
 from kvlock.store import Rows
 
 FORMAT = 1
 MANIFEST, TENSORS = "manifest.json", "tensors.safetensors"
 TOLERANCE = 0.01  # of a relative difference: what another GPU makes of the same video differs in its last bits
-
-
-class Recorder(Shelf):
-    """Writes a recording into a hidden folder beside `path`, which `finish` gives its name: there is all or nothing.
-
-    Raises:
-        ValueError: there is something at `path`, or nothing can be written there.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        super().__init__()
-        self.path = Path(path)
-        if os.path.lexists(self.path):
-            raise ValueError(f"{self.path} exists already; wanted a path where there is nothing yet")
-        self.path.absolute().parent.mkdir(parents=True, exist_ok=True)
-        with _named_errors(self.path):
-            self._folder = Path(tempfile.mkdtemp(prefix=".kvlock-", dir=self.path.absolute().parent))
-        self._fields: dict[str, Any] = {}
-        self._tensors: dict[str, Tensor] = {}
-        self._files: dict[str, dict[str, Any]] = {}
-        self._writer: StepWriter | None = None
-        self._step_bytes = 0
-
-    def note(self, **fields: Any) -> None:
-        """Facts that an edit must share, as JSON types.
-
-        Raises:
-            ValueError: one has been noted with another value.
-        """
-        for name, value in fields.items():
-            if self._fields.setdefault(name, value) != value:
-                first, then = _short(self._fields[name]), _short(value)
-                raise ValueError(f"{self.path} is being recorded with {name} {first}, then with {then}; wanted one")
-
-    def note_some(self, **fields: Sequence[Any]) -> None:
-        """Lists of which an edit may use a part."""
-        self._fields |= {name: list(values) for name, values in fields.items()}
-
-    def note_tensor(self, name: str, tensor: Tensor) -> None:
-        """A tensor that an edit must share, but for the rounding of another device."""
-        self._tensors[name] = tensor.detach().cpu().contiguous()
-        self._fields[name] = hash_of(tensor)
-
-    def note_noise(self, noise: Tensor) -> None:
-        """The initial noise, which an edit may replace for itself."""
-        self._fields["noise"] = hash_of(noise)
-
-    def keep_inputs(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-        """What the caller wants to find again: tensors under names of its own, and JSON types."""
-        self._tensors |= {f"input.{name}": tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        self._fields["about"] = dict(about)
-
-    def turn_to(self, step: int) -> None:
-        super().turn_to(step)
-        if _step_name(step) in self._files:
-            raise ValueError(f"step {step} of {self.path} is recorded already; wanted one call of the pipeline")
-        self._writer, self._step_bytes = StepWriter(self._folder / _step_name(step)), 0
-
-    def seal(self) -> None:
-        assert self._writer is not None
-        self._writer.close()
-        self._enter(self._writer.path)
-        self._writer = None
-
-    def finish(self) -> None:
-        """The recording is whole: give it its name.
-
-        Raises:
-            ValueError: no step has been recorded, or the rest cannot be written.
-        """
-        steps = sorted(int(name[5:9]) for name in self._files)
-        if not steps:
-            raise ValueError(f"nothing was recorded for {self.path}: no step of a run was locked inside the block")
-        with _named_errors(self.path):
-            tensors = self._folder / TENSORS
-            save_file(self._tensors, tensors)
-            self._enter(tensors)
-            manifest = {"format": FORMAT, "recorded_steps": steps, **self._fields, "files": self._files}
-            text = json.dumps(manifest | {"sha256": _hash_of_json(manifest)}, indent=1, allow_nan=False)
-            with (self._folder / MANIFEST).open("w", encoding="utf-8") as file:
-                file.write(text + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.rename(self._folder, self.path)
-
-    def close(self) -> None:
-        """Remove what has not become a recording."""
-        super().close()
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-    @property
-    def bytes_kept(self) -> int:
-        return self._step_bytes
-
-    def _put(self, piece: Piece, rows: Rows) -> None:
-        assert self._writer is not None
-        self._writer.add(piece, rows)
-        self._step_bytes += rows.bytes_kept
-
-    def _load(self, layer: Layer) -> dict[Piece, Rows]:
-        raise ValueError(f"{self.path} is being recorded; wanted an edit that attaches to it afterwards")
-
-    def _enter(self, file: Path) -> None:
-        self._files[file.name] = {"bytes": file.stat().st_size, "sha256": digest(file)}
 
 
 class Recording:
@@ -182,7 +74,7 @@ class Recording:
     def verify_ahead(self) -> None:
         """Compare the checksums of all step files, in the background and in the order in which a run needs them."""
         for step in self.steps:
-            self._check(_step_name(step))
+            self._check(step_name(step))
 
     def step(self, step: int) -> StepFile:
         """The file of one step, its checksum compared.
@@ -191,9 +83,9 @@ class Recording:
             ValueError: it is not what was recorded, or was not recorded.
         """
         if step not in self.steps:
-            raise ValueError(f"{self.path} has no rows of step {step}; wanted one of {_short(self.steps)}")
-        self._verify(_step_name(step))
-        return StepFile(self.path / _step_name(step))
+            raise ValueError(f"{self.path} has no rows of step {step}; wanted one of {short(self.steps)}")
+        self._verify(step_name(step))
+        return StepFile(self.path / step_name(step))
 
     def note(self, **fields: Any) -> None:
         """Facts of an edit.
@@ -204,14 +96,14 @@ class Recording:
         for name, found in fields.items():
             recorded = self.fields.get(name)
             if recorded != found:
-                raise self._mismatch(name, _short(recorded), _short(found))
+                raise self._mismatch(name, short(recorded), short(found))
 
     def note_some(self, **fields: Sequence[Any]) -> None:
         """Lists of an edit, each of which may be a part of the recorded one; raises as `note`."""
         for name, found in fields.items():
             recorded = self.fields.get(name, [])
             if not set(found) <= set(recorded):
-                raise self._mismatch(name, _short(recorded), _short(list(found)), wanted="no more than was recorded")
+                raise self._mismatch(name, short(recorded), short(list(found)), wanted="no more than was recorded")
 
     def note_tensor(self, name: str, tensor: Tensor) -> None:
         """A tensor of an edit, which the recorded one is but for rounding; raises as `note`."""
@@ -223,7 +115,7 @@ class Recording:
             difference = (tensor.detach().cpu().double() - other.double()).norm() / other.double().norm()
             if difference <= TOLERANCE:
                 return
-        raise self._mismatch(name, _short(recorded), _short(found))
+        raise self._mismatch(name, short(recorded), short(found))
 
     def note_noise(self, noise: Tensor) -> None:
         """An edit's initial noise: the source keeps its own, and a warning says so where they differ."""
@@ -254,7 +146,7 @@ class Recording:
         except OSError as error:
             raise ValueError(f"{self.path / name} cannot be read: {error.strerror}") from error
         if found != wanted:
-            raise ValueError(f"{self.path / name} has checksum {found[:12]}; wanted {_short(wanted)}, as recorded")
+            raise ValueError(f"{self.path / name} has checksum {found[:12]}; wanted {short(wanted)}, as recorded")
 
     def _mismatch(self, name: str, recorded: str, found: str, wanted: str = "them alike") -> ValueError:
         return ValueError(f"{self.path} was recorded with {name} {recorded}, this edit has {found}; wanted {wanted}")
@@ -299,7 +191,7 @@ def hash_of(tensor: Tensor) -> str:
     return state.hexdigest()
 
 
-def _step_name(step: int) -> str:
+def step_name(step: int) -> str:
     return f"step-{step:04d}.safetensors"
 
 
@@ -310,7 +202,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
         found = manifest.pop("sha256")
-        whole = found == _hash_of_json(manifest)
+        whole = found == hash_of_json(manifest)
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{file} is not the manifest of a recording: {type(error).__name__}: {error}") from error
     if manifest.get("format") != FORMAT:
@@ -320,21 +212,13 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _hash_of_json(value: Any) -> str:
+def hash_of_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
     """A value as an error message shows it: the ends of a long one, the beginning of a hash."""
     if isinstance(value, list) and len(value) > 6:
         return f"[{value[0]!r}, {value[1]!r}, ..., {value[-1]!r}] ({len(value)})"
     text = value if isinstance(value, str) else repr(value)
     return text[:12] if len(text) == 64 and " " not in text else text
-
-
-@contextlib.contextmanager
-def _named_errors(path: Path) -> Any:
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error

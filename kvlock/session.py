@@ -6,6 +6,7 @@ import contextlib
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,8 @@ from kvlock.config import KVLockConfig
 from kvlock.flow import Flow
 from kvlock.locked_layers import LockedLayers
 from kvlock.masks import Masks
-from kvlock.recording import Recorder, Recording
+from kvlock.recorder import Recorder
+from kvlock.recording import Recording
 from kvlock.run import Run
 from kvlock.trace import StepRecord, Trace
 
@@ -283,3 +285,8 @@ class SourceSession(Session):
         run.forwards -= len(x)
         run.mixes = False
         return source
+
+    def keep_inputs(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+        """What the readers of the recording find again: tensors by name, and JSON types."""
+        assert isinstance(self._ledger, Recorder)
+        self._ledger.keep_inputs(tensors, about)

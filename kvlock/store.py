@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,9 +84,9 @@ class Store:
         return DTYPES[self.dtype] is not None
 
     @property
-    def elsewhere(self) -> Store:
-        """The same store in the next place, away from the device."""
-        return replace(self, place="host" if self.place == "device" else "disk")
+    def next_place(self) -> str:
+        """Where there is more room than in this one's place."""
+        return PLACES[min(PLACES.index(self.place) + 1, len(PLACES) - 1)]
 
     def storage_dtype(self, model: torch.dtype) -> torch.dtype:
         """The dtype of stored rows of a model in dtype `model`."""

@@ -92,8 +92,10 @@ def no_denoising(monkeypatch):
     """Edits come back at once, as the source in grey; returns the calls."""
     calls = []
 
-    def denoise(pipe, config, source, seed, settings):
-        calls.append(SimpleNamespace(pipe=pipe, config=config, source=source, seed=seed, settings=settings))
+    def denoise(pipe, config, task, args, *, kernel="hooks", store=None):
+        source, settings = task.source, task.settings | {"guidance_scale": args.guidance_scale}
+        call = {"pipe": pipe, "config": config, "source": source, "seed": args.seed, "settings": settings}
+        calls.append(SimpleNamespace(**call, kernel=kernel, store=store, recording=task.recording))
         summary = {"forwards": 0, "steps": 9, "locked_steps": 4}
         trace = SimpleNamespace(
             to_dict=lambda: {"version": 1, "config": config.to_dict(), "steps": [], "summary": summary}

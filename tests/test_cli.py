@@ -11,7 +11,7 @@ import torch
 from diffusers import WanVACEPipeline
 from PIL import Image
 
-from kvlock import cli, mini, preset, video
+from kvlock import Store, cli, mini, preset, video
 from kvlock.cli import edit, inputs, models, runs
 from kvlock.geometry import Geometry
 from kvlock.mini import scenes
@@ -67,7 +67,7 @@ def test_a_pixel_composite_leaves_the_background_as_it_was(kvlock, here, model, 
 def test_options_reach_the_edit(kvlock, here, model, clip, no_denoising, tmp_path):
     Image.new("RGB", (8, 8), "red").save(tmp_path / "ref.png")
     options = ("--seed", 7, "--steps", 9, "--guidance-scale", 3, "--background-guidance", 1, "--composite", "latent")
-    options += ("--tau", 0.5)
+    options += ("--tau", 0.5, "--rows", "int8", "--place", "host", "--kernel", "backend")
     prompts = ("--prompt", "a", "--source-prompt", "over", "--negative-prompt", "star")
     where = ("--video", clip.video, "--mask", clip.mask, "--model", model, "--reference", tmp_path / "ref.png")
     assert kvlock("edit", *where, *options, *prompts, "--preset", "fixed-0.5")[0] == 0
@@ -75,6 +75,7 @@ def test_options_reach_the_edit(kvlock, here, model, clip, no_denoising, tmp_pat
     assert call.seed == 7
     assert (call.config.fusion, call.config.background_guidance, call.config.composite) == (0.5, 1.0, "latent")
     assert call.config.tau == 0.5
+    assert (call.store, call.kernel) == (Store("int8", place="host"), "backend")
     (reference,) = call.settings.pop("reference_images")
     assert (reference.mode, reference.size) == ("RGB", (8, 8))
     assert call.settings == {
@@ -116,9 +117,9 @@ def test_the_kind_of_offload_asked_for_is_the_one_that_is_set_up(model, offload,
 def test_the_time_is_that_of_the_edit_alone(kvlock, here, model, no_denoising, monkeypatch):
     at_once, clock = runs.denoise, [0.0]
 
-    def slow(pipe, config, *args):
+    def slow(pipe, config, *args, **options):
         clock[0] += 60 if config.passthrough else 5  # the plain edit beside it takes longer
-        return at_once(pipe, config, *args)
+        return at_once(pipe, config, *args, **options)
 
     monkeypatch.setattr(runs, "denoise", slow)
     monkeypatch.setattr(edit, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
@@ -204,7 +205,7 @@ def test_a_cut_out_reference_is_laid_on_white(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # orientation: turn by 90 degrees
     Image.new("RGBA", (8, 4), (255, 0, 0, 0)).save(tmp_path / "ref.png", exif=exif)
-    reference = runs._read_reference(str(tmp_path / "ref.png"))
+    (reference,) = runs.read_references(SimpleNamespace(reference=[str(tmp_path / "ref.png")]))
     assert (reference.mode, reference.size, reference.getpixel((0, 0))) == ("RGB", (4, 8), (255, 255, 255))
 
 

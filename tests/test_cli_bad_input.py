@@ -200,7 +200,7 @@ def test_a_model_too_large_for_the_memory_is_told_from_a_bad_one(kvlock, here, m
 
 
 def test_the_real_message_of_a_full_memory_is_known(kvlock, here, model, monkeypatch):
-    monkeypatch.setattr(runs, "denoise", lambda *_: torch.empty(10**16))
+    monkeypatch.setattr(runs, "denoise", lambda *_, **__: torch.empty(10**16))
     assert kvlock("edit", "--example", "--model", model)[0] == 1
 
 

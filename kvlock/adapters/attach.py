@@ -19,9 +19,10 @@ from kvlock.locked_layers import LockState
 from kvlock.masks import Masks
 from kvlock.memory import is_out_of_memory
 from kvlock.places import Shelf, shelf_of
-from kvlock.recording import RecordedShelf, Recorder, Recording
+from kvlock.recorder import Recorder
+from kvlock.recording import RecordedShelf, Recording
 from kvlock.session import Session
-from kvlock.store import Store
+from kvlock.store import PLACES, Store
 
 
 @contextlib.contextmanager
@@ -87,8 +88,9 @@ def attach(
         try:
             yield session
         except (MemoryError, RuntimeError) as error:
-            if is_out_of_memory(error) and shelf is None and session.config.locks and config.source == "store":
-                error.add_note(f"source rows are kept on the device; {store.elsewhere} keeps them in host memory")
+            held = is_out_of_memory(error) and recording is None and config.locks and config.source == "store"
+            if held and store.place != PLACES[-1]:
+                error.add_note(f"source rows wait on the {store.place}; --place {store.next_place} has more room")
             raise
 
 

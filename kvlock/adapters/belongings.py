@@ -13,7 +13,8 @@ from kvlock.adapters.families import locked_attentions, unwrap
 from kvlock.adapters.kernels import Lock, point_of
 from kvlock.config import KVLockConfig
 from kvlock.masks import Masks
-from kvlock.recording import Recorder, Recording, hash_of
+from kvlock.recorder import Recorder
+from kvlock.recording import Recording, hash_of
 
 SAMPLES = 64  # values of each parameter that stand for it
 

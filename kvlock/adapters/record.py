@@ -13,8 +13,8 @@ from kvlock.adapters import root
 from kvlock.adapters.attach import check_settings, on_pipeline
 from kvlock.config import KVLockConfig
 from kvlock.masks import Masks
-from kvlock.recording import Recorder
-from kvlock.session import Session, SourceSession
+from kvlock.recorder import Recorder
+from kvlock.session import SourceSession
 from kvlock.store import Store
 
 
@@ -29,7 +29,7 @@ def record(
     source_prompt_embeds: Tensor | None = None,
     kernel: str = "hooks",
     store: Store | None = None,
-) -> Iterator[Session]:
+) -> Iterator[SourceSession]:
     """Record the source rows of one call of `pipe` inside the `with` block, for any number of edits later on.
 
     The call is made as an edit would be, with the same conditions, size and steps; its transformer runs on the source
@@ -63,6 +63,7 @@ def record(
         undo.callback(recorder.close)
         given = (source_latents, masks, config, source_prompt_embeds, kernel, SourceSession, store)
         session = undo.enter_context(on_pipeline(pipe, *given, recorder, recorder))
+        assert isinstance(session, SourceSession)
         for part in ("transformer", "transformer_2"):
             module = getattr(pipe, part, None)
             if module is not None:

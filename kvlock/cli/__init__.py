@@ -1,4 +1,4 @@
-"""The command `kvlock`: edit a video, estimate the cost of an edit, show what it would lock, calibrate its lock."""
+"""The command `kvlock`: edit a video, record its source, estimate the cost, show what is locked, calibrate the lock."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from kvlock.cli import calibrate, edit, estimate, mask, signals
-from kvlock.memory import is_out_of_memory
+from kvlock.cli import calibrate, edit, estimate, mask, record, signals
 
 # What a shell reports for a program ended by a signal: 128 and its number.
 INTERRUPTED, TERMINATED = 130, 143
@@ -37,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="kvlock", description="Training-free video editing that leaves the background alone.")
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(required=True, metavar="command")
-    for module in (edit, estimate, mask, calibrate):
+    for module in (edit, record, estimate, mask, calibrate):
         name = module.__name__.rsplit(".", 1)[-1]
         summary = (module.__doc__ or "").split(": ", 1)[1]
         command = commands.add_parser(name, help=summary, description=summary)
@@ -61,9 +60,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         return _fail(" ".join(str(error).split()) or type(error).__name__, 2)
     except (MemoryError, RuntimeError) as error:
+        from kvlock.memory import is_out_of_memory
+
         if not is_out_of_memory(error):
             raise
-        return _fail("out of memory; try --offload model, --offload group, --dtype bfloat16 or a smaller video", 1)
+        hint = "try --offload model, --offload group, --dtype bfloat16 or a smaller video"
+        return _fail("; ".join(["out of memory", *getattr(error, "__notes__", ()), hint]), 1)
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
     except signals.Terminated:

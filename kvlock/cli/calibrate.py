@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> None:
     inputs.check_run_options(args)
     task = runs.read(args, config)
     pipe = runs.load(args, task)
-    rows = runs.denoise(pipe, config, task.source, args.seed, task.settings).trace.rows()
+    rows = runs.denoise(pipe, config, task, args).trace.rows()
     variances = steering_variances(rows)
     if not variances:
         raise ValueError(f"none of the {len(rows)} steps lies in the lock's window; wanted more --steps")

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvlock.cli import inputs, outputs, runs
+from kvlock.cli import inputs, outputs, record, runs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,13 +19,21 @@ if TYPE_CHECKING:
     from kvlock.report import BackgroundReport
 
 DEFAULT_OUT = "kvlock-out/out.mp4"
+STEPS = 50
 BESIDE = ("side-by-side.mp4", "trace.json", "variance.png", "schedule.png", "source_bytes.png")
 BESIDE_EXAMPLE = ("source.mp4", "mask.mp4", "plain.mp4", "comparison.png")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     runs.add_options(parser)
+    parser.set_defaults(steps=None, seed=None)  # those of the recording, where there is one
+    parser.add_argument(
+        "--source", metavar="PATH", type=inputs.path, help="a recording (kvlock record), in place of --video and --mask"
+    )
     inputs.add_preset_option(parser)
+    inputs.add_store_options(parser)
+    places = ("device", "host", "disk")
+    parser.add_argument("--place", choices=places, default="device", help="where the source's rows wait (%(default)s)")
     parser.add_argument("--tau", type=float, help="variance at which the lock is full; kvlock calibrate proposes some")
     parser.add_argument("--out", metavar="PATH", type=Path, default=Path(DEFAULT_OUT), help="default: %(default)s")
     parser.add_argument("--background-guidance", type=float, help="guidance outside the mask, such as 1")
@@ -38,19 +46,22 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ValueError: bad input; nothing has been written.
     """
-    config = _settings(args)
+    from kvlock.store import Store
+
+    config, replay = _settings(args), args.source is not None
     beside = BESIDE + (BESIDE_EXAMPLE if args.example is not None else ())
     outputs.check(args.out, beside, inputs.input_paths(args))
-    task = runs.read(args, config)
+    task = record.replayed(args, config) if replay else runs.read(args, config)
     pipe = runs.load(args, task)
     source = task.source
+    store = Store() if replay else Store(args.rows, place=args.place)
     started = time.perf_counter()
-    edits = {args.preset: runs.denoise(pipe, config, source, args.seed, task.settings)}
+    edits = {args.preset: runs.denoise(pipe, config, task, args, kernel=args.kernel or "hooks", store=store)}
     seconds = time.perf_counter() - started
     if args.example is not None and args.preset != "plain":
         from kvlock.config import preset
 
-        edits["plain"] = runs.denoise(pipe, preset("plain"), source, args.seed, task.settings)
+        edits["plain"] = runs.denoise(pipe, preset("plain"), task, args)
     measures = measure(pipe, source, {name: edit.frames for name, edit in edits.items()})
     trace = _trace_dict(args, config, edits[args.preset], measures, task, seconds)
     with outputs.staged(args.out.parent) as folder:
@@ -61,6 +72,9 @@ def run(args: argparse.Namespace) -> None:
 def _settings(args: argparse.Namespace) -> KVLockConfig:
     from kvlock.config import preset
 
+    if args.source is None:
+        args.steps = STEPS if args.steps is None else args.steps
+        args.seed = 0 if args.seed is None else args.seed
     inputs.check_run_options(args)
     changes = {name: getattr(args, name) for name in ("tau", "background_guidance", "composite")}
     return preset(args.preset, **{name: value for name, value in changes.items() if value is not None})
@@ -97,6 +111,7 @@ def _trace_dict(
     trace["input"] = {
         "model": args.model or "embedded miniature",
         "example": args.example,
+        "recording": args.source,
         "frames": frames,
         "height": height,
         "width": width,

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from kvlock.cli import inputs, models
+
+if TYPE_CHECKING:
+    from kvlock.cost import Cost
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 MASK_SHARE = 0.25
@@ -39,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
     """
     from kvlock.config import preset
     from kvlock.cost import estimate
-    from kvlock.store import Store
+    from kvlock.store import PLACES, Store
 
     config = preset(args.preset)
     inputs.check_run_options(args)
@@ -47,8 +50,8 @@ def run(args: argparse.Namespace) -> None:
     start = model.first_step(args.steps)
     video, tokens, rows = _sizes(args, model, config.dilate_tokens)
     dtype = models.resolve_dtype(args.dtype, args.model, models.resolve_device(args.device).type)
-    stored, packed, beside = (
-        estimate(
+    def cost_of(store: Store | None, source: str = "store") -> Cost:
+        return estimate(
             model.sizes,
             preset(args.preset, source=source),
             tokens=tokens,
@@ -59,8 +62,8 @@ def run(args: argparse.Namespace) -> None:
             bytes_per_value=BYTES[dtype],
             store=store,
         )
-        for source, store in (("store", None), ("store", Store("int8")), ("batch", None))
-    )
+
+    stored, beside = cost_of(None), cost_of(None, "batch")
     sizes, geometry = model.sizes, model.geometry
     patch = "x".join(map(str, geometry.patch))
     print(
@@ -81,7 +84,15 @@ def run(args: argparse.Namespace) -> None:
     for cost, how in ((stored, "the source runs once a step"), (beside, "source='batch': it runs beside each branch")):
         print(f"           {cost.forwards} with it ({cost.forwards / cost.forwards_plain:.2f}x), {how}")
     print(f"memory     {_bytes(stored.bytes_background)} of source K and V at a time, background rows in {dtype}")
-    print(f"           {_bytes(packed.bytes_background)} in 8 bits (Store('int8') or Store('fp8'))")
+    for rows_in in ("model", "int8"):
+        if rows_in != "model":
+            print(f"           {_bytes(cost_of(Store(rows_in)).bytes_background)} in 8 bits (--rows int8 or fp8)")
+        for place in PLACES:
+            print(f"             --place {place:<7} {_where(cost_of(Store(rows_in, place=place)))}")
+        kept = cost_of(Store(rows_in, place="disk"))
+        branches = kept.bytes_moved - kept.bytes_kept
+        recorded = f"{_bytes(kept.bytes_recording)} on disk, {_bytes(branches)} moved in a step of an edit"
+        print(f"             kvlock record   {recorded}")
     print(f"           {_bytes(stored.bytes_full)} if every row were kept; none with source='batch'")
     print(predictions)
 
@@ -116,6 +127,13 @@ def _count_tokens(video: Video, model: models.Model) -> int:
     inputs.check_size(video.height, video.width, geometry)
     down, across = geometry.pixels_per_token
     return tokens * (video.height // down) * (video.width // across)
+
+
+def _where(cost: Cost) -> str:
+    """Where the bytes of a step are, and how many of them move."""
+    places = {"on the device": cost.bytes_device, "on the host": cost.bytes_host, "on disk": cost.bytes_disk}
+    named = [f"{_bytes(count)} {place}" for place, count in places.items() if count]
+    return ", ".join(named + ([f"{_bytes(cost.bytes_moved)} moved in a step"] if cost.bytes_moved else []))
 
 
 def _bytes(count: int) -> str:

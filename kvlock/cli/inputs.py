@@ -77,6 +77,14 @@ def add_preset_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", default="kv-lock", help="named settings (%(default)s)")
 
 
+def add_store_options(parser: argparse.ArgumentParser) -> None:
+    """The options that say how the source's keys and values are kept, and where the lock acts."""
+    parser.add_argument(
+        "--rows", choices=("model", "fp8", "int8"), default="model", help="dtype of the source's rows (%(default)s)"
+    )
+    parser.add_argument("--kernel", choices=("hooks", "fused", "backend"), help="where the lock acts (hooks)")
+
+
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """The options of a denoising run."""
     parser.add_argument("--steps", type=int, default=50, help="denoising steps (%(default)s)")
@@ -91,8 +99,9 @@ def check_run_options(args: argparse.Namespace) -> None:
     """
     from kvlock.config import FP32_MAX
 
-    check_range("steps", args.steps, MOST_STEPS)
-    seed = getattr(args, "seed", 0)
+    if args.steps is not None:
+        check_range("steps", args.steps, MOST_STEPS)
+    seed = getattr(args, "seed", None) or 0
     if abs(seed) > LARGEST_SEED:
         raise ValueError(f"--seed {seed} is out of range; wanted at most {LARGEST_SEED} in size")
     for option in ("guidance_scale", "background_guidance"):
@@ -119,7 +128,7 @@ def notice(message: str) -> None:
 
 def input_paths(args: argparse.Namespace) -> list[Path]:
     """Every file or folder the command reads, so that no output is written over it."""
-    named = [args.video, args.mask, *(getattr(args, "reference", None) or ())]
+    named = [args.video, args.mask, getattr(args, "source", None), *(getattr(args, "reference", None) or ())]
     return [Path(path).resolve() for path in named if path is not None]
 
 

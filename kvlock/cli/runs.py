@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import re
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvlock.cli import inputs, models
@@ -12,6 +14,8 @@ from kvlock.cli import inputs, models
 if TYPE_CHECKING:
     from kvlock.config import KVLockConfig
     from kvlock.pipeline import KVLockOutput
+    from kvlock.recording import Recording
+    from kvlock.store import Store
 
 
 class Task(NamedTuple):
@@ -20,14 +24,16 @@ class Task(NamedTuple):
     source: inputs.Source
     prompts: dict[str, str | None]
     settings: dict[str, Any]  # of the pipeline's call, prompts included
+    recording: Recording | None = None  # of the source
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of a run, its settings of KV-Lock excepted."""
+def add_options(parser: argparse.ArgumentParser, *, edits: bool = True) -> None:
+    """The options of a run, its settings of KV-Lock excepted; of one that only reads the source without `edits`."""
     inputs.add_options(parser)
-    parser.add_argument("--prompt", help="what the edited video shows")
+    if edits:
+        parser.add_argument("--prompt", help="what the edited video shows")
+        parser.add_argument("--negative-prompt", help="what to steer away from")
     parser.add_argument("--source-prompt", help="what the source shows; the lock is better with it")
-    parser.add_argument("--negative-prompt", help="what to steer away from")
     parser.add_argument(
         "--reference", metavar="PICTURE", type=inputs.path, nargs="+", help="pictures of what to put in (VACE models)"
     )
@@ -45,16 +51,25 @@ def read(args: argparse.Namespace, config: KVLockConfig) -> Task:
         ValueError: bad input.
     """
     source = inputs.read_source(args)
-    prompts = _prompts(args, source)
-    references = [_read_reference(path) for path in args.reference or ()]
+    return checked(args, config, source, _prompts(args, source), read_references(args))
+
+
+def checked(
+    args: argparse.Namespace,
+    config: KVLockConfig,
+    source: inputs.Source,
+    prompts: dict[str, str | None],
+    references: list[Any],
+) -> Task:
+    """What was read, checked against the model; raises ValueError where it does not fit."""
     model = models.describe(args.model)
     model.first_step(args.steps)
     source = inputs.fit(source, model.geometry, trim=args.trim)
     if references and not model.has_vace:
         raise ValueError(f"--reference needs a VACE model; {model.name} is none")
     inputs.build_masks(source, model, reference_frames=len(references), dilate_tokens=config.dilate_tokens)
-    settings = {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale, **prompts}
-    return Task(source, prompts, settings | {"reference_images": references or None})
+    settings = {"num_inference_steps": args.steps, **prompts, "reference_images": references or None}
+    return Task(source, prompts, settings)
 
 
 def load(args: argparse.Namespace, task: Task) -> Any:
@@ -70,17 +85,38 @@ def load(args: argparse.Namespace, task: Task) -> Any:
 
 
 def denoise(
-    pipe: Any, config: KVLockConfig, source: inputs.Source, seed: int, settings: dict[str, Any]
+    pipe: Any,
+    config: KVLockConfig,
+    task: Task,
+    args: argparse.Namespace,
+    *,
+    kernel: str = "hooks",
+    store: Store | None = None,
 ) -> KVLockOutput:
     """One edit under a progress bar."""
-    import torch
-    from tqdm import tqdm
-
     from kvlock.pipeline import KVLockPipeline
 
-    generator = torch.Generator().manual_seed(seed)  # on the CPU, so that a seed means the same on every device
     name = "plain" if config.passthrough else "kv-lock"
-    with tqdm(total=settings["num_inference_steps"], desc=name, unit="step") as bar:
+    edit = KVLockPipeline(pipe, config, kernel=kernel, store=store)
+    settings = task.settings | {"guidance_scale": args.guidance_scale, "generator": generator(args.seed)}
+    with progress(name, args.steps) as show:
+        recording = task.recording if config.locks else None
+        return edit(task.source.frames, task.source.mask, progress=show, recording=recording, **settings)
+
+
+def generator(seed: int) -> Any:
+    """Of the initial noise; on the CPU, so that a seed means the same on every device."""
+    import torch
+
+    return torch.Generator().manual_seed(seed)
+
+
+@contextlib.contextmanager
+def progress(name: str, steps: int) -> Iterator[Any]:
+    """A progress bar, and what is to be called after each step."""
+    from tqdm import tqdm
+
+    with tqdm(total=steps, desc=name, unit="step") as bar:
 
         def show(step: int, num_steps: int, trace: Any) -> None:
             bar.total = num_steps  # of which a video-to-video pipeline runs a share only
@@ -90,7 +126,7 @@ def denoise(
                 bar.set_postfix_str(f"alpha {alpha:.2f} omega {omega:.2f}", refresh=False)
             bar.update(step + 1 - bar.n)
 
-        return KVLockPipeline(pipe, config)(source.frames, source.mask, generator=generator, progress=show, **settings)
+        yield show
 
 
 def another(scene: Any) -> Any:
@@ -105,23 +141,30 @@ def another(scene: Any) -> Any:
     )
 
 
+def source_prompt(args: argparse.Namespace, source: inputs.Source) -> str:
+    """What the source shows, as far as it is known."""
+    if args.source_prompt is None and source.scene is not None:
+        return source.scene.caption
+    return args.source_prompt or ""
+
+
 def _prompts(args: argparse.Namespace, source: inputs.Source) -> dict[str, str | None]:
-    prompt, source_prompt = args.prompt, args.source_prompt
-    if source.scene is not None:
-        source_prompt = source.scene.caption if source_prompt is None else source_prompt
-        prompt = another(source.scene).caption if prompt is None else prompt
+    prompt = args.prompt
+    if source.scene is not None and prompt is None:
+        prompt = another(source.scene).caption
     if prompt is None:
         raise ValueError("no prompt; wanted --prompt TEXT, or --example for a built-in edit")
-    return {"prompt": prompt, "source_prompt": source_prompt or "", "negative_prompt": args.negative_prompt}
+    return {"prompt": prompt, "source_prompt": source_prompt(args, source), "negative_prompt": args.negative_prompt}
 
 
-def _read_reference(path: str) -> Any:
+def read_references(args: argparse.Namespace) -> list[Any]:
+    """The pictures that --reference names."""
     from PIL import Image
 
     from kvlock.pictures import read_picture
 
     # A cut-out goes on white, with which the pipeline also surrounds a reference that does not fill the picture.
-    return Image.fromarray(read_picture(path, background="white").numpy())
+    return [Image.fromarray(read_picture(path, background="white").numpy()) for path in args.reference or ()]
 
 
 def _warn_of_unknown_words(tokenizer: Any, prompts: dict[str, str | None]) -> None:

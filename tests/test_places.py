@@ -1,0 +1,264 @@
+"""Source rows in host memory and on disk: the same edit from another place, and no more memory than was foretold."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from diffusers import WanPipeline, WanVACEPipeline
+
+import kvlock
+from kvlock import KVLockConfig, Store, places
+from kvlock.adapters.kernels import KERNELS
+from kvlock.cost import ModelSizes, estimate
+from kvlock.places import Courier
+from kvlock.step_file import Piece
+from kvlock.store import Rows
+
+STEPS = 5
+WINDOW: dict[str, Any] = {"kappa": 3, "window": 3, "tau": 0.6}
+ELSEWHERE = ("host", "disk")
+
+
+@pytest.fixture(scope="module")
+def pipes():
+    return {"wan": tiny.pipeline(WanPipeline), "vace": tiny.pipeline(WanVACEPipeline)}
+
+
+def locked(pipe: Any, config: KVLockConfig, **options: Any):
+    """The final latents of a locked call, and its trace."""
+    masks = tiny.masks(pipe)
+    with kvlock.attach(
+        pipe, tiny.source_latents(), masks, config=config, source_prompt_embeds=tiny.SOURCE_PROMPT, **options
+    ) as session:
+        latents = tiny.call(pipe, steps=STEPS)
+    tiny.assert_locked(session.trace.rows(), config)
+    return latents, session.trace.rows()
+
+
+@pytest.mark.parametrize("place", ELSEWHERE)
+@pytest.mark.parametrize("store", [Store(), Store("int8"), Store("fp8")], ids=str)
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("name", ["wan", "vace"])
+def test_an_edit_is_the_same_from_every_place(pipes, tmp_path, name, kernel, store, place):
+    config = KVLockConfig(control_blocks=name == "vace", **WINDOW)
+    expected, trace = locked(pipes[name], config, kernel=kernel, store=store)
+    folder = tmp_path if place == "disk" else None
+    there = Store(store.dtype, place=place, folder=folder)
+    latents, trace_there = locked(pipes[name], config, kernel=kernel, store=there)
+    assert torch.equal(latents, expected)
+    assert [row["source_bytes"] for row in trace_there] == [row["source_bytes"] for row in trace]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("place", ELSEWHERE)
+def test_a_full_lock_by_the_backend_is_the_same_but_for_the_order_of_its_keys(pipes, place):
+    config = KVLockConfig(fusion="full", kappa=3, window=3)
+    expected, _ = locked(pipes["wan"], config, kernel="backend")
+    latents, _ = locked(pipes["wan"], config, kernel="backend", store=Store(place=place))
+    assert torch.equal(latents, expected)
+
+
+class Watch:
+    """The most bytes of source rows in tensors: on the device, and on the shelf."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.device = self.shelf = 0
+        fetch = Courier.fetch
+
+        def watched(courier, piece, order, load):
+            rows = fetch(courier, piece, order, load)
+            self.device = max(self.device, courier.bytes_here)
+            return rows
+
+        monkeypatch.setattr(Courier, "fetch", watched)
+
+
+@pytest.mark.parametrize("store", [Store(), Store("int8", k_mean=True)], ids=str)
+@pytest.mark.parametrize("place", ["device", *ELSEWHERE])
+def test_the_bytes_of_each_place_are_those_of_the_estimate(monkeypatch, tmp_path, store, place):
+    pipe, config = tiny.miniature(), KVLockConfig(**WINDOW)
+    masks = kvlock.Masks.from_pixels(tiny.pixel_mask(), pipe)
+    there = Store(store.dtype, store.k_mean, place, tmp_path if place == "disk" else None)
+    watch, on_disk, held = Watch(monkeypatch), [0], [0]
+
+    def look(pipe: Any, step: int, timestep: Any, kwargs: dict) -> dict:
+        files = [path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()]
+        on_disk[0] = max(on_disk[0], sum(files))
+        return kwargs
+
+    tensors = places.HostShelf._put
+
+    def put(shelf, piece, rows):
+        tensors(shelf, piece, rows)
+        held[0] = max(held[0], sum(kept.bytes_kept for kept in shelf._kept.values()))
+
+    monkeypatch.setattr(places.HostShelf, "_put", put)
+    latents = kvlock.encode_source(pipe, torch.rand(tiny.FRAMES, tiny.SIZE, tiny.SIZE, 3))
+    embeds = pipe.encode_prompt("a star", do_classifier_free_guidance=False)[0]
+    options = {"config": config, "source_prompt_embeds": embeds, "store": there}
+    conditions = {"prompt": "a circle", "negative_prompt": "", "height": tiny.SIZE, "width": tiny.SIZE}
+    conditions |= {"video": torch.rand(1, tiny.FRAMES, 3, tiny.SIZE, tiny.SIZE), "num_frames": tiny.FRAMES}
+    conditions |= {"mask": tiny.pixel_mask()[None, :, None].float(), "output_type": "latent"}
+    with kvlock.attach(pipe, latents, masks, **options) as session:
+        pipe(**conditions, num_inference_steps=STEPS, guidance_scale=5.0, callback_on_step_end=look)
+    kept = max(row["source_bytes"] for row in session.trace.rows())
+
+    sizes = ModelSizes.of(pipe.transformer.config)
+    rows = {"tokens": masks.num_tokens, "background_rows": masks.background_rows}
+    cost = estimate(sizes, config, **rows, num_steps=STEPS, bytes_per_value=4, store=there)
+    assert kept == cost.bytes_kept > 0
+    within = lambda found, foretold: abs(found - foretold) <= 0.1 * foretold
+    if place == "device":
+        assert cost.bytes_device == kept and (cost.bytes_host, cost.bytes_disk, cost.bytes_moved) == (0, 0, 0)
+        return
+    assert within(watch.device, cost.bytes_device) and watch.device < kept / 2
+    assert cost.bytes_moved == 3 * kept  # written once, read for both branches
+    if place == "host":
+        assert within(held[0], cost.bytes_host) and cost.bytes_disk == 0
+    else:
+        header = 2**17
+        assert within(on_disk[0] - header, cost.bytes_disk) and held == [0]
+
+
+def pieces(*blocks: int) -> list[Piece]:
+    return [Piece(0, "blocks", block, tensor) for block in blocks for tensor in "vk"]
+
+
+def test_the_layer_behind_sets_off_before_it_is_asked_for():
+    sent = []
+
+    def load(layer):
+        sent.append(layer[2])
+        return {piece: Rows(torch.full((1,), float(layer[2]))) for piece in pieces(layer[2])}
+
+    courier, order = Courier(torch.device("cpu")), [(0, "blocks", block) for block in range(3)]
+    seen = []
+    for piece in 2 * pieces(0, 1, 2):  # both guidance branches
+        assert courier.fetch(piece, order, load).data.item() == piece.block
+        seen.append(list(sent))
+        assert courier.bytes_here == 2 * 2 * 4  # two layers, K and V
+    assert seen[0] == [0, 1] and seen[2] == [0, 1, 2] and seen[4] == [0, 1, 2, 0]
+    assert sent == [0, 1, 2, 0, 1, 2, 0]
+    courier.forget()
+    assert courier.bytes_here == 0
+
+
+@pytest.mark.parametrize("place", ELSEWHERE)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_compiled_transformer_is_refused_with_the_way_out(kernel, place):
+    pipe, masks = tiny.pipeline(WanPipeline), None
+    masks = tiny.masks(pipe)
+    options = {"source_prompt_embeds": tiny.SOURCE_PROMPT, "kernel": kernel, "store": Store(place=place)}
+    with pytest.raises(ValueError, match=r"is compiled .*wanted Store\(place='device'\)"):  # noqa: SIM117
+        with kvlock.attach(pipe, tiny.source_latents(), masks, **options):
+            pipe.transformer.compile_repeated_blocks(backend="eager")
+            tiny.call(pipe, steps=STEPS)
+    assert tiny.leftovers(pipe) == []
+    with pytest.raises(ValueError, match=r"is compiled \(blocks\.0\)"):  # noqa: SIM117
+        with kvlock.attach(pipe, tiny.source_latents(), masks, **options):
+            pass
+    pipe = tiny.pipeline(WanPipeline)
+    pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+    with pytest.raises(ValueError, match="is compiled, and"):  # noqa: SIM117
+        with kvlock.attach(pipe, tiny.source_latents(), masks, **options):
+            pass
+
+
+@pytest.mark.parametrize(("place", "hint"), [("device", "--place host"), ("host", "--place disk"), ("disk", None)])
+def test_an_edit_that_runs_out_of_memory_is_told_of_the_next_place(pipes, place, hint):
+    pipe = pipes["wan"]
+    options = {"source_prompt_embeds": tiny.SOURCE_PROMPT, "store": Store(place=place)}
+    with pytest.raises(RuntimeError) as error:  # noqa: SIM117
+        with kvlock.attach(pipe, tiny.source_latents(), tiny.masks(pipe), **options):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+    notes = getattr(error.value, "__notes__", [])
+    assert notes == ([f"source rows wait on the {place}; {hint} has more room"] if hint else [])
+    with pytest.raises(RuntimeError) as error:  # noqa: SIM117
+        with kvlock.attach(pipe, tiny.source_latents(), tiny.masks(pipe), **options):
+            raise RuntimeError("shapes do not match")
+    assert not hasattr(error.value, "__notes__")
+
+
+def test_an_error_inside_leaves_no_file(pipes, tmp_path):
+    pipe, store = pipes["wan"], Store(place="disk", folder=tmp_path)
+
+    def stop(pipe: Any, step: int, timestep: Any, kwargs: dict) -> dict:
+        assert any(tmp_path.rglob("*.safetensors")) == (step >= 2)
+        if step == 3:
+            raise KeyboardInterrupt
+        return kwargs
+
+    with pytest.raises(KeyboardInterrupt), kvlock.attach(
+        pipe, tiny.source_latents(), tiny.masks(pipe), config=KVLockConfig(**WINDOW), store=store,
+        source_prompt_embeds=tiny.SOURCE_PROMPT,
+    ):  # fmt: skip
+        tiny.call(pipe, steps=STEPS, callback_on_step_end=stop)
+    assert list(tmp_path.iterdir()) == []
+    assert tiny.leftovers(pipe) == []
+
+
+def test_a_folder_that_is_not_there_is_named(pipes, tmp_path):
+    pipe, store = pipes["wan"], Store(place="disk", folder=tmp_path / "none")
+    with pytest.raises(ValueError, match="cannot write source rows to .*none: No such file or directory"):  # noqa: SIM117
+        with kvlock.attach(pipe, tiny.source_latents(), tiny.masks(pipe), store=store):
+            pass
+    assert tiny.leftovers(pipe) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"place": "gpu"}, "place='gpu' is not known; wanted one of 'device', 'host', 'disk'"),
+        ({"place": "disk", "folder": 3}, "folder=3 is not allowed; wanted a path or None"),
+        ({"place": "host", "folder": "x"}, "folder='x' has no effect with place='host'; leave it out"),
+    ],
+)
+def test_a_place_that_makes_no_sense_is_refused(arguments, message):
+    with pytest.raises(ValueError) as error:
+        Store(**arguments)
+    assert str(error.value) == message
+
+
+def alive() -> tuple[int, int, int]:
+    """Tensors, threads and open files of this process."""
+    gc.collect()
+    tensors = sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+    return tensors, threading.active_count(), len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+
+
+def test_fifty_edits_leak_nothing(pipes, tmp_path):
+    pipe, config = pipes["wan"], KVLockConfig(kappa=1, window=2, fusion=0.5)
+    masks, path = tiny.masks(pipe), tmp_path / "source.kvlock"
+    source = {"config": config, "source_prompt_embeds": tiny.SOURCE_PROMPT}
+    with kvlock.record(pipe, path, tiny.source_latents(), masks, **source):
+        tiny.call(pipe, steps=2)
+    recording = kvlock.Recording(path)
+    ways = [{"store": Store()}, {"store": Store(place="host")}, {"store": Store("int8", place="disk")}]
+    ways += [{"recording": recording}, {"store": Store(), "kernel": "backend"}]
+
+    def edit(number: int) -> None:
+        with kvlock.attach(pipe, tiny.source_latents(), masks, **source, **ways[number % len(ways)]):
+            tiny.call(pipe, steps=2)
+
+    for number in range(len(ways)):
+        edit(number)
+    before = alive()
+    for number in range(50):
+        edit(number)
+    assert alive() == before
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("place", ELSEWHERE)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_an_edit_on_a_gpu_is_the_same_from_every_place(tmp_path, kernel, place):
+    pipe, config = tiny.pipeline(WanPipeline).to("cuda"), KVLockConfig(**WINDOW)
+    expected, _ = locked(pipe, config, kernel=kernel, store=Store("int8"))
+    for _ in range(3):  # a race would not lose every time
+        assert torch.equal(locked(pipe, config, kernel=kernel, store=Store("int8", place=place))[0], expected)
