@@ -165,7 +165,7 @@ def test_a_compiled_transformer_is_refused_with_the_way_out(kernel, place):
             pass
     pipe = tiny.pipeline(WanPipeline)
     pipe.transformer = torch.compile(pipe.transformer, backend="eager")
-    with pytest.raises(ValueError, match="is compiled, and"):  # noqa: SIM117
+    with pytest.raises(ValueError, match=r"is compiled, and"):  # noqa: SIM117
         with kvlock.attach(pipe, tiny.source_latents(), masks, **options):
             pass
 
@@ -205,7 +205,7 @@ def test_an_error_inside_leaves_no_file(pipes, tmp_path):
 
 def test_a_folder_that_is_not_there_is_named(pipes, tmp_path):
     pipe, store = pipes["wan"], Store(place="disk", folder=tmp_path / "none")
-    with pytest.raises(ValueError, match="cannot write source rows to .*none: No such file or directory"):  # noqa: SIM117
+    with pytest.raises(ValueError, match=r"cannot write source rows to .*none: No such file or directory"):  # noqa: SIM117
         with kvlock.attach(pipe, tiny.source_latents(), tiny.masks(pipe), store=store):
             pass
     assert tiny.leftovers(pipe) == []

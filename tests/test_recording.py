@@ -1,0 +1,265 @@
+"""A recording of the source: the same edit without a source pass, and a refusal where it belongs to something else."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NamedTuple
+
+import pytest
+import tiny
+import torch
+from diffusers import WanPipeline, WanVACEPipeline, WanVideoToVideoPipeline
+
+import kvlock
+from kvlock import KVLockConfig, Recording, Store
+from kvlock.adapters.kernels import KERNELS
+
+STEPS = 6
+CONFIG = KVLockConfig(kappa=3, window=3, tau=0.6)
+
+
+def edit(pipe: Any, config: KVLockConfig = CONFIG, *, masks: Any = None, source: Any = None, **options: Any):
+    """The final latents of an attached call, and its trace; with `steps` and `seed` of the call among the options."""
+    call = {name: options.pop(name) for name in ("steps", "seed", "video") if name in options}
+    masks = tiny.masks(pipe) if masks is None else masks
+    source = tiny.source_latents() if source is None else source
+    if "recording" not in options:
+        options["source_prompt_embeds"] = tiny.SOURCE_PROMPT
+    with kvlock.attach(pipe, source, masks, config=config, **options) as session:
+        latents = tiny.call(pipe, **({"steps": STEPS} | call))
+    return latents, session.trace.rows()
+
+
+def make(pipe: Any, path: Any, config: KVLockConfig = CONFIG, *, steps: int = STEPS, **options: Any) -> Recording:
+    options = {"source_prompt_embeds": tiny.SOURCE_PROMPT} | options
+    with kvlock.record(pipe, path, tiny.source_latents(), tiny.masks(pipe), config=config, **options) as session:
+        tiny.call(pipe, steps=steps)
+    forwards = [row["forwards"] for row in session.trace.rows()]
+    locked = config.locked_steps(steps, start=steps - len(forwards))
+    assert sum(forwards) == len(locked) and set(forwards) == {0, 1}
+    return Recording(path)
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny.pipeline(WanVACEPipeline)
+
+
+@pytest.fixture(scope="module")
+def recording(pipe, tmp_path_factory):
+    return make(pipe, tmp_path_factory.mktemp("recording") / "source.kvlock")
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kind", [WanPipeline, WanVACEPipeline], ids=lambda kind: kind.__name__)
+def test_an_edit_from_a_recording_is_the_one_shot_edit_bit_for_bit(tmp_path, kind, kernel):
+    pipe = tiny.pipeline(kind, "unipc")
+    expected, trace = edit(pipe, kernel=kernel)
+    found = make(pipe, tmp_path / "source.kvlock", kernel=kernel)
+    latents, replayed = edit(pipe, kernel=kernel, recording=found)
+    assert torch.equal(latents, expected)
+    tiny.assert_locked(replayed, CONFIG)
+    assert [row["source_bytes"] for row in replayed] == [row["source_bytes"] for row in trace]
+    assert tiny.leftovers(pipe) == []
+    plain = tiny.call(pipe, steps=STEPS)
+    assert not torch.equal(plain, expected)
+
+
+def test_a_video_to_video_edit_from_a_recording_is_the_one_shot_edit(tmp_path):
+    pipe = tiny.pipeline(WanVideoToVideoPipeline, "unipc")
+    expected, _ = edit(pipe)
+    found = make(pipe, tmp_path / "source.kvlock")
+    latents, trace = edit(pipe, recording=found)
+    assert torch.equal(latents, expected) and {row["forwards"] for row in trace} == {2}
+
+
+def test_twenty_locked_steps_of_fifty_cost_a_hundred_forwards_instead_of_a_hundred_and_twenty(tmp_path):
+    pipe, config = tiny.pipeline(WanPipeline), KVLockConfig(kappa=20)
+    one_shot, trace = edit(pipe, config, steps=50)
+    found = make(pipe, tmp_path / "source.kvlock", config, steps=50)
+    again, replayed = edit(pipe, config, steps=50, recording=found)
+    assert [sum(row["forwards"] for row in rows) for rows in (trace, replayed)] == [120, 100]
+    assert torch.equal(again, one_shot)
+
+
+@pytest.mark.parametrize("store", [Store("int8", k_mean=True), Store("fp8")], ids=str)
+def test_packed_rows_are_recorded_as_a_packed_store_keeps_them(tmp_path, store):
+    pipe = tiny.pipeline(WanPipeline)
+    expected, _ = edit(pipe, store=store)
+    found = make(pipe, tmp_path / "source.kvlock", store=store)
+    assert torch.equal(edit(pipe, recording=found)[0], expected)
+    assert found.fields["rows"] == {"dtype": store.dtype, "k_mean": store.k_mean}
+
+
+def test_an_edit_may_lock_fewer_steps_and_layers_than_were_recorded(pipe, recording):
+    fewer = KVLockConfig(kappa=2, window=3, tau=0.6, layers=(1,))
+    latents, _ = edit(pipe, fewer, recording=recording)
+    assert torch.equal(latents, edit(pipe, fewer)[0])
+
+
+def test_another_seed_keeps_the_noise_of_the_source_and_says_so(pipe, recording):
+    with pytest.warns(UserWarning, match=r"source.kvlock was noised with another seed: it keeps that noise"):
+        latents, _ = edit(pipe, recording=recording, seed=1)
+    assert not torch.equal(latents, edit(pipe, seed=1)[0])
+    assert not torch.equal(latents, edit(pipe)[0])
+
+
+def test_an_edit_without_a_lock_has_no_use_for_a_recording(pipe, recording):
+    latents, trace = edit(pipe, kvlock.preset("plain"), recording=recording, steps=4, seed=3)
+    assert torch.equal(latents, tiny.call(pipe, steps=4, seed=3)) and {row["forwards"] for row in trace} == {2}
+
+
+def test_two_edits_of_one_recording_may_run_at_once(recording):
+    first, second = recording.step(4), Recording(recording.path).step(4)
+    assert first.pieces == second.pieces
+    for piece in first.pieces:
+        assert torch.equal(first.rows(piece).data, second.rows(piece).data)
+
+
+class Other(NamedTuple):
+    """An edit that differs from the recorded one in one field."""
+
+    field: str
+    recorded: str
+    found: str
+    kind: type = WanVACEPipeline
+    schedule: tuple[str, float] = ("euler", 3.0)
+    pipeline: dict[str, Any] = {}  # noqa: RUF012 - never changed
+    edit: dict[str, Any] = {}  # noqa: RUF012
+    mask: dict[str, Any] = {}  # noqa: RUF012
+
+
+OTHERS = {
+    "class": Other("transformers", "['WanVACETransformer3DModel']", "['WanTransformer3DModel']", kind=WanPipeline),
+    "weights": Other("weights", "['", "['", pipeline={"seed": 1}),
+    "scheduler": Other(
+        "scheduler", "FlowMatchEulerDiscreteScheduler", "UniPCMultistepScheduler", schedule=("unipc", 3.0)
+    ),
+    "shift": Other("shift", "3.0", "5.0", schedule=("euler", 5.0)),
+    "steps": Other("steps", "6", "7", edit={"steps": 7}),
+    "window": Other("locked_steps", "[3, 4, 5]", "[2, 3, 4, 5]", edit={"config": KVLockConfig(kappa=4, window=3)}),
+    "layers": Other(
+        "layers", "['0.blocks.0', '0.blocks.1']", "['0.blocks.0', '0.blocks.1', '0.vace_blocks.0', '0.vace_blocks.1']",
+        edit={"config": KVLockConfig(kappa=3, window=3, control_blocks=True)},
+    ),
+    "point": Other("point", "before RoPE", "after RoPE", edit={"kernel": "backend"}),
+    "mask": Other("background_rows", "100", "160", mask={"dilate_tokens": 0},
+                  edit={"config": KVLockConfig(kappa=3, window=3, dilate_tokens=0)}),
+    "source": Other("source_latents", "", "", edit={"source": tiny.rand(1, *tiny.LATENT, seed=6)}),
+    "size": Other("latents", "[16, 5, 12, 12]", "[16, 5, 12, 14]", edit={"source": tiny.rand(1, 16, 5, 12, 14)}),
+    "source-prompt": Other("source_prompt", "", "", edit={"source_prompt_embeds": tiny.SOURCE_PROMPT + 1}),
+    "vace-context": Other("control_hidden_states", "", "", edit={"video": torch.zeros(1, tiny.FRAMES, 3, 96, 96)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
+def test_an_edit_that_differs_is_refused_with_the_field_and_both_values(recording, other):
+    pipe = tiny.pipeline(other.kind, **other.pipeline)
+    pipe.scheduler = tiny.scheduler(*other.schedule)
+    masks = tiny.masks(pipe, **other.mask)
+    with pytest.raises(ValueError) as error:
+        edit(pipe, masks=masks, recording=recording, **other.edit)
+    message = str(error.value)
+    assert f"source.kvlock was recorded with {other.field} {other.recorded}" in message
+    assert f", this edit has {other.found}" in message and "; wanted " in message
+    assert tiny.leftovers(pipe) == []
+    if not other.recorded:  # hashes
+        recorded, found = message.split(f"with {other.field} ")[1].split("; wanted")[0].split(", this edit has ")
+        assert len(recorded) == len(found) == 12 and recorded != found
+
+
+def test_a_mask_of_the_same_size_elsewhere_is_another_mask(pipe, recording):
+    moved = kvlock.Masks.from_pixels(tiny.pixel_mask().roll((16, 16), (1, 2)), pipe)
+    assert moved.background_rows == tiny.masks(pipe).background_rows
+    with pytest.raises(ValueError, match=r"recorded with mask [0-9a-f]{12}, this edit has [0-9a-f]{12}; wanted them"):
+        edit(pipe, masks=moved, recording=recording)
+
+
+def test_another_dtype_is_refused_by_name(recording):
+    pipe = tiny.pipeline(WanVACEPipeline)
+    pipe.transformer.bfloat16()
+    wanted = r"recorded with dtypes \['torch.float32'\], this edit has \['torch.bfloat16'\]"
+    with pytest.raises(ValueError, match=wanted):
+        edit(pipe, recording=recording)
+
+
+def test_an_adapter_put_on_afterwards_is_another_model(recording):
+    pipe = tiny.pipeline(WanVACEPipeline)
+    edit(pipe, recording=recording)
+    with torch.no_grad():
+        pipe.transformer.blocks[1].attn1.to_k.weight.add_(1e-3)
+    with pytest.raises(ValueError, match=r"recorded with weights "):
+        edit(pipe, recording=recording)
+
+
+def test_what_another_machine_rounds_otherwise_is_the_same_source(pipe, recording):
+    rounded = tiny.source_latents() * (1 + 1e-6)
+    assert not torch.equal(rounded, tiny.source_latents())
+    edit(pipe, source=rounded, recording=recording)
+
+
+def test_the_backend_cannot_be_chosen_for_rows_recorded_before_rope(pipe, recording):
+    with pytest.raises(ValueError, match=r"recorded with point before RoPE, this edit has after RoPE"):  # noqa: SIM117
+        with kvlock.attach(pipe, tiny.source_latents(), tiny.masks(pipe), config=CONFIG, recording=recording):
+            pipe.transformer.set_attention_backend("kvlock")
+    assert tiny.leftovers(pipe) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"recording": "source.kvlock"}, "recording is a str; wanted a kvlock.Recording"),
+        ({"store": Store("int8")}, "is for a source pass, and a recording has its rows already; leave it out"),
+        ({"config": KVLockConfig(source="batch")}, 'a recording wants source="store"'),
+    ],
+)
+def test_what_does_not_go_with_a_recording_is_refused(pipe, recording, options, message):
+    with pytest.raises(ValueError) as error:
+        edit(pipe, **({"recording": recording} | options))
+    assert message in str(error.value)
+    assert tiny.leftovers(pipe) == []
+
+
+def test_the_manifest_says_what_the_rows_belong_to(recording):
+    fields = json.loads((recording.path / "manifest.json").read_text())
+    assert fields["format"] == 1 and fields["recorded_steps"] == fields["locked_steps"] == [3, 4, 5]
+    for name in ("mask", "source_latents", "source_prompt", "control_hidden_states", "noise"):
+        assert len(fields[name]) == 64, name
+    names = {"steps", "first_step", "sigmas", "scheduler", "shift", "layers", "point", "dtypes", "rows", "weights"}
+    assert names <= set(fields)
+    assert {path.name for path in recording.path.iterdir()} == {*fields["files"], "manifest.json"}
+    assert all(len(entry["sha256"]) == 64 for entry in fields["files"].values())
+
+
+def test_a_recording_is_made_by_one_call_with_one_schedule(tmp_path):
+    pipe = tiny.pipeline(WanPipeline)
+    options = {"config": CONFIG, "source_prompt_embeds": tiny.SOURCE_PROMPT}
+    with pytest.raises(ValueError, match=r"step 3 of .* is recorded already; wanted one call of the pipeline"):  # noqa: SIM117
+        with kvlock.record(pipe, tmp_path / "a", tiny.source_latents(), tiny.masks(pipe), **options):
+            tiny.call(pipe, steps=STEPS)
+            tiny.call(pipe, steps=STEPS)
+    with pytest.raises(ValueError, match=r"is being recorded with steps 6, then with 8; wanted one"):  # noqa: SIM117
+        with kvlock.record(pipe, tmp_path / "a", tiny.source_latents(), tiny.masks(pipe), **options):
+            tiny.call(pipe, steps=STEPS)
+            tiny.call(pipe, steps=8)
+    with pytest.raises(ValueError, match=r"nothing was recorded for .*a: no step of a run was locked"):  # noqa: SIM117
+        with kvlock.record(pipe, tmp_path / "a", tiny.source_latents(), tiny.masks(pipe), **options):
+            pass
+    assert list(tmp_path.iterdir()) == [] and tiny.leftovers(pipe) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"config": kvlock.preset("plain")}, "fusion='off' with source='store' stores no rows"),
+        ({"config": KVLockConfig(source="batch")}, "source='batch' stores no rows"),
+        ({"store": Store(place="host")}, "place='host' of the store: a recording is its own place"),
+        ({"config": 3}, "config is a int; wanted a kvlock.KVLockConfig"),
+    ],
+)
+def test_settings_that_record_nothing_are_refused(pipe, tmp_path, options, message):
+    with pytest.raises(ValueError) as error:  # noqa: SIM117
+        with kvlock.record(pipe, tmp_path / "a", tiny.source_latents(), tiny.masks(pipe), **options):
+            pass
+    assert message in str(error.value)
+    assert list(tmp_path.iterdir()) == [] and tiny.leftovers(pipe) == []

@@ -1,0 +1,292 @@
+"""Recordings that are broken, foreign or never finished: refused by the name of the file, and nothing half-written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from diffusers import WanPipeline
+from safetensors.torch import load_file, save_file
+
+import kvlock
+from kvlock import KVLockConfig, Recording, Store
+from kvlock.step_file import Piece, StepFile, StepWriter
+from kvlock.store import Rows
+from kvlock_kernels import unpack_kv
+
+CONFIG = KVLockConfig(kappa=2, window=2, tau=0.6)
+STEPS = 4
+STEP = "step-0003.safetensors"
+
+
+def record(pipe: Any, path: Path, **options: Any) -> None:
+    options = {"config": CONFIG, "source_prompt_embeds": tiny.SOURCE_PROMPT} | options
+    with kvlock.record(pipe, path, tiny.source_latents(), tiny.masks(pipe), **options):
+        tiny.call(pipe, steps=STEPS)
+
+
+def edit(pipe: Any, path: Path) -> torch.Tensor:
+    options: dict[str, Any] = {"config": CONFIG, "recording": Recording(path)}
+    with kvlock.attach(pipe, tiny.source_latents(), tiny.masks(pipe), **options):
+        return tiny.call(pipe, steps=STEPS)
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny.pipeline(WanPipeline)
+
+
+@pytest.fixture(scope="module")
+def whole(pipe, tmp_path_factory):
+    path = tmp_path_factory.mktemp("whole") / "source.kvlock"
+    record(pipe, path, store=Store("fp8"))
+    return path
+
+
+@pytest.fixture
+def copy(whole, tmp_path):
+    return Path(shutil.copytree(whole, tmp_path / "copy.kvlock"))
+
+
+def flip(file: Path, at: int) -> None:
+    """One bit of the byte at this place, counted from the end where it is negative."""
+    data = bytearray(file.read_bytes())
+    data[at] ^= 4
+    file.write_bytes(data)
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def replace_by_pickle(file: Path) -> None:
+    class Trap:
+        def __reduce__(self):
+            return os.mkdir, (str(file.parent / "unpickled"),)
+
+    file.write_bytes(pickle.dumps(Trap()).ljust(file.stat().st_size, b"\0"))
+
+
+def replace_by_other_tensors(file: Path) -> None:
+    size = file.stat().st_size
+    save_file({"x": torch.zeros(8)}, file)
+    file.write_bytes(file.read_bytes().ljust(size, b"\0"))
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (truncate, "bytes; wanted the"),
+        (Path.unlink, "is missing; wanted the"),
+        (lambda file: flip(file, -1), "has checksum"),
+        (lambda file: flip(file, 20), "has checksum"),
+        (replace_by_pickle, "has checksum"),
+        (replace_by_other_tensors, "has checksum"),
+    ],
+    ids=["truncated", "missing", "bit-of-the-data", "bit-of-the-header", "pickle", "other-tensors"],
+)
+@pytest.mark.parametrize("name", [STEP, "tensors.safetensors"])
+def test_a_file_that_is_not_what_was_recorded_is_refused_by_name(pipe, copy, harm, message, name):
+    edit(pipe, copy)
+    harm(copy / name)
+    with pytest.raises(ValueError) as error:
+        edit(pipe, copy)
+    assert str(copy / name) in str(error.value) and message in str(error.value)
+    assert tiny.leftovers(pipe) == [] and not (copy / "unpickled").exists()
+
+
+def rewritten(path: Path, **changes: Any) -> None:
+    """The manifest with other entries and a checksum that fits them."""
+    fields = json.loads((path / "manifest.json").read_text()) | changes
+    fields.pop("sha256")
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+    (path / "manifest.json").write_text(json.dumps(fields | {"sha256": digest}))
+
+
+def test_a_manifest_written_anew_opens(pipe, copy):
+    rewritten(copy)
+    edit(pipe, copy)
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda file: file.unlink(), "is no recording: it has no manifest.json"),
+        (truncate, "manifest of a recording"),
+        (lambda file: file.write_text(file.read_text().replace(': 4,', ': 5,')), "is not what was recorded"),
+        (lambda file: file.write_text("[]"), "is not the manifest of a recording"),
+        (lambda file: file.write_text("{}"), "is not the manifest of a recording: KeyError"),
+        (lambda file: file.write_bytes(b"\xff\xfe"), "is not the manifest of a recording"),
+        (lambda file: rewritten(file.parent, format=2), "has format 2; this version reads 1"),
+    ],
+    ids=["missing", "truncated", "edited", "list", "empty", "binary", "newer"],
+)
+def test_a_manifest_that_is_none_is_refused_by_name(copy, harm, message):
+    file = copy / "manifest.json"
+    if harm is truncate:
+        file.write_bytes(file.read_bytes()[:-40])
+    else:
+        harm(file)
+    with pytest.raises(ValueError) as error:
+        Recording(copy)
+    assert str(copy) in str(error.value) and message in str(error.value)
+
+
+def test_a_path_with_nothing_or_something_else_is_no_recording(tmp_path):
+    with pytest.raises(ValueError, match=r"none is no recording"):
+        Recording(tmp_path / "none")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match=r"file is no recording"):
+        Recording(tmp_path / "file")
+
+
+def test_nothing_is_recorded_over(pipe, whole, tmp_path):
+    before = {path.name: path.read_bytes() for path in whole.iterdir()}
+    with pytest.raises(ValueError, match=r"source.kvlock exists already; wanted a path where there is nothing yet"):
+        record(pipe, whole)
+    assert {path.name: path.read_bytes() for path in whole.iterdir()} == before
+    assert len(list(whole.parent.iterdir())) == 1
+
+
+def test_an_interrupted_recording_leaves_nothing(pipe, tmp_path):
+    def interrupt(pipe: Any, step: int, timestep: Any, kwargs: dict) -> dict:
+        if step == STEPS - 1:
+            raise KeyboardInterrupt
+        return kwargs
+
+    options: dict[str, Any] = {"config": CONFIG, "source_prompt_embeds": tiny.SOURCE_PROMPT}
+    with pytest.raises(KeyboardInterrupt), kvlock.record(
+        pipe, tmp_path / "a", tiny.source_latents(), tiny.masks(pipe), **options
+    ):  # fmt: skip
+        tiny.call(pipe, steps=STEPS, callback_on_step_end=interrupt)
+    assert list(tmp_path.iterdir()) == [] and tiny.leftovers(pipe) == []
+
+
+KILLED = """
+import os, signal, sys
+import tiny, kvlock
+from diffusers import WanPipeline
+pipe = tiny.pipeline(WanPipeline)
+def kill(pipe, step, timestep, kwargs):
+    if step == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return kwargs
+config = kvlock.KVLockConfig(kappa=2, window=2, tau=0.6)
+options = dict(config=config, source_prompt_embeds=tiny.SOURCE_PROMPT)
+with kvlock.record(pipe, sys.argv[1], tiny.source_latents(), tiny.masks(pipe), **options):
+    tiny.call(pipe, steps=4, callback_on_step_end=kill)
+"""
+
+
+def test_a_killed_recording_never_opens(tmp_path):
+    path = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path)}
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "source.kvlock")]
+    assert subprocess.run(command, env=environment, capture_output=True).returncode == -signal.SIGKILL
+    assert not (tmp_path / "source.kvlock").exists()
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".kvlock-") and (left / STEP).exists()  # every step was there, only the end was not
+    with pytest.raises(ValueError, match=r"is no recording: it has no manifest.json"):
+        Recording(left)
+
+
+def test_a_full_disk_is_one_error_that_names_the_file(pipe, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**17 + 1000, hard))  # stands for it: writing fails in the same way
+    try:
+        with pytest.raises(ValueError, match=r"cannot write .*step-0002.safetensors: File too large"):
+            record(pipe, tmp_path / "source.kvlock")
+        options: dict[str, Any] = {"config": CONFIG, "source_prompt_embeds": tiny.SOURCE_PROMPT}
+        store = Store(place="disk", folder=tmp_path)
+        with pytest.raises(ValueError, match=r"cannot write .*step.safetensors: File too large"):  # noqa: SIM117
+            with kvlock.attach(pipe, tiny.source_latents(), tiny.masks(pipe), store=store, **options):
+                tiny.call(pipe, steps=STEPS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == [] and tiny.leftovers(pipe) == []
+
+
+def test_a_folder_that_takes_no_file_is_one_error(pipe, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"cannot write .*file/source.kvlock: (File exists|Not a directory)"):
+        record(pipe, tmp_path / "file" / "source.kvlock")
+    assert tiny.leftovers(pipe) == []
+
+
+READ = """
+import hashlib, sys
+from kvlock.recording import Recording
+recording = Recording(sys.argv[1])
+state = hashlib.sha256()
+for step in recording.steps:
+    file = recording.step(step)
+    for piece in file.pieces:
+        state.update(file.rows(piece).data.view(-1).view(__import__("torch").uint8).numpy().tobytes())
+print(state.hexdigest())
+"""
+
+
+def test_two_processes_read_one_recording(pipe, whole):
+    command = [sys.executable, "-c", READ, str(whole)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    readers = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    edit(pipe, whole)
+    first, second = [reader.communicate()[0] for reader in readers]
+    assert first == second and len(first) == 65
+
+
+def test_a_code_that_is_no_number_decodes_to_none(tmp_path):
+    data = torch.tensor([0x7F, 0xFF, 0x38, 0x00], dtype=torch.uint8).view(torch.float8_e4m3fn).view(1, 1, 1, 4)
+    rows, piece = Rows(data, torch.full((1, 1, 1), 2.0)), Piece(0, "blocks", 0, "k")
+    with StepWriter(tmp_path / "step") as writer:
+        writer.add(piece, rows)
+    found = StepFile(tmp_path / "step").rows(piece)
+    decoded = found.unpacked(torch.float32)
+    expected = unpack_kv(data, rows.scale, dtype=torch.float32)
+    torch.testing.assert_close(decoded, expected, rtol=0, atol=0, equal_nan=True)
+    assert decoded.isnan().flatten().tolist() == [True, True, False, False]
+    assert decoded.flatten().tolist()[2:] == [2.0, 0.0]
+
+
+def test_a_step_file_is_a_file_of_safetensors(tmp_path):
+    piece = Piece(1, "vace_blocks", 12, "v")
+    rows = Rows(torch.arange(15, dtype=torch.int8).view(1, 5, 3, 1), torch.rand(1, 5, 3), torch.rand(1, 3, 1))
+    with StepWriter(tmp_path / "step") as writer:
+        writer.add(piece, rows)
+        writer.add(piece._replace(tensor="k"), Rows(torch.empty(1, 0, 6, dtype=torch.bfloat16)))
+    tensors = load_file(tmp_path / "step")
+    assert torch.equal(tensors["1.vace_blocks.12.v.data"], rows.data)
+    assert torch.equal(tensors["1.vace_blocks.12.v.mean"], rows.mean)
+    assert StepFile(tmp_path / "step").pieces == [piece, piece._replace(tensor="k")]
+    assert Piece.parse(str(piece)) == piece
+    for part in StepFile(tmp_path / "step").rows(piece):
+        assert part.data_ptr() % 64 == 0
+
+
+def test_a_writer_left_by_an_error_removes_its_file(tmp_path):
+    with pytest.raises(KeyError), StepWriter(tmp_path / "step"):
+        raise KeyError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_of_something_else_holds_no_rows(tmp_path):
+    (tmp_path / "step").write_bytes(b"something else")
+    with pytest.raises(ValueError, match=r"step holds no source rows"):
+        StepFile(tmp_path / "step")
+    with pytest.raises(ValueError, match=r"none holds no source rows"):
+        StepFile(tmp_path / "none")
+    save_file({"x.data": torch.zeros(1)}, tmp_path / "foreign")
+    with pytest.raises(ValueError, match=r"foreign holds no source rows"):
+        StepFile(tmp_path / "foreign")
