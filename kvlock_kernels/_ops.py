@@ -16,6 +16,7 @@ from torch import Tensor
 from kvlock_kernels import _cuda, _extension, reference
 
 NAMESPACE = "kvlock_kernels"
+CONTRACTS: dict[str, str] = {}  # schemas by the names of the operators
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")  # its implementations last as long as it does
 
 _PAIR_OPTIONS = "Tensor? k_scale=None, Tensor? v_scale=None, Tensor? k_mean=None, Tensor? v_mean=None"
@@ -98,6 +99,7 @@ def _in_place(operator: torch._ops.OpOverload, plain: Callable[..., Any]) -> Cal
 
 def _define(schema: str, plain: Callable[..., Any], shapes: Callable[..., Any]) -> None:
     name, signature = schema.split("(", 1)
+    CONTRACTS[name] = schema
     qualified = f"{NAMESPACE}::{name}"
     torch.library.define(qualified, f"({signature}", tags=torch.Tag.pt2_compliant_tag)
     torch.library.impl(qualified, "default", plain)  # "default" is CompositeExplicitAutograd
@@ -175,7 +177,7 @@ _define(
 )
 
 ops = getattr(torch.ops, NAMESPACE)
-_extension.load()
+_extension.load(CONTRACTS)
 
 for _name in _cuda.OPERATORS:
     _qualified = f"{NAMESPACE}::{_name}"

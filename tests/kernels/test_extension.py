@@ -20,7 +20,6 @@ pytestmark = pytest.mark.skipif(_extension.path() is None, reason=f"the extensio
 
 INT8, FP8 = torch.int8, torch.float8_e4m3fn
 STORAGE = (*DTYPES, INT8, FP8)
-NAMES = ("pack_kv", "unpack_kv", "kv_lerp_")
 
 
 def assert_same(actual: Tensor, expected: Tensor) -> None:
@@ -44,7 +43,7 @@ def assert_packs_as_the_reference(x: Tensor, index: Tensor, dtype: torch.dtype, 
 
 
 def test_it_serves_its_operators_and_leaves_the_fallbacks_to_python() -> None:
-    for name in NAMES:
+    for name in _extension.OPERATORS:
         assert _extension.serves(f"kvlock_kernels::{name}", "CPU") and info.on_cpu(name) == "extension"
         assert _extension.serves(f"kvlock_kernels::fallback_{name}", "CUDA") == bool(_extension.architectures())
     assert info.on_cpu("lock_schedule").startswith("reference")
