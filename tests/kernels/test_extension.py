@@ -175,3 +175,16 @@ def test_bad_arguments_below_the_door_are_named() -> None:
     ):
         with pytest.raises(RuntimeError, match=f"{name}: found .*{wanted}"):
             call()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("d", [8, 5], ids=["wide", "any"])
+def test_more_samples_than_a_grid_has_rows_are_served(d: int) -> None:
+    """65535 is where every axis of a grid ends but the first."""
+    with torch.device("cuda"):
+        x, index = normal(70000, 2, 1, d), int32(1)
+        for dtype in (INT8, torch.bfloat16):
+            assert_packs_as_the_reference(x, index, dtype, None)
+        expected, source, ratio = x.clone(), normal(70000, 1, 1, d, seed=1), torch.full((70000,), 0.3)
+        reference.kv_lerp_(expected, source, index, ratio)
+        assert_same(kv_lerp_(x, source, index, ratio), expected)
