@@ -8,18 +8,21 @@ TORCH_CUDA_ARCH_LIST; no GPU is needed.
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import warnings
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 TRITON = 'triton>=3.6; platform_system == "Linux"'  # CUDA builds of torch bring it, CPU builds do not
 
 SWITCH, SWITCHES = "KVLOCK_BUILD_EXT", ("auto", "0", "1")
-ARCHITECTURES = "8.0;8.9;9.0"
+ARCHITECTURES, OLDEST = "8.0;8.9;9.0", 8.0
+LAUNCHERS = ("ccache", "sccache", "distcc", "icecc")  # what may stand before a compiler's name
 IN_PLACE = Path(__file__).with_name("kvlock_kernels") / "_C.so"  # of an editable installation
 TORCH_TARGET = "0x020a000000000000ULL"  # the stable ABI of torch 2.10, the first version that has all that is used
 # A fused product and sum, or a reciprocal for a quotient, would give other bits than the reference.
@@ -53,12 +56,19 @@ def extensions() -> list[Extension]:
     return [Extension("kvlock_kernels._C", sources, depends=["csrc/pack_kv.h", "csrc/eight.cuh"], py_limited_api=True)]
 
 
-def architectures() -> list[str]:
-    """The words of TORCH_CUDA_ARCH_LIST, such as "9.0" or "9.0+PTX"."""
-    words = re.split(r"[;, ]+", (os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES).strip("; ,"))
+def architectures(nvcc: list[str]) -> list[str]:
+    """The words of TORCH_CUDA_ARCH_LIST, such as "9.0" or "9.0+PTX"; each must be one that nvcc compiles these for."""
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip("; ,")
+    if not listed:
+        return ARCHITECTURES.split(";")
+    known = [f"{major}.{minor}" for major, minor in re.findall(r"\bsm_(\d+)(\d)\b", run(*nvcc, "--list-gpu-code"))]
+    known = [number for number in known if float(number) >= OLDEST]
+    words = re.split(r"[;, ]+", listed)
     for word in words:
-        if not re.fullmatch(r"\d+\.\d+[af]?(\+PTX)?", word):
-            raise RuntimeError(f"TORCH_CUDA_ARCH_LIST: found {word!r}, wanted numbers such as 9.0 or 9.0+PTX")
+        number = re.fullmatch(r"(\d+\.\d)[af]?(\+PTX)?", word)
+        if number is None or number[1] not in known:
+            wanted = f"numbers such as 9.0 or 9.0+PTX, of {', '.join(known)}"
+            raise SystemExit(f"TORCH_CUDA_ARCH_LIST: found {word!r}, wanted {wanted}")
     return words
 
 
@@ -69,16 +79,24 @@ def gencode(word: str) -> list[str]:
     return [f"-gencode=arch=compute_{number},code={code}" for code in codes]
 
 
-def compiler(variable: str, *names: str) -> str | None:
-    """The program that the environment variable names, or the first one of these names on the path."""
-    return os.environ.get(variable) or next(filter(None, map(shutil.which, names)), None)
+def compiler(variable: str, *names: str) -> list[str]:
+    """The command that the environment variable holds, or the first of these names on the path, or nothing."""
+    found = os.environ.get(variable, "").strip()
+    return shlex.split(found) if found else list(filter(None, map(shutil.which, names)))[:1]
 
 
-def run(*command: str) -> None:
-    """Runs a compiler; what it says is in the error."""
+def host_compiler() -> list[str]:
+    """nvcc's flags that have it call the compiler in CXX, where there is one; it takes a program and no launcher."""
+    program = [word for word in compiler("CXX") if Path(word).name not in LAUNCHERS][:1]
+    return ["-ccbin", *program] if program else []
+
+
+def run(*command: str) -> str:
+    """Runs a compiler and returns what it says; where it fails, that is in the error."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+    return done.stdout
 
 
 class BuildExtension(build_ext):
@@ -95,42 +113,54 @@ class BuildExtension(build_ext):
         if self.editable_mode:
             IN_PLACE.unlink(missing_ok=True)
         nvcc = compiler("NVCC", "nvcc", f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin/nvcc")
-        for cuda in (nvcc, None) if nvcc else (None,):
+        for cuda in (nvcc, []) if nvcc else ([],):
             try:
                 self._build(ext, cuda)
                 return
-            except (OSError, RuntimeError) as error:
+            except (ImportError, OSError, RuntimeError) as error:
                 if switch() == "1":
                     raise
                 part = "CUDA part of its extension" if cuda else "extension"
                 warnings.warn(f"kvlock goes on without the {part}: {error}", stacklevel=1)
         ext.optional = True  # nothing is copied where nothing was built
 
-    def _build(self, ext: Extension, nvcc: str | None) -> None:
+    def _build(self, ext: Extension, nvcc: list[str]) -> None:
         from torch.utils.cpp_extension import include_paths, library_paths
 
         cxx = compiler("CXX", "c++", "g++", "clang++")
-        if cxx is None:
+        if not cxx:
             raise RuntimeError("no C++ compiler was found; install g++ or set CXX")
         target, objects = Path(self.get_ext_fullpath(ext.name)), Path(self.build_temp)
         for folder in (target.parent, objects):
             folder.mkdir(parents=True, exist_ok=True)
         common = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", *(f"-I{path}" for path in include_paths())]
-        commands = {".cpp": [cxx, *CXX_FLAGS, *common]}
+        commands = {".cpp": [*cxx, *CXX_FLAGS, *common]}
         if nvcc:
-            words = architectures()
+            words = architectures(nvcc)
+            nvcc = [*nvcc, *host_compiler()]
             commands[".cpp"] += ["-DKVLOCK_CUDA", f'-DKVLOCK_ARCHITECTURES="{";".join(words)}"']
-            commands[".cu"] = [nvcc, *NVCC_FLAGS, *(flag for word in words for flag in gencode(word))]
+            commands[".cu"] = [*nvcc, *NVCC_FLAGS, *(flag for word in words for flag in gencode(word))]
         built = []
         for source in map(Path, ext.sources):
             if source.suffix in commands:
                 built.append(str(objects / f"{source.name}.o"))
                 run(*commands[source.suffix], "-c", str(source), "-o", built[-1])
-        linker = [nvcc, "-cudart=static"] if nvcc else [cxx]  # nvcc knows where its own library is
+        linker = [*nvcc, "-cudart=static"] if nvcc else cxx  # nvcc knows where its own library is
         libraries = [f"-L{path}" for path in library_paths()]
         part = target.with_suffix(".part")  # a build that is cut off leaves no half of an object
         run(*linker, "-shared", "-o", str(part), *built, *libraries, "-ltorch_cpu", "-ldl")
         part.replace(target)
+
+
+class Wheel(bdist_wheel):
+    """Names the extension's interface in the wheel's own name where it holds an extension."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """That of Python alone, but for the platform, where "auto" went on without the extension."""
+        python, abi, platform = super().get_tag()
+        command = self.get_finalized_command("build_ext")
+        built = any(Path(command.get_ext_fullpath(ext.name)).exists() for ext in command.extensions or [])
+        return (python, abi, platform) if built else (self.python_tag, "none", platform)
 
 
 setup(
@@ -149,7 +179,7 @@ setup(
         "kvlock_kernels": ["py.typed"],
     },
     ext_modules=extensions(),
-    cmdclass={"build_ext": BuildExtension},
+    cmdclass={"bdist_wheel": Wheel, "build_ext": BuildExtension},
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
     install_requires=[
         "torch>=2.10",

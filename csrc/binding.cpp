@@ -180,6 +180,15 @@ void kv_lerp_(Tensor x, Tensor source, Tensor index, Tensor ratio, Maybe scale, 
               static_cast<const float*>(ratio.const_data_ptr()));
 }
 
+// The contracts that these functions are written for, letter for letter. `_extension.py` looks for them before it loads
+// the object: nothing else would keep a function from arguments that it takes for others.
+[[gnu::used]] constexpr char CONTRACTS[] =
+    "kvlock_kernels\n"
+    "pack_kv(Tensor x, Tensor index, ScalarType dtype, *, Tensor? mean=None) -> (Tensor, Tensor)\n"
+    "unpack_kv(Tensor data, Tensor? scale, *, Tensor? mean=None, ScalarType dtype) -> Tensor\n"
+    "kv_lerp_(Tensor(a!) x, Tensor source, Tensor index, Tensor ratio, *, "
+    "Tensor? source_scale=None, Tensor? source_mean=None) -> ()";
+
 STABLE_TORCH_LIBRARY_IMPL(kvlock_kernels, CPU, library) {
   library.impl("pack_kv", TORCH_BOX(&pack_kv<Cpu>));
   library.impl("unpack_kv", TORCH_BOX(&unpack_kv<Cpu>));

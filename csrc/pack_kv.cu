@@ -74,13 +74,14 @@ __device__ Eight<Code> encoded(float (&x)[8], float inverse) {
   return codes;
 }
 
-// Rows of which 8 elements lie side by side: LANES threads take one head, 8 * LANES >= D, of TOKENS rows.
+// Rows of which 8 elements lie side by side: LANES threads take one head, 8 * LANES >= D, of TOKENS rows. A sample has
+// `blocks` blocks; samples follow each other in grid.x, the one axis that has room for any number of them.
 template <class T, class Code, int LANES>
-__global__ void __launch_bounds__(THREADS) encode_kernel(const Encode call) {
+__global__ void __launch_bounds__(THREADS) encode_kernel(const Encode call, uint32_t blocks) {
   const auto [samples, rows, heads, dim] = call.shape;
-  const uint32_t thread = blockIdx.x * THREADS + threadIdx.x, unit = thread / LANES;
+  const uint32_t thread = blockIdx.x % blocks * THREADS + threadIdx.x, unit = thread / LANES;
   const uint32_t tile = unit / static_cast<uint32_t>(heads), h = unit % static_cast<uint32_t>(heads);
-  const int64_t b = blockIdx.y, first = static_cast<int64_t>(tile) * TOKENS;
+  const int64_t b = blockIdx.x / blocks, first = static_cast<int64_t>(tile) * TOKENS;
   const int d = thread % LANES * 8;
 
   const bool inside = d < dim;
@@ -114,10 +115,10 @@ __global__ void __launch_bounds__(THREADS) encode_kernel(const Encode call) {
 
 // Any rows: a warp takes one head of one row and reads it twice.
 template <class T, class Code>
-__global__ void __launch_bounds__(THREADS) encode_any_kernel(const Encode call) {
+__global__ void __launch_bounds__(THREADS) encode_any_kernel(const Encode call, uint32_t blocks) {
   const auto [samples, rows, heads, dim] = call.shape;
-  const int64_t warp = static_cast<int64_t>(blockIdx.x) * (THREADS / WARP) + threadIdx.x / WARP;
-  const int64_t b = blockIdx.y, i = warp / heads, h = warp % heads, at = (b * rows + i) * heads + h;
+  const int64_t warp = static_cast<int64_t>(blockIdx.x % blocks) * (THREADS / WARP) + threadIdx.x / WARP;
+  const int64_t b = blockIdx.x / blocks, i = warp / heads, h = warp % heads, at = (b * rows + i) * heads + h;
   if (i >= rows) return;
   const int64_t token = token_of(call.x, i);
   const auto centred = [&](int64_t d, float(&x)[8]) {
@@ -207,7 +208,7 @@ bool wide(const Rows& rows, int64_t dim) {
 
 // Calls function with a value of the type behind dtype.
 template <class Function>
-void with_floating(Dtype dtype, Function function) {
+auto with_floating(Dtype dtype, Function function) {
   switch (dtype) {
     case Dtype::bf16: return function(__nv_bfloat16{});
     case Dtype::fp16: return function(__half{});
@@ -216,41 +217,40 @@ void with_floating(Dtype dtype, Function function) {
 }
 
 template <class Function>
-void with_any(Dtype dtype, Function function) {
+auto with_any(Dtype dtype, Function function) {
   if (dtype == Dtype::int8) return function(int8{});
   if (dtype == Dtype::e4m3) return function(e4m3{});
-  with_floating(dtype, function);
+  return with_floating(dtype, function);
 }
 
-template <class T, class Code>
-void launch_encode(const Encode& call, cudaStream_t stream) {
-  const Shape& shape = call.shape;
-  const auto launch = [&](auto kernel, int64_t threads) {
-    kernel<<<dim3(blocks_of(threads, THREADS), shape.samples), THREADS, 0, stream>>>(call);
-  };
-  const int64_t units = blocks_of(shape.rows, TOKENS) * shape.heads;
-  if (!wide(call.x, shape.dim) || !aligned(call.mean, 16) || shape.dim > 8 * WARP) {
-    launch(encode_any_kernel<T, Code>, shape.rows * shape.heads * WARP);
-  } else if (shape.dim > 128) {
-    launch(encode_kernel<T, Code, 32>, units * 32);
-  } else if (shape.dim > 64) {
-    launch(encode_kernel<T, Code, 16>, units * 16);
-  } else if (shape.dim > 32) {
-    launch(encode_kernel<T, Code, 8>, units * 8);
-  } else {
-    launch(encode_kernel<T, Code, 4>, units * 4);
-  }
-}
-
-const char* too_many(const Shape& shape) {
-  const int64_t size = shape.samples * shape.rows * shape.heads * (shape.dim + 256);
-  const bool fits = shape.samples < 65536 && size < INT64_C(1) << 34;
-  return fits ? nullptr : "found too many rows for one launch, wanted B < 2^16 and B * rows * H * (D + 256) < 2^34";
+// The blocks of all samples are numbered in 31 bits, the threads of one sample in 32.
+const char* too_many(int64_t blocks, int64_t samples) {
+  const bool fits = blocks * THREADS <= INT64_C(1) << 32 && blocks * samples < INT64_C(1) << 31;
+  return fits ? nullptr : "found too many rows for one launch, wanted fewer samples, rows or heads";
 }
 
 const char* launched() {
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+template <class T, class Code>
+const char* launch_encode(const Encode& call, cudaStream_t stream) {
+  const Shape& shape = call.shape;
+  const auto launch = [&](auto kernel, int64_t threads) {
+    const int64_t blocks = blocks_of(threads, THREADS);
+    if (const char* error = too_many(blocks, shape.samples)) return error;
+    kernel<<<blocks * shape.samples, THREADS, 0, stream>>>(call, blocks);
+    return launched();
+  };
+  const int64_t units = blocks_of(shape.rows, TOKENS) * shape.heads;
+  if (!wide(call.x, shape.dim) || !aligned(call.mean, 16) || shape.dim > 8 * WARP) {
+    return launch(encode_any_kernel<T, Code>, shape.rows * shape.heads * WARP);
+  }
+  if (shape.dim > 128) return launch(encode_kernel<T, Code, 32>, units * 32);
+  if (shape.dim > 64) return launch(encode_kernel<T, Code, 16>, units * 16);
+  if (shape.dim > 32) return launch(encode_kernel<T, Code, 8>, units * 8);
+  return launch(encode_kernel<T, Code, 4>, units * 4);
 }
 
 }  // namespace
@@ -263,28 +263,26 @@ bool has_code_for_current_device() {
 }
 
 const char* encode(const Encode& call, void* stream) {
-  if (const char* error = too_many(call.shape)) return error;
-  with_floating(call.x.dtype, [&](auto x) {
+  return with_floating(call.x.dtype, [&](auto x) {
     const auto launch = [&](auto code) {
-      launch_encode<decltype(x), decltype(code)>(call, static_cast<cudaStream_t>(stream));
+      return launch_encode<decltype(x), decltype(code)>(call, static_cast<cudaStream_t>(stream));
     };
-    call.dtype == Dtype::int8 ? launch(int8{}) : launch(e4m3{});
+    return call.dtype == Dtype::int8 ? launch(int8{}) : launch(e4m3{});
   });
-  return launched();
 }
 
 const char* mix(const Mix& call, void* stream) {
-  if (const char* error = too_many(call.shape)) return error;
   const Shape& shape = call.shape;
   const bool is_wide = wide(call.to, shape.dim) && wide(call.from, shape.dim) && aligned(call.mean, 16);
-  const uint32_t chunks = blocks_of(shape.dim, 8);
-  const int64_t blocks = blocks_of(blocks_of(shape.rows, TOKENS) * shape.heads * chunks, THREADS) * shape.samples;
+  const int64_t chunks = blocks_of(shape.dim, 8);
+  const int64_t blocks = blocks_of(blocks_of(shape.rows, TOKENS) * shape.heads * chunks, THREADS);
+  if (const char* error = too_many(blocks, shape.samples)) return error;
   with_floating(call.to.dtype, [&](auto to) {
     with_any(call.from.dtype, [&](auto from) {
       using To = decltype(to);
       using From = decltype(from);
       const auto kernel = is_wide ? mix_kernel<To, From, true> : mix_kernel<To, From, false>;
-      kernel<<<blocks, THREADS, 0, static_cast<cudaStream_t>(stream)>>>(call, chunks);
+      kernel<<<blocks * shape.samples, THREADS, 0, static_cast<cudaStream_t>(stream)>>>(call, chunks);
     });
   });
   return launched();

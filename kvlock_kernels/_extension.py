@@ -2,11 +2,13 @@
 
 import ctypes
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 BUILD = "pip install --no-build-isolation -e ."
+OPERATORS = ("pack_kv", "unpack_kv", "kv_lerp_")
 
 
 def path() -> Path | None:
@@ -15,15 +17,27 @@ def path() -> Path | None:
     return built if built.exists() else None
 
 
-def load() -> None:
-    """Registers what the extension implements, where it was built; one that torch cannot load warns with the reason."""
+def in_an_object(contracts: Mapping[str, str]) -> bytes:
+    """What stands in an object that was built for these contracts, the operators' schemas by their names."""
+    return "\n".join(["kvlock_kernels", *(contracts[name] for name in OPERATORS)]).encode() + b"\0"
+
+
+def load(contracts: Mapping[str, str]) -> None:
+    """Registers what the extension implements, where it was built; one that does not fit the contracts only warns."""
     built = path()
     if built is None:
         return
     try:
+        # Loading registers. A function that takes its arguments for others would read wild memory when it is called.
+        if in_an_object(contracts) not in built.read_bytes():
+            raise OSError("it was built for other operators than these")
         torch.ops.load_library(str(built))
     except OSError as error:
-        warnings.warn(f"{built} cannot be loaded ({error}); build it again: {BUILD}", RuntimeWarning, stacklevel=2)
+        warnings.warn(
+            f"{built} cannot be loaded ({error}); PyTorch and Triton serve instead; build it again: {BUILD}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def serves(name: str, key: str) -> bool:
@@ -32,7 +46,9 @@ def serves(name: str, key: str) -> bool:
 
 
 def architectures() -> list[str]:
-    """The GPU architectures that the extension has code for, such as "9.0"; none where only the CPU part was built."""
+    """The GPU architectures that the loaded extension has code for, such as "9.0"; none without a CUDA part."""
+    if not serves("kvlock_kernels::pack_kv", "CPU"):
+        return []  # not loaded, and looking into it would load it
     function = ctypes.CDLL(str(path())).kvlock_architectures
     function.restype = ctypes.c_char_p
     return function().decode().split(";") if function() else []

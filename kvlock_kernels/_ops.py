@@ -3,6 +3,7 @@
 The reference is registered under the lowest-priority key of the dispatcher and serves every device that has nothing
 better; CUDA has the kernels. Where the extension was built, it serves some operators on the CPU and on CUDA, and what
 would serve CUDA without it becomes the operator's fallback, which the extension calls on a GPU that it has no code for.
+Where a gradient is asked for, the reference serves what changes tensors in place, because autograd follows it alone.
 No result aliases an argument; where a tensor is missing, an empty one returns.
 """
 
@@ -15,6 +16,8 @@ from torch import Tensor
 from kvlock_kernels import _cuda, _extension, reference
 
 NAMESPACE = "kvlock_kernels"
+CONTRACTS: dict[str, str] = {}  # schemas by the names of the operators
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")  # its implementations last as long as it does
 
 _PAIR_OPTIONS = "Tensor? k_scale=None, Tensor? v_scale=None, Tensor? k_mean=None, Tensor? v_mean=None"
 
@@ -79,12 +82,31 @@ def _recorded_shapes(
     return k_data, k_scale, v_data, v_scale
 
 
+def _in_place(operator: torch._ops.OpOverload, plain: Callable[..., Any]) -> Callable[..., Any]:
+    """Counts the changes in place, as autograd wants it of torch's own operators; with gradients, `plain` serves."""
+    aliases = [argument.alias_info for argument in operator._schema.arguments]
+    changed = [i for i, alias in enumerate(aliases) if alias is not None and alias.is_write]
+
+    def counted(keys: torch._C.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args, **kwargs):
+            return plain(*args, **kwargs)
+        torch.autograd.graph.increment_version([args[i] for i in changed])
+        with torch._C._AutoDispatchBelowADInplaceOrView():  # the reference would count once more
+            return operator.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, *args, **kwargs)
+
+    return counted
+
+
 def _define(schema: str, plain: Callable[..., Any], shapes: Callable[..., Any]) -> None:
     name, signature = schema.split("(", 1)
+    CONTRACTS[name] = schema
     qualified = f"{NAMESPACE}::{name}"
     torch.library.define(qualified, f"({signature}", tags=torch.Tag.pt2_compliant_tag)
     torch.library.impl(qualified, "default", plain)  # "default" is CompositeExplicitAutograd
     torch.library.register_fake(qualified, shapes)
+    if name.endswith("_"):
+        operator = getattr(getattr(torch.ops, NAMESPACE), name).default
+        _library.impl(name, _in_place(operator, plain), "ADInplaceOrView", with_keyset=True)
 
 
 _define(
@@ -155,7 +177,7 @@ _define(
 )
 
 ops = getattr(torch.ops, NAMESPACE)
-_extension.load()
+_extension.load(CONTRACTS)
 
 for _name in _cuda.OPERATORS:
     _qualified = f"{NAMESPACE}::{_name}"

@@ -3,8 +3,9 @@
 Letters: B samples, N keys, M queries, H heads, D head dimension, C = H * D, W slots of the ring, rows = len(index).
 "floating" is fp32, bf16 or fp16. A wrong type, dtype, device or shape is a ValueError that says what was found and what
 is wanted. Nothing here waits for the device: values that live in tensors (an index within N, no row twice, a ratio that
-is a number) are trusted. No gradient is defined. Results are contiguous and share no memory with the arguments, but for
-the tensors that `kv_lerp_` and `kv_lerp_pair_` change in place and hand back.
+is a number) are trusted. No gradient is defined; a leaf that requires one is not changed in place, but refused as torch
+refuses it. Results are contiguous and share no memory with the arguments, but for the tensors that `kv_lerp_` and
+`kv_lerp_pair_` change in place and hand back.
 """
 
 from typing import NamedTuple

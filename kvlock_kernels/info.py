@@ -30,7 +30,7 @@ def built() -> str:
     if path is None:
         return f"not built; build it with {_extension.BUILD}"
     if not _extension.serves(f"{NAMESPACE}::pack_kv", "CPU"):
-        return f"{path} cannot be loaded"
+        return f"{path} cannot be loaded; build it again: {_extension.BUILD}"
     parts = ", ".join(_extension.architectures())
     return f"{path}, for the CPU" + (f" and for CUDA architectures {parts}" if parts else ", without a CUDA part")
 

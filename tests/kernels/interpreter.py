@@ -28,9 +28,10 @@ def kernels_on_cpu() -> Iterator[None]:
 
 @contextlib.contextmanager
 def bf16_as_on_a_gpu() -> Iterator[None]:
-    """Rounds fp32 to bf16 to nearest even and multiplies bf16 values, as every GPU does.
+    """Rounds fp32 to bf16 to nearest even, widens subnormal bf16 and multiplies bf16 values, as every GPU does.
 
-    The interpreter keeps bf16 as codes in uint16: it cuts the bits off, and tl.dot multiplies the codes.
+    The interpreter keeps bf16 as codes in uint16: it cuts the bits off, widens subnormal numbers to others, and tl.dot
+    multiplies the codes.
     """
     original = {name: vars(InterpreterBuilder)[name] for name in ("cast_impl", "create_fp_trunc", "create_dot")}
 
@@ -39,6 +40,8 @@ def bf16_as_on_a_gpu() -> Iterator[None]:
             values = torch.from_numpy(np.ascontiguousarray(src.data, dtype=np.float32))
             codes = values.to(torch.bfloat16).view(torch.uint16).numpy().reshape(src.data.shape)
             return TensorHandle(codes, tl.bfloat16)
+        if dst_type.scalar == tl.float32:
+            src = decoded(src)
         return original["cast_impl"](self, src, dst_type)
 
     def create_dot(self: Any, a: TensorHandle, b: TensorHandle, *options: Any) -> TensorHandle:

@@ -37,6 +37,14 @@ def scattered(tokens: int, rows: int) -> Tensor:
     return order[:rows].to(torch.get_default_device(), torch.int32)
 
 
+def extreme_rows(dtype: torch.dtype) -> Tensor:
+    """Rows [1, 9, 2, 24] from huge to subnormal and zero; the second head of each holds an ordinary number too."""
+    sizes = torch.tensor([3e38, 1e30, 1.0, 1e-30, 1e-36, 1e-37, 1e-38, 1e-44, 0.0])
+    x = (sizes[:, None] * normal(24).clamp(-1, 1)).reshape(1, len(sizes), 1, 24).repeat(1, 1, 2, 1)
+    x[:, :, 1, 5] = 1.0
+    return x.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max).to(dtype)
+
+
 def nan_with_payload(dtype: torch.dtype, *shape: int) -> Tensor:
     """A NaN that arithmetic and casts do not give back bit for bit."""
     code = {

@@ -20,6 +20,8 @@ from kvlock_kernels import reference
 
 each_call = pytest.mark.parametrize(("name", "make"), CALLS.values(), ids=CALLS.keys())
 each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS, indirect=True)
+# What serves the CPU in a plain run is the extension where it was built.
+everywhere = pytest.mark.parametrize("implementation", (*IMPLEMENTATIONS, "extension"), indirect=True)
 
 MUTATED = {
     "kv_lerp_": [0],
@@ -29,6 +31,10 @@ MUTATED = {
     "qk_norm_rope_kv_lerp_": [0, 1, 2],
     "qk_norm_rope_kv_pack_": [0, 1],
 }
+FIRST_CALL = dict(reversed(CALLS.values()))
+each_in_place_call = pytest.mark.parametrize(
+    ("name", "make"), [(name, FIRST_CALL[name]) for name in MUTATED], ids=MUTATED
+)
 HANDED_BACK = ("kv_lerp_", "kv_lerp_pair_", "qk_norm_rope_kv_lerp_")  # the changed tensors are the result
 OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
@@ -141,6 +147,40 @@ def test_only_the_tensors_named_in_the_schema_change(name: str, make: Callable[[
             assert not torch.equal(argument, original)
         else:
             assert_bit_identical(argument, original)
+
+
+@each_in_place_call
+@everywhere
+def test_a_change_in_place_is_counted_once(name: str, make: Callable[[], Call]) -> None:
+    """By the count autograd sees that a tensor it kept was changed."""
+    for mode in (torch.enable_grad, torch.inference_mode):
+        call = make()
+        before = [call.args[i]._version for i in MUTATED[name]]
+        with mode():
+            getattr(kvlock_kernels, name)(*call.args, **call.kwargs)
+        assert [call.args[i]._version for i in MUTATED[name]] == [version + 1 for version in before]
+
+
+@each_in_place_call
+@everywhere
+def test_a_leaf_that_requires_a_gradient_is_refused_as_torch_refuses_it(name: str, make: Callable[[], Call]) -> None:
+    for i in MUTATED[name]:
+        call, before = make(), make()
+        call.args[i].requires_grad_()
+        with pytest.raises(RuntimeError, match="a leaf Variable that requires grad is being used in an in-place"):
+            getattr(kvlock_kernels, name)(*call.args, **call.kwargs)
+        assert_bit_identical(call.args[i].detach(), before.args[i])
+        with torch.no_grad():
+            getattr(kvlock_kernels, name)(*call.args, **call.kwargs)
+
+
+@everywhere
+def test_a_gradient_flows_through_a_lerp_whatever_serves_it() -> None:
+    x, source = torch.ones(1, 3, 1, 2, requires_grad=True), torch.zeros(1, 2, 1, 2, requires_grad=True)
+    rows = kvlock_kernels.kv_lerp_(x * 1, source, torch.tensor([2, 0], dtype=torch.int32), torch.tensor([0.25]))
+    rows.sum().backward()
+    assert x.grad is not None and x.grad.flatten().tolist() == [0.75, 0.75, 1, 1, 0.75, 0.75]
+    assert source.grad is not None and source.grad.flatten().tolist() == [0.25] * 4
 
 
 def test_source_rows_may_be_a_view_of_the_tensor_that_is_changed() -> None:

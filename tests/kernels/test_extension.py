@@ -20,7 +20,6 @@ pytestmark = pytest.mark.skipif(_extension.path() is None, reason=f"the extensio
 
 INT8, FP8 = torch.int8, torch.float8_e4m3fn
 STORAGE = (*DTYPES, INT8, FP8)
-NAMES = ("pack_kv", "unpack_kv", "kv_lerp_")
 
 
 def assert_same(actual: Tensor, expected: Tensor) -> None:
@@ -44,7 +43,7 @@ def assert_packs_as_the_reference(x: Tensor, index: Tensor, dtype: torch.dtype, 
 
 
 def test_it_serves_its_operators_and_leaves_the_fallbacks_to_python() -> None:
-    for name in NAMES:
+    for name in _extension.OPERATORS:
         assert _extension.serves(f"kvlock_kernels::{name}", "CPU") and info.on_cpu(name) == "extension"
         assert _extension.serves(f"kvlock_kernels::fallback_{name}", "CUDA") == bool(_extension.architectures())
     assert info.on_cpu("lock_schedule").startswith("reference")
@@ -74,21 +73,35 @@ def test_a_lerp_has_the_bits_of_the_reference(regime: dict[str, Any]) -> None:
     assert_bit_identical(kv_lerp_(x, source, index, ratio, **options), expected)
 
 
-sizes = st.tuples(st.integers(1, 2), st.integers(1, 9), st.integers(1, 3), st.sampled_from((1, 3, 8, 24, 40, 128, 260)))
-exponents = st.integers(-44, 30)  # of ten: from subnormal numbers on
+dims = st.sampled_from((1, 3, 8, 24, 40, 128, 260))
+sizes = st.tuples(st.sampled_from((1, 2, 1, 2, 0)), st.integers(1, 9), st.integers(1, 3), dims)
+exponents = st.integers(-44, 38) | st.sampled_from((-37, -36))  # of ten; there scales cease to be normal numbers
 special = st.lists(st.sampled_from((0.0, -0.0, math.inf, -math.inf, math.nan, 2.0**-149, 2.0**-126)), max_size=4)
 layouts = st.sampled_from(("dense", "heads first", "one of three", "every other element"))
+ratios = st.lists(st.floats(-0.5, 1.5) | st.sampled_from((0.0, 1.0, 0.999, math.nan)), min_size=2, max_size=2)
 
 
-def laid_out(layout: str, b: int, n: int, h: int, d: int, seed: int, dtype: torch.dtype) -> Tensor:
-    """Normal numbers [B, N, H, D] with the strides that the layout has."""
+def numbers(
+    shape: tuple[int, ...], exponent: int, values: list[float], seed: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Normal numbers times ten to the exponent, a first token of zeros beside others, and some special values."""
+    x = normal(*shape, seed=seed).double().mul(10.0**exponent).to(dtype)
+    x[:, :1] *= float(shape[1] == 1)
+    for i, value in enumerate(values):
+        x.view(-1)[5 * i :: 97] = value
+    return x
+
+
+def laid_out(layout: str, x: Tensor) -> Tensor:
+    """x [B, N, ..] with the strides that the layout has."""
+    codes = x.view(torch.uint8) if x.dtype in reference.EIGHT_BIT else x
     if layout == "heads first":
-        return normal(b, h, n, d, seed=seed, dtype=dtype).transpose(1, 2)
-    if layout == "one of three":
-        return normal(b, n, 3, h, d, seed=seed, dtype=dtype)[:, :, 1]
-    if layout == "every other element":
-        return normal(b, n, h, 2 * d, seed=seed, dtype=dtype)[..., ::2]
-    return normal(b, n, h, d, seed=seed, dtype=dtype)
+        codes = codes.transpose(1, 2).contiguous().transpose(1, 2)
+    elif layout == "one of three":
+        codes = torch.stack([codes] * 3, 2)[:, :, 1]
+    elif layout == "every other element":
+        codes = torch.stack([codes] * 2, -1).flatten(-2)[..., ::2]
+    return codes.view(x.dtype)
 
 
 @settings(max_examples=150, deadline=None)
@@ -101,33 +114,42 @@ def test_packing_has_the_bits_of_the_reference(
     dtype: torch.dtype, storage: torch.dtype, means: str | None,
 ) -> None:  # fmt: skip
     b, n, h, d = size
-    x = laid_out(layout, b, n, h, d, seed, torch.float32).double().mul(10.0**exponent).to(dtype)
-    for place, value in enumerate(values):
-        x[place % b, place % n, place % h, (3 * place) % d] = value
+    x = laid_out(layout, numbers(size, exponent, values, seed, dtype))
     mean = None
     if means is not None and storage in reference.EIGHT_BIT:
-        mean = normal(b if means == "each" else 1, h, d, seed=seed + 1) * 10.0 ** max(exponent, -38)
+        mean = laid_out(layout, numbers((b if means == "each" else 1, h, d), exponent, [], seed + 1))
     assert_packs_as_the_reference(x, scattered(n, round(share * n)), storage, mean)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
-    size=sizes, share=st.floats(0, 1), layout=layouts, seed=st.integers(0, 1000), flat=st.booleans(),
-    dtype=st.sampled_from(DTYPES), storage=st.sampled_from(STORAGE), shared=st.booleans(), mean=st.booleans(),
-    ratios=st.lists(st.sampled_from((0.0, -1.0, 0.3, 0.999, 1.0, 2.0, math.nan)), min_size=2, max_size=2),
+    size=sizes, share=st.floats(0, 1), exponent=exponents, values=special, layout=layouts, seed=st.integers(0, 1000),
+    dtype=st.sampled_from(DTYPES), storage=st.sampled_from(STORAGE), shared=st.booleans(), flat=st.booleans(),
+    means=st.sampled_from((None, "one", "each")), ratio=ratios,
 )  # fmt: skip
-def test_lerping_has_the_bits_of_the_reference(
-    size: tuple[int, int, int, int], share: float, layout: str, seed: int, flat: bool,
-    dtype: torch.dtype, storage: torch.dtype, shared: bool, mean: bool, ratios: list[float],
+def test_decoding_and_lerping_any_codes_have_the_bits_of_the_reference(
+    size: tuple[int, int, int, int], share: float, exponent: int, values: list[float], layout: str, seed: int,
+    dtype: torch.dtype, storage: torch.dtype, shared: bool, flat: bool, means: str | None, ratio: list[float],
 ) -> None:  # fmt: skip
     b, n, h, d = size
-    index, ratio = scattered(n, round(share * n)), torch.tensor(ratios[:b])
-    source, options, _ = source_rows(storage, 1 if shared else b, len(index), h, d, mean=mean, seed=seed)
-    x = laid_out(layout, b, n, h, d, seed + 1, dtype)
+    index, sources = scattered(n, round(share * n)), 1 if shared else b
+    shape, scale, mean = (sources, len(index), h, d), None, None
+    if storage in reference.EIGHT_BIT:  # all codes, also those that packing gives to nothing
+        codes = torch.randint(256, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+        source = laid_out(layout, codes.view(storage))
+        scale = laid_out(layout, numbers(shape[:3], exponent, values, seed + 1).abs())
+        if means is not None:
+            mean = laid_out(layout, numbers((sources if means == "each" else 1, h, d), exponent, values, seed + 2))
+    else:
+        source = laid_out(layout, numbers(shape, exponent, values, seed, storage))
+    unpacked = unpack_kv(source, scale, mean=mean, dtype=dtype)
+    assert_same(unpacked, reference.unpack_kv(source, scale, mean=mean, dtype=dtype))
+
+    x = laid_out(layout, numbers(size, exponent, values, seed + 3, dtype))
     x = x.flatten(2) if flat else x
-    expected = x.clone()
-    reference.kv_lerp_(expected, source, index, ratio, **options)
-    assert_same(kv_lerp_(x, source, index, ratio, **options), expected)
+    expected, options = x.clone(), {"source_scale": scale, "source_mean": mean}
+    reference.kv_lerp_(expected, source, index, torch.tensor(ratio[:b]), **options)
+    assert_same(kv_lerp_(x, source, index, torch.tensor(ratio[:b]), **options), expected)
 
 
 @pytest.mark.parametrize("dtype", STORAGE, ids=str)
@@ -176,3 +198,16 @@ def test_bad_arguments_below_the_door_are_named() -> None:
     ):
         with pytest.raises(RuntimeError, match=f"{name}: found .*{wanted}"):
             call()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("d", [8, 5], ids=["wide", "any"])
+def test_more_samples_than_a_grid_has_rows_are_served(d: int) -> None:
+    """65535 is where every axis of a grid ends but the first."""
+    with torch.device("cuda"):
+        x, index = normal(70000, 2, 1, d), int32(1)
+        for dtype in (INT8, torch.bfloat16):
+            assert_packs_as_the_reference(x, index, dtype, None)
+        expected, source, ratio = x.clone(), normal(70000, 1, 1, d, seed=1), torch.full((70000,), 0.3)
+        reference.kv_lerp_(expected, source, index, ratio)
+        assert_same(kv_lerp_(x, source, index, ratio), expected)

@@ -45,7 +45,7 @@ def chosen(code: Kernels, *parts: str) -> Kernels:
 
 
 def built_for() -> set[str]:
-    return {"sm_" + word.removesuffix("+PTX").replace(".", "") for word in _extension.architectures()}
+    return {"sm_" + re.sub(r"[^\d]", "", word) for word in _extension.architectures()}
 
 
 def test_every_kernel_is_there_for_every_architecture(code: Kernels) -> None:
@@ -73,9 +73,11 @@ def test_rows_move_in_accesses_of_16_bytes(code: Kernels, dtype: str) -> None:
 
 
 def test_e4m3_is_encoded_by_an_instruction_where_there_is_one(code: Kernels) -> None:
-    for (arch, _), opcodes in chosen(code, "encode_", "e4m3").items():
-        instructions = sum(n for opcode, n in opcodes.items() if opcode.startswith("F2FP") and "E4M3" in opcode)
-        assert (instructions > 0) == (arch != "sm_80")
+    with_one = {key: opcodes for key, opcodes in chosen(code, "encode_", "e4m3").items() if int(key[0][3:]) >= 89}
+    if not with_one:
+        pytest.skip("the extension is built for older architectures only")
+    for opcodes in with_one.values():
+        assert any(opcode.startswith("F2FP") and "E4M3" in opcode for opcode in opcodes)
 
 
 def test_no_product_and_sum_are_fused(code: Kernels) -> None:

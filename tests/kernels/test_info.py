@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvlock_kernels import _cuda, _extension, info
+from kvlock_kernels import _cuda, _extension, _ops, info
 
 
 def test_the_command_names_every_operator_and_what_serves_it() -> None:
@@ -26,16 +26,30 @@ def test_an_extension_that_was_not_built_is_named_with_the_command_that_builds_i
     assert info.built() == "not built; build it with pip install --no-build-isolation -e ."
 
 
+OLDER = _ops.CONTRACTS | {"pack_kv": "pack_kv(Tensor x, Tensor index, ScalarType dtype) -> (Tensor, Tensor)"}
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (_extension.in_an_object(_ops.CONTRACTS), "_C"),
+        (_extension.in_an_object(OLDER), "it was built for other operators than these"),
+        (b"a foreign object", "it was built for other operators than these"),
+    ],
+    ids=["broken", "older", "foreign"],
+)
 def test_an_extension_that_cannot_be_loaded_warns_and_leaves_the_operators(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: bytes, reason: str
 ) -> None:
-    broken = tmp_path / "_C.so"
-    broken.write_bytes(b"no object")
-    monkeypatch.setattr(_extension, "path", lambda: broken)
-    with pytest.warns(RuntimeWarning, match=r"_C\.so cannot be loaded .*pip install --no-build-isolation"):
-        _extension.load()
+    built = tmp_path / "_C.so"
+    built.write_bytes(content)
+    monkeypatch.setattr(_extension, "path", lambda: built)
+    message = rf"_C\.so cannot be loaded \(.*{reason}.*\); .* serve instead; build it again: {_extension.BUILD}"
+    with pytest.warns(RuntimeWarning, match=message):
+        _extension.load(_ops.CONTRACTS)
     monkeypatch.setattr(_extension, "serves", lambda name, key: False)
-    assert info.built() == f"{broken} cannot be loaded"
+    assert info.built().startswith(f"{built} cannot be loaded; build it again: pip install")
+    assert _extension.architectures() == []
 
 
 def test_on_cuda_the_extension_comes_first_and_triton_fills_the_gap(monkeypatch: pytest.MonkeyPatch) -> None:

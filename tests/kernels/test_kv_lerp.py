@@ -6,11 +6,11 @@ import pytest
 import torch
 from refusals import Bad, assert_refused, bad_inputs
 from regimes import STREAMING, all_of, each_regime, rows_of
-from samples import DTYPES, NAN, int32, nan_with_payload, normal, packed, source_rows
+from samples import DTYPES, NAN, extreme_rows, int32, nan_with_payload, normal, packed, source_rows
 from tolerance import assert_as_accurate_as_torch, assert_bit_identical
 from torch import Tensor
 
-from kvlock_kernels import kv_lerp_, unpack_kv
+from kvlock_kernels import kv_lerp_, reference, unpack_kv
 
 EACH_IMPLEMENTATION = True
 
@@ -88,6 +88,21 @@ def test_the_ratio_is_not_rounded_to_the_dtype_of_the_rows() -> None:
     x = torch.full((1, 1, 1, 1), 512.0, dtype=torch.bfloat16)
     kv_lerp_(x, torch.zeros(1, 1, 1, 1), int32(0), torch.tensor([0.999]))  # 1.0 in bf16
     assert_bit_identical(x, torch.full((1, 1, 1, 1), 0.512, dtype=torch.bfloat16))
+
+
+@each_dtype
+@pytest.mark.parametrize("storage", [torch.bfloat16, torch.int8, torch.float8_e4m3fn], ids=["bf16", "int8", "fp8"])
+def test_extreme_rows_mix_to_the_bits_of_the_reference(
+    dtype: torch.dtype, storage: torch.dtype, implementation: str
+) -> None:
+    if implementation == "cuda":
+        pytest.skip("a GPU may round a product and a sum at once")
+    x, ratio = extreme_rows(dtype), torch.tensor([0.3])
+    index = torch.arange(x.shape[1], dtype=torch.int32)
+    source, scale = reference.pack_kv(extreme_rows(torch.float32), index.flip(0), storage)
+    expected, options = x.clone(), {"source_scale": scale if scale.numel() else None}
+    reference.kv_lerp_(expected, source, index, ratio, **options)
+    assert_bit_identical(kv_lerp_(x, source, index, ratio, **options), expected)
 
 
 def test_ratios_outside_the_unit_interval_act_as_its_ends() -> None:

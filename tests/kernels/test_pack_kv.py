@@ -6,7 +6,7 @@ import pytest
 import torch
 from refusals import Bad, assert_refused, bad_inputs
 from regimes import STREAMING, all_of, each_regime, rows_of
-from samples import DTYPES, NAN, int32, normal
+from samples import DTYPES, NAN, extreme_rows, int32, normal
 from tolerance import assert_bit_identical, assert_within_roundings
 
 from kvlock_kernels import pack_kv, reference, unpack_kv
@@ -185,6 +185,43 @@ def test_a_row_that_is_not_finite_keeps_no_finite_value(packing: torch.dtype, li
     rows = unpack_kv(*pack_kv(x, int32(6, 0, 3), packing))
     assert not rows[0, 1, 1].isfinite().any()
     assert rows[0, [0, 2]].isfinite().all() and rows[0, 1, 0].isfinite().all()
+
+
+@each_dtype
+@pytest.mark.parametrize(
+    ("storage", "has_mean"),
+    [(INT8, False), (INT8, True), (FP8, False), (FP8, True), (torch.bfloat16, False)],
+    ids=["int8", "int8-mean", "fp8", "fp8-mean", "bf16"],
+)
+def test_extreme_rows_have_the_bits_of_the_reference(
+    dtype: torch.dtype, storage: torch.dtype, has_mean: bool
+) -> None:
+    x = extreme_rows(dtype)
+    index = torch.arange(x.shape[1], dtype=torch.int32).flip(0)
+    mean = x[:, 3].float() if has_mean else None
+    data, scale = pack_kv(x, index, storage, mean=mean)
+    expected, expected_scale = reference.pack_kv(x, index, storage, mean=mean)
+    assert_bit_identical(data, expected)
+    assert_bit_identical(expected_scale if scale is None else scale, expected_scale)
+    for back in DTYPES:
+        wanted = reference.unpack_kv(data, scale, mean=mean, dtype=back)
+        assert_bit_identical(unpack_kv(data, scale, mean=mean, dtype=back), wanted)
+
+
+@each_packing
+@pytest.mark.parametrize("value", [NAN, float("inf"), -float("inf")], ids=str)
+def test_rows_that_are_not_finite_have_the_codes_of_the_reference(
+    packing: torch.dtype, limit: float, value: float
+) -> None:
+    x = normal(1, 7, 2, 24)
+    x[0, 0, 1, 2] = value
+    for actual, expected in zip(
+        pack_kv(x, int32(6, 0, 3), packing), reference.pack_kv(x, int32(6, 0, 3), packing), strict=True
+    ):
+        assert actual is not None
+        nan = expected.float().isnan()
+        assert torch.equal(actual.float().isnan(), nan)
+        assert_bit_identical(actual.float().masked_fill(nan, 0), expected.float().masked_fill(nan, 0))
 
 
 @each_packing
