@@ -100,6 +100,14 @@ class Timing(NamedTuple):
     p80: float
 
 
+def ready(provider: Provider) -> Provider:
+    """The provider, compiled where it wants to be."""
+    if not provider.compiled:
+        return provider
+    torch.compiler.reset()
+    return provider._replace(run=torch.compile(provider.run, fullgraph=True, dynamic=False))
+
+
 def gate(case: Case, provider: Provider, device: str) -> Check:
     """Runs the case once on fresh inputs and compares with the formula in fp64.
 
@@ -196,9 +204,7 @@ def rows(cases: Iterable[Case], machine: Machine, ceilings: Ceilings, device: st
 
 
 def _measured(case: Case, provider: Provider, ceilings: Ceilings, device: str) -> Row:
-    if provider.compiled:
-        torch.compiler.reset()
-        provider = provider._replace(run=torch.compile(provider.run, fullgraph=True, dynamic=False))
+    provider = ready(provider)
     check = gate(case, provider, device)
     errors = {"max_error": f"{check.error:.3g}", "relative_error": f"{check.relative:.3g}"}
     if not check.passed:

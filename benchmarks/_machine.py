@@ -18,7 +18,7 @@ class Machine:
         import triton
 
         self.gpu = torch.cuda.get_device_name(0)
-        self._versions = {"torch": torch.__version__, "triton": triton.__version__, "commit": commit or _commit()}
+        self._versions = {"torch": torch.__version__, "triton": triton.__version__, "commit": commit or checkout()}
         self._nvml, self._handle = None, None
         try:
             import pynvml
@@ -58,7 +58,7 @@ class Machine:
             return {}
 
 
-def _commit() -> str:
+def checkout() -> str:
     """The commit of this checkout, marked where it has changes; blank outside of one."""
     git = lambda *words: subprocess.run(
         ["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True, check=True
