@@ -71,7 +71,7 @@ def measure(cases: list[Case], out: Path, commit: str | None) -> None:
             share = f"{row.share_of_copy or row.share_of_matmul or '-'} of {'copy' if row.share_of_copy else 'matmul'}"
             time = f"{row.p50} us, {share}" if row.status == "ok" else row.note
             print(f"{row.op} {row.source} {row.shape} {row.setting} {row.provider}: {row.status}, {time}", flush=True)
-    from benchmarks import figures
+    from benchmarks import figures  # needs matplotlib, which nothing else here does
 
     figures.draw(path)
 

@@ -15,7 +15,8 @@ from benchmarks._harness import Results, Row
 from benchmarks._machine import checkout
 
 COPY_BYTES = 2**25
-COPIES = 30
+COPIES = 20
+MACHINE = pytest.StashKey[dict[str, str]]()
 ROWS = pytest.StashKey[list[Row]]()
 
 
@@ -25,6 +26,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[ROWS] = []
+    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    versions = {"torch": torch.__version__, "commit": checkout(), "date": date}  # of what has been imported, not later
+    config.stash[MACHINE] = {"gpu": f"{processor()}, one core"} | versions
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -36,22 +40,22 @@ def one_core() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def memcpy() -> float:
-    """The bytes a second of the C library's copy on one core, read and written; 32 MiB, which few caches hold."""
+    """The bytes a second of the C library's copy on one core right before the row, read and written; 32 MiB."""
     source, target = (torch.full((COPY_BYTES,), fill, dtype=torch.uint8) for fill in (1, 2))
 
     def seconds() -> float:
-        start = time.perf_counter()
+        start = time.process_time()
         ctypes.memmove(target.data_ptr(), source.data_ptr(), COPY_BYTES)
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     return 2 * COPY_BYTES / statistics.median(seconds() for _ in range(COPIES))
 
 
 @pytest.fixture
 def keep(request: pytest.FixtureRequest) -> Any:
-    """Takes a row; what is blank of machine and versions is filled in."""
+    """Takes a row; the columns of the machine and its versions are filled in at the end."""
     return request.config.stash[ROWS].append
 
 
@@ -59,13 +63,13 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     rows = config.stash[ROWS]
     for row in rows:
         name = " ".join(filter(None, (row.op, row.source, row.setting, row.provider)))
-        terminalreporter.write_line(f"{name} ({row.library}): {row.rate} GB/s, {row.share_of_copy} of memcpy")
+        share = f", {row.share_of_copy} of memcpy" if row.share_of_copy else ""
+        served = f" ({row.library})" if row.library else ""
+        terminalreporter.write_line(f"{name}{served}: {row.rate} {row.rate_unit}{share}")
     if path := config.getoption("--csv"):
-        date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        versions = {"gpu": f"{processor()}, one core", "torch": torch.__version__, "commit": checkout(), "date": date}
         with Results(path) as results:
             for row in rows:
-                results.write(row._replace(**versions))
+                results.write(row._replace(**config.stash[MACHINE]))
 
 
 def processor() -> str:
