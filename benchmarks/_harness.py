@@ -184,23 +184,23 @@ def matmul_row(machine: Machine, device: str = "cuda") -> tuple[Row, float]:
 
 
 def rows(cases: Iterable[Case], machine: Machine, ceilings: Ceilings, device: str = "cuda") -> Iterator[Row]:
-    """Measures every provider of every case; one that cannot run does not end the run."""
+    """Predicts every row, then measures it; a provider that cannot run does not end the run."""
+    assumed = rates(machine.gpu)
+    planned = [(case, provider) for case in cases for provider in case.providers]
+    predicted = [f"{predict(case, provider.name, assumed).us:.2f}" if assumed else "" for case, provider in planned]
     plain: dict[tuple[str, str], float] = {}  # times of plain attention, by shape and provider
-    for case in cases:
-        for provider in case.providers:
-            try:
-                row = _measured(case, provider, ceilings, device)
-            except Exception as error:
-                row = _blank(case, provider, "error", note=f"{type(error).__name__}: {error}".splitlines()[0])
-            memory = machine.memory()
-            torch.cuda.empty_cache()
-            if row.p50 and case.op == "attention":
-                plain[row.shape, row.provider] = float(row.p50)
-            if row.p50 and (row.shape, provider.over) in plain:
-                row = row._replace(over_plain=f"{float(row.p50) / plain[row.shape, provider.over]:.4f}")
-            assumed = rates(machine.gpu)
-            predicted = f"{predict(case, provider.name, assumed).us:.2f}" if assumed else ""
-            yield row._replace(predicted_us=predicted, **memory, **machine.now())
+    for (case, provider), prediction in zip(planned, predicted, strict=True):
+        try:
+            row = _measured(case, provider, ceilings, device)
+        except Exception as error:
+            row = _blank(case, provider, "error", note=f"{type(error).__name__}: {error}".splitlines()[0])
+        memory = machine.memory()
+        torch.cuda.empty_cache()
+        if row.p50 and case.op == "attention":
+            plain[row.shape, row.provider] = float(row.p50)
+        if row.p50 and (row.shape, provider.over) in plain:
+            row = row._replace(over_plain=f"{float(row.p50) / plain[row.shape, provider.over]:.4f}")
+        yield row._replace(predicted_us=prediction, **memory, **machine.now())
 
 
 def _measured(case: Case, provider: Provider, ceilings: Ceilings, device: str) -> Row:

@@ -61,7 +61,7 @@ def limit(lines: list[Line], gpu: Rates, name: str) -> Figure:
     axes.set_xlim(0, 105)
     axes.set_xlabel(f"limit over time (%): {gpu.bandwidth / 1e12:g} TB/s, {gpu.products / 1e12:g} TFLOP/s")
     axes.set_title(f"{WAN_1_3B_480P.name}, {name}; orange: this package", fontsize=9, loc="left")
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    axes.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 

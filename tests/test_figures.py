@@ -1,9 +1,11 @@
 """The pictures of results: what they show is read back from the axes."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from benchmarks import __main__ as runner
 from benchmarks import figures, growth, roofline
 from benchmarks._case import RATES
 from benchmarks._harness import Results, Row, read
@@ -55,3 +57,20 @@ def test_pictures_are_written_beside_the_results_and_none_for_an_unknown_gpu(tmp
     drawn = figures.draw(tmp_path / "known.csv")
     assert [path.name for path in drawn] == ["known-limit.png", "known-attention.png", "known-growth.png"]
     assert all(path.stat().st_size for path in drawn)
+
+
+def test_a_run_on_a_gpu_writes_the_ceilings_and_the_rows_and_draws_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy, first, *_ = read(H100)
+    monkeypatch.setattr(runner, "Machine", lambda commit: SimpleNamespace(gpu="NVIDIA H100 PCIe"))
+    monkeypatch.setattr(runner, "copy_row", lambda machine: (copy, 3e12))
+    monkeypatch.setattr(runner, "matmul_row", lambda machine: (copy._replace(op="matmul"), 7e14))
+    ceilings = []
+    monkeypatch.setattr(runner, "rows", lambda cases, machine, given: ceilings.append(given) or [first])
+    runner.measure([], tmp_path, None)
+    assert [row.op for row in read(tmp_path / "nvidia-h100-pcie.csv")] == ["copy", "matmul", "kv_lerp_"]
+    assert ceilings == [(3e12, 7e14)]
+    assert {path.name for path in tmp_path.glob("*.png")} == {
+        f"nvidia-h100-pcie-{name}.png" for name in ("limit", "attention", "growth")
+    }
