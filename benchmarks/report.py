@@ -149,18 +149,18 @@ def cpu() -> str:
         lines.append(
             (
                 f"`{op}` {source} {setting if 'without' in setting else ''}".strip(), row.library, share,
-                f"{100 * target:.0f} %" if target else "", *(_faster(row, other) for other in others),
+                f"{100 * target:.0f} %" if target else "", *(_over(row, other) for other in others),
             )
         )  # fmt: skip
     some = next(iter(rows.values()))
     table = markdown(
-        ["operator", "served by", "of memcpy", "target", "time of eager", "time of torch.compile"], lines
+        ["operator", "served by", "of memcpy", "target", "eager over it", "torch.compile over it"], lines
     )
     return f"{some.gpu}; torch {some.torch}.\n\n{table}"
 
 
-def _faster(row: Row, other: Row | None) -> str:
-    return "" if other is None else f"{float(other.p50) / float(row.p50):.2f} times"
+def _over(row: Row, other: Row | None) -> str:
+    return "" if other is None else f"{float(other.p50) / float(row.p50):.2g}"
 
 
 BLOCKS = {"cost": cost, "models": models, "misses": misses, "cpu": cpu}
