@@ -17,8 +17,8 @@ LOCK, PASS = "share 0.8, ratio 0.3", "qk_norm_rope_kv_lerp_"
 CAUSES = {  # of the misses of this package's own rows, by operator and provider
     ("kv_lerp_", "kvlock"): "the launch itself: `torch.lerp` on a slice takes as long",
     (PASS, "kvlock"): "not profiled; with the lock the same kernel is where it was predicted",
-    ("windowed_variance_", "kvlock"): "a second launch, see below",
-    ("guided_velocity", "kvlock"): "two launches that depend on each other, see below",
+    ("windowed_variance_", "kvlock"): "a second launch, see above",
+    ("guided_velocity", "kvlock"): "two launches that depend on each other, see above",
     ("attention", "kvlock sm_90"): "heads of 64 and 96; rates are assumed for 128, and cuDNN misses too",
     ("attention", "kvlock in loop, no rows"): "not profiled; the loop is the one that mixes",
     ("attention", "one launch, no rows"): "not profiled; one program on each multiprocessor",
@@ -81,7 +81,7 @@ def models() -> str:
     """Attention of one layer of each model, plain and locked: measured, or predicted and said so."""
     found = Measured(H100)
     return markdown(
-        ["model", "tokens", "heads", "plain, cuDNN", "locked, rows in int8", "over plain", "predicted"],
+        ["model", "tokens", "heads", "plain, cuDNN", "locked, rows in int8", "over plain", "predicted over plain"],
         (_model(found, shape) for shape in SHAPES),
     )
 
@@ -110,7 +110,8 @@ def misses() -> str:
         ["row", "by", "shape", "predicted", "measured", "times", "why"],
         (
             (
-                f"`{line.op}` {line.source or line.setting}", line.provider, line.shape,
+                " ".join(filter(None, (f"`{line.op}`", line.source, line.setting.split(", ")[0]))),
+                line.provider, line.shape,
                 f"{line.prediction.us:.1f} us", f"{line.measured:.1f} us", f"{1 + line.missed:.2f}",
                 CAUSES[line.op, line.provider],
             )

@@ -107,6 +107,17 @@ def test_every_own_row_that_misses_its_prediction_has_a_cause_and_no_cause_is_le
     assert flagged == set(report.CAUSES)
 
 
+def test_what_the_first_table_compares_was_measured_in_one_run() -> None:
+    latest = {(r.op, r.provider, r.shape, r.source, r.setting): r.commit for r in ROWS if r.status == "ok"}
+    for shape in ("wan-1.3b-480p", "small-h12"):
+        plain = latest["attention", "SDPA cuDNN", shape, "", "no rows"]
+        assert plain == latest["kv_lerp_attention_", "kvlock", shape, "int8", report.LOCK]
+    alone, locked = (
+        latest[report.PASS, "kvlock", "wan-1.3b-480p", "bf16", setting] for setting in ("without the lock", report.LOCK)
+    )
+    assert alone == locked
+
+
 def test_what_was_not_measured_is_predicted_and_says_so() -> None:
     shapes = {r.shape for r in ROWS if (r.op, r.provider) == ("kv_lerp_attention_", "kvlock")}
     lines = [line for line in report.models().splitlines() if line.startswith("| `")]
