@@ -193,8 +193,8 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", TRITON],
-        "bench": ["pytest-benchmark", "nvidia-ml-py"],
+        "test": ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff", "mypy", TRITON],
+        "bench": ["nvidia-ml-py"],
         "flash": ["flash-attn"],
         "triton": [TRITON],
     },

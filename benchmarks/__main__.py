@@ -8,7 +8,8 @@ import torch
 
 from benchmarks import attention, guidance, lerp, norm_rope, packing, variance
 from benchmarks._case import RATES, TARGET_GPU, Case
-from benchmarks._harness import Machine, Results, copy_row, rows
+from benchmarks._harness import Ceilings, Machine, Results, copy_row, matmul_row, rows
+from benchmarks._model import predict
 
 CASES = (*lerp.CASES, *packing.CASES, *norm_rope.CASES, *variance.CASES, *guidance.CASES, *attention.CASES)
 
@@ -17,13 +18,15 @@ def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code: 2 where a GPU is asked for and there is none."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--gpu", action="store_true", help="measure on the first CUDA GPU")
-    parser.add_argument("--core", action="store_true", help="the short run, of about 75 rows")
+    parser.add_argument("--core", action="store_true", help="the short run, of about 40 rows, marked in the list")
     parser.add_argument("--only", metavar="NAME", default="", help="cases whose line in the list has NAME in it")
     parser.add_argument("--by", metavar="NAME", default="", help="providers whose name has NAME in it")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", metavar="DIR")
     parser.add_argument("--commit", help="what was measured, where this is no git checkout")
     options = parser.parse_args(arguments)
     cases = [case for case in CASES if options.only in case.label and (case.core or not options.core)]
+    if options.core:
+        cases = [case.short() for case in cases]
     if not cases:
         parser.error(f"no case has {options.only!r} in its line")
     if options.by:
@@ -41,24 +44,36 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def describe(case: Case) -> str:
-    """One line: the case, its bytes or FLOP, the prediction for the GPU of the targets and who computes it."""
+    """One line: the case, its bytes or FLOP, the prediction for the GPU of the targets and who computes it.
+
+    A star marks who belongs to the short run.
+    """
     work = case.work(case.shape)
-    providers = ", ".join(provider.name for provider in case.providers)
+    providers = ", ".join(provider.name + "*" * (provider.name in case.core) for provider in case.providers)
     amount = f"{work.amount / 1e6:.1f} MB" if work.unit == "GB/s" else f"{work.amount / 1e12:.3g} TFLOP"
-    return f"{case.label}: {amount}, predicted {work.predicted_us(RATES[TARGET_GPU]):.1f} us; {providers}"
+    predicted = predict(case, "kvlock", RATES[TARGET_GPU]).us
+    return f"{case.label}: {amount}, predicted {predicted:.1f} us; {providers}"
 
 
 def measure(cases: list[Case], out: Path, commit: str | None) -> None:
-    """Measures and writes the cases; what a cut run has measured stays."""
+    """Measures, writes and draws the cases; what a cut run has measured stays."""
     machine = Machine(commit)
-    with Results(out / f"{'-'.join(machine.gpu.lower().split())}.csv") as results:
+    path = out / f"{'-'.join(machine.gpu.lower().split())}.csv"
+    with Results(path) as results:
         row, copy = copy_row(machine)
         results.write(row)
         print(f"device copy: {row.rate} GB/s")
-        for row in rows(cases, machine, copy):
+        row, matmul = matmul_row(machine)
+        results.write(row)
+        print(f"matmul: {row.rate} TFLOP/s")
+        for row in rows(cases, machine, Ceilings(copy, matmul)):
             results.write(row)
-            time = f"{row.p50} us, {row.share_of_copy or '-'} of copy" if row.status == "ok" else row.note
+            share = f"{row.share_of_copy or row.share_of_matmul or '-'} of {'copy' if row.share_of_copy else 'matmul'}"
+            time = f"{row.p50} us, {share}" if row.status == "ok" else row.note
             print(f"{row.op} {row.source} {row.shape} {row.setting} {row.provider}: {row.status}, {time}", flush=True)
+    from benchmarks import figures  # needs matplotlib, which nothing else here does
+
+    figures.draw(path)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import kvlock_kernels
+from kvlock_kernels import _cuda, info
 
 NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int8: "int8", torch.float8_e4m3fn: "e4m3"}
 RUN = 80  # tokens in a row of a 720p video; the background index comes in runs of about this length
@@ -24,6 +25,8 @@ class Shape(NamedTuple):
     grid: tuple[int, int, int]
     heads: int
     dim: int = 128
+    channels: int = 16  # of the latents
+    patch: int = 2  # rows and columns of the latents that one token stands for
 
     @property
     def tokens(self) -> int:
@@ -31,17 +34,20 @@ class Shape(NamedTuple):
 
     @property
     def latents(self) -> tuple[int, ...]:
-        """One sample of Wan latents: 16 channels, patches of 2 x 2."""
+        """One sample of the model's latents."""
         frames, rows, columns = self.grid
-        return 1, 16, frames, 2 * rows, 2 * columns
+        return 1, self.channels, frames, self.patch * rows, self.patch * columns
 
 
 WAN_1_3B_480P = Shape("wan-1.3b-480p", (21, 30, 52), 12)
 WAN_14B_480P = Shape("wan-14b-480p", (21, 30, 52), 40)
 WAN_14B_720P = Shape("wan-14b-720p", (21, 45, 80), 40)
+WAN_5B_480P = Shape("wan-5b-480p", (21, 15, 26), 24, channels=48)
+COGVIDEOX_2B = Shape("cogvideox-2b", (13, 30, 45), 30, 64)  # the tokens of the video; those of the prompt join them
+LTX = Shape("ltx", (21, 16, 22), 32, 64, channels=128, patch=1)  # 161 frames of 512 x 704
 SMALL_H12 = Shape("small-h12", (4, 32, 32), 12)
 SMALL_H40 = Shape("small-h40", (4, 32, 32), 40)
-SHAPES = (WAN_1_3B_480P, WAN_14B_480P, WAN_14B_720P, SMALL_H12, SMALL_H40)
+SHAPES = (WAN_1_3B_480P, WAN_14B_480P, WAN_14B_720P, WAN_5B_480P, COGVIDEOX_2B, LTX, SMALL_H12, SMALL_H40)
 TINY = Shape("tiny", (2, 4, 10), 3, 16)  # one run of tokens, for a CPU
 
 
@@ -111,10 +117,11 @@ class Products(NamedTuple):
 
 
 class Check(NamedTuple):
-    """How far a result is from the formula in fp64, over the largest exact value."""
+    """How far a result is from the formula in fp64."""
 
-    error: float
+    error: float  # the largest, over the largest exact value
     allowed: float
+    relative: float = math.nan  # the norm of the error over that of the exact values
 
     @property
     def passed(self) -> bool:
@@ -130,6 +137,8 @@ class Provider(NamedTuple):
     prepare: Callable[[Inputs], Inputs] = lambda inputs: inputs  # for one who serves only some inputs
     needs_gpu: bool = False
     roundings: int = 1  # to the result's dtype on the way; the check allows as many times the error of one
+    library: str = ""  # whose version a row states: a distribution, "cudnn", or "kvlock" for what serves its operator
+    over: str = ""  # the provider of plain attention whose time this one's is set against
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +154,8 @@ class Case:
     work: Callable[[Shape], Traffic | Products]
     check: Callable[[Inputs, Outputs], Check]  # from untouched inputs and the result for them
     providers: tuple[Provider, ...]
-    core: bool = False  # of the short run
+    first: Callable[[Shape], Traffic] | None = None  # what moves before the products of `work`
+    core: tuple[str, ...] = ()  # its providers in the short run
     offline: bool = False  # of the table of compiled kernels
     archs: tuple[int, ...] = (80, 89, 90)  # what it is compiled for there
     wide: bool = True  # its threads load and store 128 bits; not a few numbers, nor by the tensor memory accelerator
@@ -159,6 +169,10 @@ class Case:
         """The case with those of its providers that have `name` in their own."""
         return dataclasses.replace(self, providers=tuple(p for p in self.providers if name in p.name))
 
+    def short(self) -> "Case":
+        """The case with its providers in the short run."""
+        return dataclasses.replace(self, providers=tuple(p for p in self.providers if p.name in self.core))
+
     @property
     def label(self) -> str:
         return " ".join(filter(None, (self.name, self.shape.name, self.setting)))
@@ -167,7 +181,29 @@ class Case:
 def ours(op: str) -> Provider:
     """The public operator."""
     function = getattr(kvlock_kernels, op)
-    return Provider("kvlock", lambda inputs: outputs(function(**inputs)))
+    return Provider("kvlock", lambda inputs: outputs(function(**inputs)), library="kvlock")
+
+
+def served_by_triton(op: str) -> Provider:
+    """The operator's Triton kernel, whatever else serves the operator."""
+
+    def run(inputs: Inputs) -> Outputs:
+        return outputs(_cuda.launchers()[op](**inputs))
+
+    return Provider("Triton", run, needs_gpu=True)
+
+
+def served_by_extension(op: str) -> Provider:
+    """The operator, where the extension has code for it on this GPU; an error elsewhere."""
+    function = getattr(kvlock_kernels, op)
+
+    def run(inputs: Inputs) -> Outputs:
+        served = info.on_cuda(op, 0)
+        if not served.startswith("extension"):
+            raise RuntimeError(f"not served by the extension: {served}")
+        return outputs(function(**inputs))
+
+    return Provider("C++", run, needs_gpu=True)
 
 
 def formula(function: Callable[..., Any], *changed: str) -> tuple[Provider, Provider]:
@@ -191,8 +227,14 @@ def close(actual: Outputs, exact: Outputs, steps: float) -> Check:
     """Wants every result within `steps` roundings of the largest exact value; gives the result that is worst."""
     checks = []
     for value, wanted in zip(actual, exact, strict=True):
-        error = (value.double() - wanted).abs().max() / wanted.abs().max()
-        checks.append(Check(error.item(), steps * torch.finfo(value.dtype).eps))
+        distance = value.double() - wanted
+        error, relative = distance.abs().max() / wanted.abs().max(), distance.norm() / wanted.norm()
+        checks.append(Check(error.item(), steps * torch.finfo(value.dtype).eps, relative.item()))
+    return worst(checks)
+
+
+def worst(checks: list[Check]) -> Check:
+    """One that failed, or the one nearest to failing."""
     return max(checks, key=lambda check: (not check.passed, check.error / check.allowed))
 
 

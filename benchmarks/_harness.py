@@ -1,9 +1,7 @@
 """How a benchmark measures: correctness first, then CUDA events over rotating inputs, one CSV row at a time."""
 
 import csv
-import datetime
 import math
-import subprocess
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -12,13 +10,16 @@ from typing import Any, NamedTuple, Self
 
 import torch
 
-from benchmarks._case import Case, Check, Inputs, Products, Provider, Traffic, rates
+from benchmarks._case import Case, Check, Inputs, Products, Provider, Traffic, normal, rates
+from benchmarks._machine import Machine, library
+from benchmarks._model import predict
 
 SECONDS = 1.0  # of repeats for a row, within the bounds of the next line
 REPEATS = (20, 200)
 WARM_UP_SECONDS = 0.2
 LEAD_CYCLES = 400_000  # 0.2 ms in which the host queues a call, so that the events time the GPU and not the host
 COPY_BYTES = 2**30
+MATMUL_SIDE = 8192
 
 
 class Row(NamedTuple):
@@ -40,14 +41,19 @@ class Row(NamedTuple):
     work: str = ""  # bytes or FLOP
     work_formula: str = ""  # bytes an element, or FLOP
     share_of_copy: str = ""  # rate over the rate of a device copy in the same run
+    share_of_matmul: str = ""  # rate over the rate of a large product of bf16 matrices in the same run
+    over_plain: str = ""  # time over that of plain attention by the same kernels in the same run
     predicted_us: str = ""
     max_error: str = ""  # over the largest exact value
+    relative_error: str = ""  # norm of the error over that of the exact values
     note: str = ""
     gpu: str = ""
     driver: str = ""
     sm_mhz: str = ""  # clocks and power right after the row
     memory_mhz: str = ""
     power_w: str = ""
+    used_mib: str = ""  # device memory with the inputs of the row still in it
+    library: str = ""  # name and version of whose kernel it is
     torch: str = ""
     triton: str = ""
     commit: str = ""
@@ -94,6 +100,14 @@ class Timing(NamedTuple):
     p80: float
 
 
+def ready(provider: Provider) -> Provider:
+    """The provider, compiled where it wants to be."""
+    if not provider.compiled:
+        return provider
+    torch.compiler.reset()
+    return provider._replace(run=torch.compile(provider.run, fullgraph=True, dynamic=False))
+
+
 def gate(case: Case, provider: Provider, device: str) -> Check:
     """Runs the case once on fresh inputs and compares with the formula in fp64.
 
@@ -138,104 +152,80 @@ def rotation(case: Case, provider: Provider, device: str) -> list[Inputs]:
     return sets + [provider.prepare(case.make(case.shape, device, seed)) for seed in range(1, count)]
 
 
-def copy_row(machine: "Machine", device: str = "cuda") -> tuple[Row, float]:
-    """A large device copy, the ceiling of everything here, and its bytes a second, read and written."""
+class Ceilings(NamedTuple):
+    """What the GPU reaches in this run."""
+
+    copy: float  # bytes a second, read and written
+    matmul: float = math.nan  # FLOP a second
+
+
+def copy_row(machine: Machine, device: str = "cuda") -> tuple[Row, float]:
+    """A large device copy, the ceiling of what moves bytes, and its bytes a second, read and written."""
     sets = [{"to": torch.empty(COPY_BYTES, dtype=torch.uint8, device=device)} for _ in range(2)]
     for buffers in sets:
         buffers["from"] = torch.randint_like(buffers["to"], 256)
     timing = measure(lambda buffers: buffers["to"].copy_(buffers["from"]), sets)
     rate = 2 * COPY_BYTES / timing.p50 * 1e6
     work = Traffic(COPY_BYTES, ((1, "read"), (1, "written")))
-    row = Row("copy", "torch", f"{COPY_BYTES} bytes", "uint8", "", "", "ok", **_timed(timing, work, rate))
-    return row._replace(work_formula=work.formula, **machine.now()), rate
+    row = Row("copy", "torch", f"{COPY_BYTES} bytes", "uint8", "", "", "ok", **_timed(timing, work, Ceilings(rate)))
+    return row._replace(work_formula=work.formula, **machine.memory(), **machine.now()), rate
 
 
-def rows(cases: Iterable[Case], machine: "Machine", copy: float, device: str = "cuda") -> Iterator[Row]:
-    """Measures every provider of every case; one that cannot run does not end the run."""
-    for case in cases:
-        for provider in case.providers:
-            try:
-                row = _measured(case, provider, copy, device)
-            except Exception as error:
-                row = _blank(case, provider, "error", note=f"{type(error).__name__}: {error}".splitlines()[0])
-            torch.cuda.empty_cache()
-            assumed = rates(machine.gpu)
-            predicted = f"{case.work(case.shape).predicted_us(assumed):.2f}" if assumed else ""
-            yield row._replace(predicted_us=predicted, **machine.now())
+def matmul_row(machine: Machine, device: str = "cuda") -> tuple[Row, float]:
+    """A large product of bf16 matrices, the ceiling of what multiplies, and its FLOP a second."""
+    n = MATMUL_SIDE
+    sets = [{f"{i}": normal(n, n, device=device, seed=2 * seed + i) for i in range(2)} for seed in range(3)]
+    timing = measure(lambda matrices: matrices["0"] @ matrices["1"], sets)
+    work = Products(2.0 * n**3, "2 N^3")
+    rate = work.amount / timing.p50 * 1e6
+    columns = _timed(timing, work, Ceilings(math.nan, rate))
+    row = Row("matmul", "torch", f"{n} x {n} x {n}", "bf16", "", "", "ok", **columns)
+    return row._replace(work_formula=work.formula, **machine.memory(), **machine.now()), rate
 
 
-def _measured(case: Case, provider: Provider, copy: float, device: str) -> Row:
-    if provider.compiled:
-        torch.compiler.reset()
-        provider = provider._replace(run=torch.compile(provider.run, fullgraph=True, dynamic=False))
+def rows(cases: Iterable[Case], machine: Machine, ceilings: Ceilings, device: str = "cuda") -> Iterator[Row]:
+    """Predicts every row, then measures it; a provider that cannot run does not end the run."""
+    assumed = rates(machine.gpu)
+    planned = [(case, provider) for case in cases for provider in case.providers]
+    predicted = [f"{predict(case, provider.name, assumed).us:.2f}" if assumed else "" for case, provider in planned]
+    plain: dict[tuple[str, str], float] = {}  # times of plain attention, by shape and provider
+    for (case, provider), prediction in zip(planned, predicted, strict=True):
+        try:
+            row = _measured(case, provider, ceilings, device)
+        except Exception as error:
+            row = _blank(case, provider, "error", note=f"{type(error).__name__}: {error}".splitlines()[0])
+        memory = machine.memory()
+        torch.cuda.empty_cache()
+        if row.p50 and case.op == "attention":
+            plain[row.shape, row.provider] = float(row.p50)
+        if row.p50 and (row.shape, provider.over) in plain:
+            row = row._replace(over_plain=f"{float(row.p50) / plain[row.shape, provider.over]:.4f}")
+        yield row._replace(predicted_us=prediction, **memory, **machine.now())
+
+
+def _measured(case: Case, provider: Provider, ceilings: Ceilings, device: str) -> Row:
+    provider = ready(provider)
     check = gate(case, provider, device)
+    errors = {"max_error": f"{check.error:.3g}", "relative_error": f"{check.relative:.3g}"}
     if not check.passed:
         note = f"not timed: error {check.error:.3g}, allowed {check.allowed:.3g}"
-        return _blank(case, provider, "failed", max_error=f"{check.error:.3g}", note=note)
+        return _blank(case, provider, "failed", note=note, **errors)
     timing = measure(provider.run, rotation(case, provider, device))
-    row = _blank(case, provider, "ok", max_error=f"{check.error:.3g}")
-    return row._replace(**_timed(timing, case.work(case.shape), copy))
+    return _blank(case, provider, "ok", **errors)._replace(**_timed(timing, case.work(case.shape), ceilings))
 
 
 def _blank(case: Case, provider: Provider, status: str, **more: str) -> Row:
     work = case.work(case.shape)
     row = Row(case.op, provider.name, case.shape.name, case.dtype, case.source, case.setting, status, **more)
-    return row._replace(work=f"{work.amount:.0f}", work_formula=work.formula)
+    return row._replace(work=f"{work.amount:.0f}", work_formula=work.formula, library=library(case, provider))
 
 
-def _timed(timing: Timing, work: Traffic | Products, copy: float) -> dict[str, str]:
+def _timed(timing: Timing, work: Traffic | Products, ceilings: Ceilings) -> dict[str, str]:
     columns = {name: f"{value:.2f}" for name, value in timing._asdict().items()} | {"work": f"{work.amount:.0f}"}
     if work.amount == 0:
         return columns
     rate = work.amount / timing.p50 * 1e6
     columns |= {"rate": f"{rate / work.per_unit:.5g}", "rate_unit": work.unit}
-    return columns | ({"share_of_copy": f"{rate / copy:.3f}"} if isinstance(work, Traffic) else {})
-
-
-class Machine:
-    """What a row says of the GPU and of the software; nvidia-ml-py adds driver, clocks and power."""
-
-    def __init__(self, commit: str | None) -> None:
-        import triton
-
-        self.gpu = torch.cuda.get_device_name(0)
-        self._versions = {"torch": torch.__version__, "triton": triton.__version__, "commit": commit or _commit()}
-        self._nvml, self._handle = None, None
-        try:
-            import pynvml
-
-            pynvml.nvmlInit()
-            self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(0).uuid}")
-            self._nvml = pynvml
-        except Exception:  # not installed, or no such library on this machine: its columns stay blank
-            pass
-
-    def now(self) -> dict[str, str]:
-        """The columns of a row written now."""
-        date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        return {"gpu": self.gpu, "date": date} | self._versions | self._state()
-
-    def _state(self) -> dict[str, str]:
-        nvml, gpu = self._nvml, self._handle
-        if nvml is None:
-            return {}
-        try:
-            return {
-                "driver": nvml.nvmlSystemGetDriverVersion(),
-                "sm_mhz": str(nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_SM)),
-                "memory_mhz": str(nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_MEM)),
-                "power_w": f"{nvml.nvmlDeviceGetPowerUsage(gpu) / 1000:.0f}",
-            }
-        except nvml.NVMLError:
-            return {}
-
-
-def _commit() -> str:
-    """The commit of this checkout, marked where it has changes; blank outside of one."""
-    git = lambda *words: subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True, check=True
-    ).stdout.strip()
-    try:
-        return git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return ""
+    if isinstance(work, Traffic):
+        return columns | {"share_of_copy": f"{rate / ceilings.copy:.3f}"}
+    return columns | ({} if math.isnan(ceilings.matmul) else {"share_of_matmul": f"{rate / ceilings.matmul:.3f}"})

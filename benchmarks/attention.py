@@ -1,14 +1,16 @@
-"""Attention to mixed keys and values, each way of it, beside plain attention by torch's backends, forced by name."""
+"""Attention to mixed keys and values, each way of it, beside plain attention."""
 
+import functools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
 
+import kvlock_kernels
+from benchmarks import plain_attention
 from benchmarks._case import (
     NAMES,
     SHAPES,
@@ -25,23 +27,25 @@ from benchmarks._case import (
     normal,
     ours,
 )
-from benchmarks.lerp import RATIO, SHARE, exact, make_pair
+from benchmarks.lerp import RATIO, SHARE, SHARES, exact, first_rows, make_pair, traffic
+from benchmarks.plain_attention import BACKENDS, FORCED, PLAIN, forced, launcher
+from kvlock_kernels import reference
 
 SOURCES = (torch.bfloat16, torch.float8_e4m3fn, torch.int8)
-CORE = (SMALL_H12, WAN_1_3B_480P)
-CHECKED = 64  # queries of each head that are checked: fp64 scores of all of them do not fit a GPU
-BACKENDS = {
-    "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION,
-    "SDPA FLASH": SDPBackend.FLASH_ATTENTION,
-    "SDPA EFFICIENT": SDPBackend.EFFICIENT_ATTENTION,
+SHORT = (SMALL_H12, WAN_1_3B_480P)
+CORE = {(shape, torch.int8): ("kvlock", "kv_lerp_pair_ + cuDNN", "torch.compile + cuDNN") for shape in SHORT} | {
+    (WAN_1_3B_480P, torch.bfloat16): ("kvlock", "torch.lerp + cuDNN")
 }
+CHECKED = 64  # queries of each head that are checked: fp64 scores of all of them do not fit a GPU
 
 
-def make(shape: Shape, device: str, seed: int, *, source: torch.dtype) -> Inputs:
+def make(
+    shape: Shape, device: str, seed: int, *, source: torch.dtype, share: float = SHARE, ratio: float = RATIO
+) -> Inputs:
     """Arguments of kv_lerp_attention_."""
     q = normal(1, shape.tokens, shape.heads, shape.dim, device=device, seed=1000 + seed)
-    pair = make_pair(shape, device, seed, share=SHARE, source=source, ratio=RATIO)
-    return {"q": q, **pair, "scale": shape.dim**-0.5}
+    mixed = make_pair(shape, device, seed, share=share, source=source, ratio=ratio)
+    return {"q": q, **mixed, "scale": shape.dim**-0.5}
 
 
 def make_plain(shape: Shape, device: str, seed: int) -> Inputs:
@@ -81,15 +85,6 @@ def queries_checked(after: Outputs) -> Outputs:
     return tuple(out[:, :: max(1, out.shape[1] // CHECKED)] for out in after)
 
 
-def forced(backend: SDPBackend) -> Callable[[Inputs], Outputs]:
-    def run(inputs: Inputs) -> Outputs:
-        q, k, v = (inputs[name].transpose(1, 2) for name in ("q", "k", "v"))
-        with sdpa_kernel(backend):
-            return (F.scaled_dot_product_attention(q, k, v, scale=inputs["scale"]).transpose(1, 2),)
-
-    return run
-
-
 def in_loop(**inputs: Any) -> Tensor:
     from kvlock_kernels._triton.in_loop import attend_in_loop
 
@@ -102,86 +97,73 @@ def persistent(**inputs: Any) -> Tensor:
     return attend_persistently_(**inputs)
 
 
-def without_rows(**inputs: Any) -> Tensor:
-    """The kernel that mixes in its loop, with nothing to mix."""
-    q = inputs["q"]
-    none, index = q[:, :0], torch.empty(0, dtype=torch.int32, device=q.device)
-    return in_loop(**inputs, k_source=none, v_source=none, index=index, ratio=torch.zeros(len(q), device=q.device))
-
-
-def hopper(**inputs: Any) -> Tensor:
-    from kvlock_kernels._triton.hopper import attention
-
-    return attention(**inputs, return_lse=False)[0]
-
-
-def launcher(name: str, function: Callable[..., Tensor]) -> Provider:
-    """A launcher called directly; it wants a GPU, and raises where that is too old."""
-    return Provider(name, lambda inputs: (function(**inputs),), needs_gpu=True)
-
-
-def flex(inputs: Inputs) -> Outputs:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    q, k, v = (inputs[name].transpose(1, 2) for name in ("q", "k", "v"))
-    return (flex_attention(q, k, v, scale=inputs["scale"]).transpose(1, 2),)
-
-
-def sage(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
-    """int8 products of q and k: the check allows it more."""
-    from sageattention import sageattn
-
-    return sageattn(q, k, v, tensor_layout="NHD", sm_scale=scale)
-
-
-def flash_attn_2(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
-    from flash_attn import flash_attn_func
-
-    return flash_attn_func(q, k, v, softmax_scale=scale)
-
-
-def flash_attn_3(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
-    from flash_attn_interface import flash_attn_func
-
-    return first(flash_attn_func(q, k, v, softmax_scale=scale))
-
-
-def flash_attn_4(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
-    from flash_attn.cute import flash_attn_func
-
-    return first(flash_attn_func(q, k, v, softmax_scale=scale))
-
-
-def first(result: Any) -> Tensor:
-    """Some versions return the log-sum-exp too."""
-    return result[0] if isinstance(result, tuple) else result
-
-
-PLAIN = (
-    *(Provider(name, forced(backend), needs_gpu=True) for name, backend in BACKENDS.items()),
-    Provider("FlexAttention", flex, compiled=True, needs_gpu=True),
-    launcher("SageAttention", sage)._replace(roundings=16),
-    launcher("flash-attn 2", flash_attn_2),
-    launcher("flash-attn 3", flash_attn_3),
-    launcher("flash-attn 4", flash_attn_4),
-    launcher("kvlock in loop, no rows", without_rows),
-    launcher("kvlock sm_90", hopper),
+WAYS = (
+    ours("kv_lerp_attention_")._replace(over=FORCED),
+    launcher("in loop", in_loop, over="kvlock in loop, no rows"),
+    launcher("one launch", persistent, over="one launch, no rows"),
 )
-WAYS = (ours("kv_lerp_attention_"), launcher("in loop", in_loop), launcher("one launch", persistent))
+CUDNN = BACKENDS[FORCED]
+
+
+def pair(inputs: Inputs) -> Inputs:
+    """Of the arguments those of the lerp."""
+    return {name: value for name, value in inputs.items() if name not in ("q", "scale")}
+
+
+def mixed_first(name: str, mix: Callable[[Inputs], Any], backend: SDPBackend = CUDNN) -> Provider:
+    """Keys and values mixed in place by somebody, then torch's attention."""
+    attend = forced(backend)
+
+    def run(inputs: Inputs) -> Outputs:
+        mix(inputs)
+        return attend(inputs)
+
+    return Provider(f"{name} + {FORCED.split()[1]}", run, needs_gpu=True, library="cudnn", over=FORCED)
+
+
+def by_operator(backend: SDPBackend = CUDNN) -> Provider:
+    return mixed_first("kv_lerp_pair_", lambda inputs: kvlock_kernels.kv_lerp_pair_(**pair(inputs)), backend)
+
+
+def by_compiled_formula(backend: SDPBackend = CUDNN) -> Provider:
+    """Only the formula is compiled: the backend of torch is forced outside."""
+
+    @functools.cache
+    def compiled_formula() -> Callable[..., None]:
+        return torch.compile(reference.kv_lerp_pair_, fullgraph=True, dynamic=False)
+
+    return mixed_first("torch.compile", lambda inputs: compiled_formula()(**pair(inputs)), backend)
+
+
+def by_torch_lerp(ratio: float, backend: SDPBackend = CUDNN) -> Provider:
+    """A contiguous slice of as many rows; torch.lerp does not know the 8-bit ones."""
+
+    def mix(inputs: Inputs) -> None:
+        for name in ("k", "v"):
+            inputs[name][:, : len(inputs["index"])].lerp_(inputs[f"{name}_source"], ratio)
+
+    return mixed_first("torch.lerp", mix, backend)._replace(prepare=first_rows)
 
 
 def plain_case(shape: Shape) -> Case:
     """The yardstick."""
     return Case(
         "attention", shape, "bf16", "", "no rows", make_plain, work, check_plain, PLAIN,
-        core=shape in CORE, offline=shape == WAN_1_3B_480P, launch=without_rows,
+        core=plain_attention.CORE if shape in SHORT else (),
+        offline=shape == WAN_1_3B_480P, launch=plain_attention.without_rows,
     )
 
 
-def case(shape: Shape, source: torch.dtype) -> Case:
+def case(shape: Shape, source: torch.dtype, share: float = SHARE, ratio: float = RATIO) -> Case:
+    setting: dict[str, Any] = {"source": source, "share": share, "ratio": ratio}
+    providers = [*WAYS, by_operator(), by_compiled_formula()]
+    if source == torch.bfloat16 and 0 < ratio < 1:  # torch.lerp does not know the ends
+        providers.append(by_torch_lerp(ratio))
+    short = shape in SHORT and (share, ratio) == (SHARE, RATIO)
     return Case(
-        "kv_lerp_attention_", shape, "bf16", NAMES[source], f"share {SHARE:g}, ratio {RATIO:g}",
-        partial(make, source=source), work, check, WAYS, core=shape in CORE and source == torch.int8,
+        "kv_lerp_attention_", shape, "bf16", NAMES[source], f"share {share:g}, ratio {ratio:g}",
+        partial(make, **setting), work, check, tuple(providers), first=partial(traffic, tensors=2, **setting),
+        core=CORE.get((shape, source), ()) if short else (),
     )
 
 
@@ -195,7 +177,7 @@ def compiled(name: str, launch: Callable[..., Tensor], source: torch.dtype) -> C
 
 HOPPER = Case(
     "attention-sm_90", WAN_1_3B_480P, "bf16", "", "", make_plain, work, check_plain, (),
-    offline=True, launch=hopper, archs=(90,), wide=False,
+    offline=True, launch=plain_attention.hopper, archs=(90,), wide=False,
 )  # fmt: skip
 
 
@@ -209,6 +191,8 @@ LENGTHS = (
 CASES = (
     *(plain_case(shape) for shape in (*SHAPES, *LENGTHS)),
     *(case(shape, source) for shape in (*SHAPES, *LENGTHS) for source in SOURCES),
+    *(case(WAN_1_3B_480P, source, share) for source in SOURCES for share in SHARES if share != SHARE),
+    *(case(WAN_1_3B_480P, source, SHARE, ratio) for source in SOURCES for ratio in (0.0, 1.0)),
     HOPPER,
     *(compiled("attention-in-loop", in_loop, source) for source in SOURCES),
     *(compiled("attention-one-launch", persistent, source) for source in SOURCES),

@@ -56,7 +56,7 @@ def case(shape: Shape) -> Case:
     return Case(
         "guided_velocity", shape, "bf16", "", f"guidance {INSIDE:g} and {OUTSIDE:g}", make, traffic, check,
         (ours("guided_velocity"), *formula(reference.guided_velocity)),
-        core=shape == WAN_1_3B_480P, offline=shape == WAN_1_3B_480P,
+        core=("kvlock", "torch.compile") if shape == WAN_1_3B_480P else (), offline=shape == WAN_1_3B_480P,
     )
 
 

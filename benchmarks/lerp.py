@@ -26,6 +26,8 @@ from benchmarks._case import (
     formula,
     normal,
     ours,
+    served_by_extension,
+    served_by_triton,
 )
 from kvlock_kernels import reference
 
@@ -91,7 +93,8 @@ def traffic(shape: Shape, *, share: float, source: torch.dtype, ratio: float, te
 
 def first_rows(inputs: Inputs) -> Inputs:
     """The same number of rows, but contiguous ones."""
-    return inputs | {"index": torch.arange(inputs["index"].shape[0], dtype=torch.int32, device=inputs["x"].device)}
+    index = inputs["index"]
+    return inputs | {"index": torch.arange(index.shape[0], dtype=index.dtype, device=index.device)}
 
 
 def torch_lerp(ratio: float) -> Provider:
@@ -106,16 +109,19 @@ def torch_lerp(ratio: float) -> Provider:
 
 def case(shape: Shape, share: float, source: torch.dtype, ratio: float) -> Case:
     setting: dict[str, Any] = {"share": share, "source": source, "ratio": ratio}
-    providers = [ours("kv_lerp_")]
+    providers = [ours("kv_lerp_"), served_by_triton("kv_lerp_"), served_by_extension("kv_lerp_")]
     if 0 < ratio < 1:  # the others do not know the ends
         providers += [torch_lerp(ratio)] if source == torch.bfloat16 else []
         providers += formula(reference.kv_lerp_, "x")
     headline = shape == WAN_1_3B_480P and (share, ratio) == (SHARE, RATIO)
-    larger = shape in (WAN_14B_720P, SMALL_H12) and (share, ratio) == (SHARE, RATIO)
+    core: tuple[str, ...] = ("kvlock",) if shape in (WAN_1_3B_480P, WAN_14B_720P, SMALL_H12) else ()
+    if headline and source == torch.bfloat16:
+        core += "torch.lerp", "torch.compile"
+    short = (share, ratio) == (SHARE, RATIO) and (headline or source == torch.bfloat16)
     return Case(
         "kv_lerp_", shape, "bf16", NAMES[source], f"share {share:g}, ratio {ratio:g}",
         partial(make, **setting), partial(traffic, **setting), check, tuple(providers),
-        core=headline or (larger and source == torch.bfloat16), offline=headline,
+        core=core if short else (), offline=headline,
     )
 
 
@@ -126,7 +132,7 @@ def pair_case(shape: Shape, source: torch.dtype) -> Case:
         "kv_lerp_pair_", shape, "bf16", NAMES[source], f"share {SHARE:g}, ratio {RATIO:g}",
         partial(make_pair, **setting), partial(traffic, **setting, tensors=2), check_pair,
         (ours("kv_lerp_pair_"), *formula(reference.kv_lerp_pair_, "k", "v")),
-        core=headline and source != torch.float8_e4m3fn, offline=headline,
+        core=("kvlock",) if headline and source != torch.float8_e4m3fn else (), offline=headline,
     )
 
 

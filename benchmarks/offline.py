@@ -173,9 +173,9 @@ def table(kernels: list[Compiled], triton_version: str) -> str:
     return "\n".join(lines)
 
 
-def section(text: str) -> str:
-    """What stands between the two marks of the README."""
-    return text.split(BEGIN)[1].split(END)[0].strip()
+def section(text: str, begin: str = BEGIN) -> str:
+    """What stands in the README between a mark and the next end."""
+    return text.split(begin)[1].split(END)[0].strip()
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -59,7 +59,7 @@ def case(shape: Shape) -> Case:
             provider._replace(run=lambda inputs: (*provider.run(inputs), inputs["history"])),
             *formula(reference.windowed_variance_, "history"),
         ),
-        core=shape == WAN_1_3B_480P, offline=shape == WAN_1_3B_480P,
+        core=("kvlock", "torch.compile") if shape == WAN_1_3B_480P else (), offline=shape == WAN_1_3B_480P,
     )
 
 

@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as runner
+from benchmarks import report, roofline
 from benchmarks._case import RATES, WAN_1_3B_480P
+from benchmarks._case import SHAPES as SHAPES_OF_MODELS
 from benchmarks._harness import Row, read
+from benchmarks.figures import OURS
 from kvlock_kernels._triton import attend
 
 ROOT = Path(__file__).parents[1]
@@ -85,4 +88,65 @@ def test_the_own_kernel_is_chosen_only_where_a_row_shows_it_right_and_faster(dim
 def test_every_row_says_what_it_was_measured_on() -> None:
     assert all(r.gpu and r.torch and r.triton and r.commit and r.date for r in ROWS)
     assert all(r.max_error or r.op == "copy" for r in ROWS if r.status == "ok")
-    assert not re.search("not yet measured", README)
+
+
+def test_rows_of_a_gpu_say_what_it_was_doing_where_that_was_asked() -> None:
+    asked = [r for r in ROWS if not r.note.startswith("short run") and r.status == "ok"]
+    assert all(r.driver and r.sm_mhz and r.memory_mhz and r.power_w for r in asked)
+
+
+@pytest.mark.parametrize("name", report.BLOCKS)
+def test_the_tables_made_from_rows_are_those_of_the_readme(name: str) -> None:
+    table = report.BLOCKS[name]()
+    assert report.filled(README, name, table) == README, "python -m benchmarks.report --write"
+    assert len(table.splitlines()) > 5
+
+
+def test_every_own_row_that_misses_its_prediction_has_a_cause_and_no_cause_is_left_over() -> None:
+    flagged = {line[:2] for line in roofline.measured(report.H100) if line.flagged and line.provider in OURS}
+    assert flagged == set(report.CAUSES)
+
+
+def test_what_the_first_table_compares_was_measured_in_one_run() -> None:
+    latest = {(r.op, r.provider, r.shape, r.source, r.setting): r.commit for r in ROWS if r.status == "ok"}
+    for shape in ("wan-1.3b-480p", "small-h12"):
+        plain = latest["attention", "SDPA cuDNN", shape, "", "no rows"]
+        assert plain == latest["kv_lerp_attention_", "kvlock", shape, "int8", report.LOCK]
+    alone, locked = (
+        latest[report.PASS, "kvlock", "wan-1.3b-480p", "bf16", setting] for setting in ("without the lock", report.LOCK)
+    )
+    assert alone == locked
+
+
+def test_what_was_not_measured_is_predicted_and_says_so() -> None:
+    shapes = {r.shape for r in ROWS if (r.op, r.provider) == ("kv_lerp_attention_", "kvlock")}
+    lines = [line for line in report.models().splitlines() if line.startswith("| `")]
+    for line in lines:
+        assert ("not yet measured" in line) != (line.split("`")[1] in shapes)
+    assert len(lines) == len(SHAPES_OF_MODELS)
+
+
+def test_every_picture_of_the_readme_is_there() -> None:
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", README)
+    assert len(pictures) == 3
+    for picture in pictures:
+        assert (ROOT / "benchmarks" / picture).stat().st_size > 10_000
+
+
+def test_rates_of_a_cpu_are_shares_of_one_run() -> None:
+    rows = read(report.CPU)
+    assert len({(r.gpu, r.torch, r.commit, r.date) for r in rows}) == 1
+    assert all(r.gpu.endswith("one core") and "changes" not in r.commit for r in rows)
+
+
+def test_what_loses_on_a_cpu_is_said() -> None:
+    rows = {(r.op, r.source, r.provider): r for r in read(report.CPU)}
+    below = [key for key, target in report.CPU_TARGETS.items() if float(rows[*key, "kvlock"].share_of_copy) < target]
+    assert below == [("pack_kv", "e4m3")]
+    assert "`pack_kv` to e4m3 misses its target" in README
+    faster = {key[0] for key, r in rows.items() if key[2] == "torch.compile" and float(r.p50) < own(rows, key)}
+    assert "kv_lerp_pair_" in faster and "kv_lerp_" not in faster
+
+
+def own(rows: dict[tuple[str, str, str], Row], key: tuple[str, str, str]) -> float:
+    return float(rows[key[0], key[1], "kvlock"].p50)

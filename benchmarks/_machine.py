@@ -1,0 +1,83 @@
+"""The GPU of a row and the software on it, as its columns say them."""
+
+import datetime
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from benchmarks._case import Case, Provider
+from kvlock_kernels import info
+
+
+class Machine:
+    """What a row says of the GPU and of the software; nvidia-ml-py adds driver, clocks and power."""
+
+    def __init__(self, commit: str | None) -> None:
+        import triton
+
+        self.gpu = torch.cuda.get_device_name(0)
+        self._versions = {"torch": torch.__version__, "triton": triton.__version__, "commit": commit or checkout()}
+        self._nvml, self._handle = None, None
+        try:
+            import pynvml
+
+            pynvml.nvmlInit()
+            self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(0).uuid}")
+            self._nvml = pynvml
+        except Exception:  # not installed, or no such library on this machine: its columns stay blank
+            pass
+
+    def memory(self) -> dict[str, str]:
+        """The column of device memory: what all processes use now, the cache of torch's allocator included."""
+        if self._nvml is None:
+            return {}
+        try:
+            return {"used_mib": f"{self._nvml.nvmlDeviceGetMemoryInfo(self._handle).used / 2**20:.0f}"}
+        except self._nvml.NVMLError:
+            return {}
+
+    def now(self) -> dict[str, str]:
+        """The columns of a row written now."""
+        date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        return {"gpu": self.gpu, "date": date} | self._versions | self._state()
+
+    def _state(self) -> dict[str, str]:
+        nvml, gpu = self._nvml, self._handle
+        if nvml is None:
+            return {}
+        try:
+            return {
+                "driver": nvml.nvmlSystemGetDriverVersion(),
+                "sm_mhz": str(nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_SM)),
+                "memory_mhz": str(nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_MEM)),
+                "power_w": f"{nvml.nvmlDeviceGetPowerUsage(gpu) / 1000:.0f}",
+            }
+        except nvml.NVMLError:
+            return {}
+
+
+def checkout() -> str:
+    """The commit of this checkout, marked where it has changes; blank outside of one."""
+    git = lambda *words: subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    try:
+        return git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def library(case: Case, provider: Provider) -> str:
+    """Name and version of the library that computes, or what serves the operator of this package; blank if unknown."""
+    name = provider.library
+    if name == "kvlock":
+        return (info.on_cuda(case.op, 0) if torch.cuda.is_available() else info.on_cpu(case.op)).split(":")[0]
+    if name == "cudnn":
+        version = torch.backends.cudnn.version()
+        return f"{name} {version}" if version else ""
+    try:
+        return f"{name} {metadata.version(name)}" if name else ""
+    except metadata.PackageNotFoundError:
+        return ""

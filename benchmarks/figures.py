@@ -1,0 +1,113 @@
+"""Pictures of results and predictions: `python -m benchmarks.figures [results.csv]` writes them beside the file."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from benchmarks import growth, roofline
+from benchmarks._case import RATES, WAN_1_3B_480P, Rates, rates
+from benchmarks._harness import read
+from benchmarks._model import predict
+from benchmarks.roofline import Line
+from kvlock.plots import BLUE, DARK_RED, GREEN, GREY, ORANGE
+
+OURS = ("kvlock", "kvlock sm_90", "in loop", "one launch", "kvlock in loop, no rows", "one launch, no rows")
+LINES = {  # of the figure of attention: colour and marker
+    "SDPA cuDNN": (BLUE, "o"), "SDPA FLASH": (GREY, "s"), "SDPA EFFICIENT": (GREY, "v"), "FlexAttention": (GREEN, "^"),
+    "SageAttention": (GREEN, "D"), "kvlock sm_90": (ORANGE, "o"), "kvlock": (DARK_RED, "*"),
+}  # fmt: skip
+
+
+def draw(path: Path) -> list[Path]:
+    """Writes the pictures of one file of results; none for a GPU whose rates are unknown."""
+    gpu = next((name for row in read(path) if rates(name := row.gpu)), None)
+    if gpu is None:
+        return []
+    assumed, lines = RATES[next(name for name in RATES if gpu.startswith(name))], latest(roofline.measured(path))
+    figures = {
+        "limit": limit(lines, assumed, gpu),
+        "attention": attention(lines, assumed, gpu),
+        "growth": growth.figure(lines, growth.edits(path), assumed, gpu),
+    }
+    pictures = {path.with_name(f"{path.stem}-{name}.png"): figure for name, figure in figures.items()}
+    for picture, figure in pictures.items():
+        figure.savefig(picture, dpi=100)
+    return [*pictures]
+
+
+def latest(lines: list[Line]) -> list[Line]:
+    """The last measurement of each row, in the order of the first."""
+    return [*{line[:5]: line for line in lines}.values()]
+
+
+def limit(lines: list[Line], gpu: Rates, name: str) -> Figure:
+    """How near each provider comes to the fewest bytes or to the FLOP of its case, and where it was predicted to be."""
+    bars = []
+    for line in lines:
+        case = roofline.BY_KEY.get((line.op, line.shape, line.source, line.setting))
+        if case is not None and line.shape == WAN_1_3B_480P.name:
+            bars.append((line, predict(case, "", gpu).us))
+    bars.sort(key=lambda bar: (bar[0].op, bar[0].source, bar[0].setting, bar[0].measured))
+    figure = Figure(figsize=(8, 1 + 0.17 * len(bars)), layout="constrained")
+    axes = figure.add_subplot()
+    colours = [ORANGE if line.provider in OURS else BLUE for line, _ in bars]
+    axes.barh(range(len(bars)), [100 * least / (line.measured or 1) for line, least in bars], color=colours)
+    predicted = [100 * least / line.prediction.us for line, least in bars]
+    axes.plot(predicted, range(len(bars)), "|", color="black", markersize=8, label="predicted")
+    axes.set_yticks(range(len(bars)), [label(line) for line, _ in bars], fontsize=6)
+    axes.set_ylim(len(bars) - 0.4, -0.6)
+    axes.set_xlim(0, 105)
+    axes.set_xlabel(f"limit over time (%): {gpu.bandwidth / 1e12:g} TB/s, {gpu.products / 1e12:g} TFLOP/s")
+    axes.set_title(f"{WAN_1_3B_480P.name}, {name}; orange: this package", fontsize=9, loc="left")
+    axes.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def label(line: Line) -> str:
+    """A bar's name and its time."""
+    name = " ".join(filter(None, (line.op, line.source, line.setting.split(",")[0])))
+    return f"{name} · {line.provider}, {line.measured:.0f} us"
+
+
+def attention(lines: list[Line], gpu: Rates, name: str) -> Figure:
+    """Rates of plain attention and of the locked one at D = 128, over the tokens."""
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    found: dict[str, dict[int, float]] = {provider: {} for provider in LINES}
+    for line in lines:
+        case = roofline.BY_KEY.get((line.op, line.shape, line.source, line.setting))
+        if case is not None and line.provider in LINES and case.shape.dim == 128 and "attention" in line.op:
+            rate = case.work(case.shape).amount / (line.measured or 1) / 1e6
+            found[line.provider].setdefault(case.shape.tokens, rate)  # of several numbers of heads the first
+    for provider, points in found.items():
+        colour, marker = LINES[provider]
+        label = "kv_lerp_attention_ (locked)" if provider == "kvlock" else provider
+        tokens = sorted(points)
+        axes.plot(tokens, [points[n] for n in tokens], marker=marker, color=colour, linewidth=1, label=label)
+    axes.axhline(gpu.products / 1e12, color="black", linestyle=":", linewidth=1, label="assumed by predictions")
+    axes.set_xscale("log")
+    axes.set_xticks([4096, 8192, 16384, 32760, 75600], ["4096", "8192", "16384", "32760", "75600"])
+    axes.minorticks_off()
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel(f"tokens; measured on {name}, heads of 128")
+    axes.set_ylabel("TFLOP/s")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+    axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.figures", description=__doc__)
+    parser.add_argument("csv", nargs="*", type=Path, help="results of python -m benchmarks --gpu; by default all")
+    for path in parser.parse_args(arguments).csv or roofline.micro_results():
+        print(*draw(path), sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""Plain attention, the yardstick: torch's backends, forced by name, and the kernels of other libraries."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks._case import Inputs, Outputs, Provider
+
+BACKENDS = {
+    "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "SDPA FLASH": SDPBackend.FLASH_ATTENTION,
+    "SDPA EFFICIENT": SDPBackend.EFFICIENT_ATTENTION,
+}
+FORCED = "SDPA cuDNN"  # the fastest of them on sm_90, which the ways that mix first are timed before
+
+
+def forced(backend: SDPBackend) -> Callable[[Inputs], Outputs]:
+    """Torch's attention by this backend or not at all."""
+
+    def run(inputs: Inputs) -> Outputs:
+        q, k, v = (inputs[name].transpose(1, 2) for name in ("q", "k", "v"))
+        with sdpa_kernel(backend):
+            return (F.scaled_dot_product_attention(q, k, v, scale=inputs["scale"]).transpose(1, 2),)
+
+    return run
+
+
+def launcher(name: str, function: Callable[..., Tensor], library: str = "", over: str = "") -> Provider:
+    """A launcher called directly; it wants a GPU, and raises where that is too old."""
+    return Provider(name, lambda inputs: (function(**inputs),), needs_gpu=True, library=library, over=over)
+
+
+def without_rows(**inputs: Any) -> Tensor:
+    """The kernel that mixes in its loop, with nothing to mix."""
+    from kvlock_kernels._triton.in_loop import attend_in_loop
+
+    return attend_in_loop(**inputs, **nothing(inputs["q"]))[0]
+
+
+def persistent_without_rows(**inputs: Any) -> Tensor:
+    """The one launch that mixes a head ahead, with nothing to mix."""
+    from kvlock_kernels._triton.persistent import attend_persistently_
+
+    return attend_persistently_(**inputs, **nothing(inputs["q"]))
+
+
+def nothing(q: Tensor) -> Inputs:
+    """Arguments that lock no row."""
+    none, index = q[:, :0], torch.empty(0, dtype=torch.int32, device=q.device)
+    return {"k_source": none, "v_source": none, "index": index, "ratio": torch.zeros(len(q), device=q.device)}
+
+
+def hopper(**inputs: Any) -> Tensor:
+    from kvlock_kernels._triton.hopper import attention
+
+    return attention(**inputs, return_lse=False)[0]
+
+
+def flex(inputs: Inputs) -> Outputs:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    q, k, v = (inputs[name].transpose(1, 2) for name in ("q", "k", "v"))
+    return (flex_attention(q, k, v, scale=inputs["scale"]).transpose(1, 2),)
+
+
+def sage(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+    """int8 products of q and k: the check allows it more."""
+    from sageattention import sageattn
+
+    return sageattn(q, k, v, tensor_layout="NHD", sm_scale=scale)
+
+
+def flash_attn_2(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+    from flash_attn import flash_attn_func
+
+    return flash_attn_func(q, k, v, softmax_scale=scale)
+
+
+def flash_attn_3(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+    from flash_attn_interface import flash_attn_func
+
+    return first(flash_attn_func(q, k, v, softmax_scale=scale))
+
+
+def flash_attn_4(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+    from flash_attn.cute import flash_attn_func
+
+    return first(flash_attn_func(q, k, v, softmax_scale=scale))
+
+
+def first(result: Any) -> Tensor:
+    """Some versions return the log-sum-exp too."""
+    return result[0] if isinstance(result, tuple) else result
+
+
+PLAIN = (
+    *(
+        Provider(name, forced(backend), needs_gpu=True, library="cudnn" if name == "SDPA cuDNN" else "torch")
+        for name, backend in BACKENDS.items()
+    ),
+    Provider("FlexAttention", flex, compiled=True, needs_gpu=True, library="torch"),
+    launcher("SageAttention", sage, "sageattention")._replace(roundings=16),
+    launcher("flash-attn 2", flash_attn_2, "flash-attn"),
+    launcher("flash-attn 3", flash_attn_3, "flash-attn-3"),
+    launcher("flash-attn 4", flash_attn_4, "flash-attn-4"),
+    launcher("kvlock in loop, no rows", without_rows),
+    launcher("one launch, no rows", persistent_without_rows),
+    launcher("kvlock sm_90", hopper),
+)
+CORE = ("SDPA cuDNN", "SDPA FLASH", "FlexAttention", "SageAttention", "kvlock sm_90")

@@ -1,0 +1,111 @@
+"""Predictions beside measurements: `python -m benchmarks.roofline [results.csv]`; one that misses by 20 % has a mark.
+
+Predictions need no GPU. Without a file it reads all of `results/`; `--all` adds every row that was not measured yet.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.__main__ import CASES
+from benchmarks._case import Case, Rates, rates
+from benchmarks._harness import Row, read
+from benchmarks._model import Prediction, predict
+
+RESULTS = Path(__file__).with_name("results")
+MISS = 0.2  # of the prediction, either way
+Key = tuple[str, str, str, str]
+BY_KEY: dict[Key, Case] = {(case.op, case.shape.name, case.source, case.setting): case for case in CASES}
+
+
+class Line(NamedTuple):
+    """One row of the report; `measured` is None where nobody has."""
+
+    op: str
+    provider: str
+    shape: str
+    source: str
+    setting: str
+    prediction: Prediction
+    measured: float | None
+
+    @property
+    def missed(self) -> float:
+        """Of the prediction, by how much; 0 where nothing is measured."""
+        return self.measured / self.prediction.us - 1 if self.measured and self.prediction.us else 0.0
+
+    @property
+    def flagged(self) -> bool:
+        return abs(self.missed) > MISS
+
+
+def micro_results() -> list[Path]:
+    """The files with rows of operators on GPUs."""
+    return sorted(path for path in RESULTS.glob("*.csv") if not path.name.startswith(("edit-", "cpu")))
+
+
+def measured(path: Path) -> list[Line]:
+    """Every timed row of a file with the prediction for its GPU."""
+    found = []
+    for row in read(path):
+        gpu = rates(row.gpu)
+        if row.status == "ok" and gpu is not None:
+            found.append(Line(*key(row), _prediction(row, gpu), float(row.p50)))
+    return found
+
+
+def key(row: Row) -> tuple[str, str, str, str, str]:
+    """What tells a row from the others of a run."""
+    return row.op, row.provider, row.shape, row.source, row.setting
+
+
+def _prediction(row: Row, gpu: Rates) -> Prediction:
+    case = BY_KEY.get((row.op, row.shape, row.source, row.setting))
+    if case is not None:
+        return predict(case, row.provider, gpu)
+    rate, counted = (gpu.bandwidth, "fewest bytes") if row.rate_unit == "GB/s" else (gpu.products, "FLOP")
+    return Prediction(1e6 * float(row.work) / rate, counted)  # the ceilings, which are no case
+
+
+def not_measured(lines: list[Line], gpu: Rates) -> Iterator[Line]:
+    """The rest of what the runner has, predicted."""
+    seen = {line[:5] for line in lines}
+    for case in CASES:
+        for provider in case.providers:
+            names = case.op, provider.name, case.shape.name, case.source, case.setting
+            if names not in seen:
+                yield Line(*names, predict(case, provider.name, gpu), None)
+
+
+def report(lines: list[Line]) -> str:
+    """A line each, then how many missed."""
+    text = []
+    for line in lines:
+        name = " ".join(filter(None, line[:5]))
+        time = "not yet measured" if line.measured is None else f"{line.measured:.1f} us, {1 + line.missed:.2f} times"
+        mark = f"  <- misses by {100 * abs(line.missed):.0f} %" if line.flagged else ""
+        text.append(f"{name}: predicted {line.prediction.us:.1f} us ({line.prediction.counted}); {time}{mark}")
+    timed = [line for line in lines if line.measured is not None]
+    return "\n".join([*text, f"{sum(line.flagged for line in timed)} of {len(timed)} rows miss by more than 20 %"])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description=__doc__)
+    parser.add_argument("csv", nargs="*", type=Path, help="results of python -m benchmarks --gpu")
+    parser.add_argument("--all", action="store_true", help="predict what was not measured too")
+    options = parser.parse_args(arguments)
+    for path in options.csv or micro_results():
+        lines = measured(path)
+        gpu = next((found for row in read(path) if (found := rates(row.gpu))), None)
+        if gpu is None:
+            print(f"{path}: no rates are known of its GPU", file=sys.stderr)
+            return 1
+        print(path.name, report([*lines, *not_measured(lines, gpu)] if options.all else lines), sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

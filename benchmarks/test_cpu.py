@@ -1,0 +1,80 @@
+"""The operators on one core of a CPU, beside eager and compiled PyTorch: `pytest benchmarks`.
+
+As on a GPU nothing is timed that fails its check. With --benchmark-disable everything runs once, at a tiny shape.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.__main__ import CASES
+from benchmarks._case import TINY, WAN_1_3B_480P, Case, Provider, Shape, Traffic, formula
+from benchmarks._harness import Row, gate, ready
+from benchmarks._machine import library
+from kvlock_kernels import reference
+
+# Time of the processor: what other programs take of a core does not count.
+pytestmark = pytest.mark.benchmark(max_time=0.5, min_rounds=5, warmup=True, disable_gc=True, timer=time.process_time)
+
+SIZE = Shape("cpu", (8, 32, 32), 12)  # 25 MB of bf16 keys
+ATTENTION = Shape("cpu-attention", (1, 16, 32), 12)
+SETTINGS = ("share 0.8, ratio 0.3", "share 0.8", "without the lock")  # or one that has neither
+SOURCES = {"qk_norm_rope_kv_lerp_": ("bf16",), "qk_norm_rope_kv_pack_": ("int8",), "kv_lerp_attention_": ("int8",)}
+
+
+def on_cpu(case: Case) -> Case:
+    """The case at a size for one core, with whom it can have there."""
+    attends = case.op == "kv_lerp_attention_"
+    added = formula(reference.kv_lerp_attention_) if attends else ()
+    providers = (*(provider for provider in case.providers if not provider.needs_gpu), *added)
+    return dataclasses.replace(case, shape=ATTENTION if attends else SIZE, providers=providers)
+
+
+def chosen(case: Case) -> bool:
+    """One share and one ratio of each operator, and the sources that differ on a CPU."""
+    usual = case.setting in SETTINGS or "share" not in case.setting
+    return case.shape == WAN_1_3B_480P and usual and case.source in SOURCES.get(case.op, (case.source,))
+
+
+ON_CPU = [on_cpu(case) for case in CASES if chosen(case)]
+EVERYBODY = [
+    pytest.param(case, provider, id=f"{case.name}-{case.setting}-{provider.name}".replace(" ", "-").replace(",", ""))
+    for case in ON_CPU
+    for provider in case.providers
+]
+
+
+@pytest.mark.parametrize(("case", "provider"), EVERYBODY)
+def test_on_one_core(
+    benchmark: Any, memcpy: float, keep: Callable[[Row], None], case: Case, provider: Provider
+) -> None:
+    case = dataclasses.replace(case, shape=TINY) if benchmark.disabled else case
+    provider = ready(provider)
+    check = gate(case, provider, "cpu")
+    assert check.passed, check
+    benchmark.group = f"{case.name} {case.setting}"
+    with torch.no_grad():
+        benchmark(provider.run, provider.prepare(case.make(case.shape, "cpu", 0)))
+    if not benchmark.disabled:
+        row = measured(case, provider, benchmark.stats.stats.sorted_data, memcpy)
+        errors = {"max_error": f"{check.error:.3g}", "relative_error": f"{check.relative:.3g}"}
+        keep(row._replace(**errors))
+        benchmark.extra_info |= {row.rate_unit or "rate": row.rate, "share of memcpy": row.share_of_copy}
+        benchmark.extra_info["served by"] = row.library
+
+
+def measured(case: Case, provider: Provider, seconds: list[float], memcpy: float) -> Row:
+    """The columns that a CPU has too."""
+    p20, p50, p80 = torch.tensor(seconds).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
+    work = case.work(case.shape)
+    rate = work.amount / p50
+    row = Row(case.op, provider.name, case.shape.name, case.dtype, case.source, case.setting, "ok")
+    return row._replace(
+        p20=f"{1e6 * p20:.2f}", p50=f"{1e6 * p50:.2f}", p80=f"{1e6 * p80:.2f}",
+        rate=f"{rate / work.per_unit:.5g}", rate_unit=work.unit, work=f"{work.amount:.0f}", work_formula=work.formula,
+        share_of_copy=f"{rate / memcpy:.3f}" if isinstance(work, Traffic) else "", library=library(case, provider),
+    )  # fmt: skip

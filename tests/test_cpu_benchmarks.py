@@ -1,0 +1,57 @@
+"""The benchmarks of a CPU: each runs once at a tiny shape, and `pytest` alone times nothing."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks import conftest
+from benchmarks import test_cpu as cpu
+from benchmarks._harness import read
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_each_benchmark_runs_once_at_a_tiny_shape_and_keeps_no_row(tmp_path: Path) -> None:
+    path = tmp_path / "cpu.csv"
+    only = ["--benchmark-disable", "-k", "not compile", "--csv", str(path)]  # compiling takes minutes
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "benchmarks", *only], cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    passed = re.search(r"^(\d+) passed", done.stdout, flags=re.MULTILINE)
+    assert passed and int(passed[1]) == sum(not provider.compiled for case in cpu.ON_CPU for provider in case.providers)
+    assert read(path) == []
+
+
+def test_rows_that_were_kept_are_said_and_written_with_the_machine(tmp_path: Path) -> None:
+    path, said = tmp_path / "cpu.csv", []
+    config = SimpleNamespace(stash={}, getoption={"--csv": path}.__getitem__)
+    conftest.pytest_configure(config)
+    case = next(case for case in cpu.ON_CPU if (case.op, case.source) == ("pack_kv", "bf16"))
+    row = cpu.measured(case, case.providers[0], [0.001, 0.002, 0.003], memcpy=40e9)
+    config.stash[conftest.ROWS].append(row)
+    conftest.pytest_terminal_summary(SimpleNamespace(write_line=said.append), config)
+    (written,) = read(path)
+    assert written.gpu.endswith(", one core") and written.torch == torch.__version__ and written.date
+    assert written._replace(gpu="", torch="", commit="", date="") == row
+    assert len(said) == 1 and f"{row.rate} GB/s, {row.share_of_copy} of memcpy" in said[0]
+
+
+def test_a_rate_is_bytes_over_the_median_and_its_share_that_of_the_copy() -> None:
+    case = next(case for case in cpu.ON_CPU if (case.op, case.source) == ("pack_kv", "bf16"))
+    row = cpu.measured(case, case.providers[0], [0.001, 0.002, 0.003], memcpy=40e9)
+    assert float(row.p50) == pytest.approx(2000)
+    assert float(row.rate) == pytest.approx(case.work(case.shape).amount / 0.002 / 1e9, rel=1e-3)
+    assert float(row.share_of_copy) == pytest.approx(float(row.rate) / 40, abs=1e-3)
+
+
+def test_plain_pytest_times_nothing(pytestconfig: pytest.Config) -> None:
+    assert pytestconfig.getini("testpaths") == ["tests"]

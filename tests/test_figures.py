@@ -1,0 +1,76 @@
+"""The pictures of results: what they show is read back from the axes."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from benchmarks import __main__ as runner
+from benchmarks import figures, growth, roofline
+from benchmarks._case import RATES
+from benchmarks._harness import Results, Row, read
+from benchmarks.report import H100
+
+GPU = RATES["NVIDIA H100"]
+
+
+@pytest.fixture(scope="module")
+def lines() -> list[roofline.Line]:
+    return figures.latest(roofline.measured(H100))
+
+
+def test_every_measured_row_of_the_headline_shape_is_a_bar(lines: list[roofline.Line]) -> None:
+    (axes,) = figures.limit(lines, GPU, "H100").axes
+    labels = [text.get_text() for text in axes.get_yticklabels()]
+    rows = [line for line in lines if line.shape == "wan-1.3b-480p"]
+    assert sorted(labels) == sorted(map(figures.label, rows)) and len(rows) > 40
+    widths = {label: bar.get_width() for label, bar in zip(labels, axes.patches, strict=True)}
+    assert widths["kv_lerp_ bf16 share 0.8 · kvlock, 84 us"] == pytest.approx(95.5, abs=0.1)
+
+
+def test_attention_is_drawn_over_its_tokens(lines: list[roofline.Line]) -> None:
+    (axes,) = figures.attention(lines, GPU, "H100").axes
+    drawn = {line.get_label(): line for line in axes.get_lines()}
+    assert drawn["SDPA cuDNN"].get_xdata().tolist() == [4096, 8192, 16384, 32760, 75600]
+    assert drawn["SDPA cuDNN"].get_ydata()[-2] == pytest.approx(585.48, abs=0.01)
+    assert set(drawn["assumed by predictions"].get_ydata()) == {650}
+
+
+def test_growth_has_a_predicted_line_and_only_measured_points(lines: list[roofline.Line]) -> None:
+    tokens, share, layers, kappa = growth.figure(lines, growth.edits(H100), GPU, "H100").axes
+    points = lambda axes, name: [
+        (x, y) for line in axes.get_lines() if line.get_label() == name for x, y in line.get_xydata()
+    ]
+    assert [x for x, _ in points(tokens, "measured, int8")] == [32760, 4096]
+    assert points(share, "measured, bf16") == [(0.8, 163.04)]
+    assert points(layers, "measured, bf16") == [(30, 4.38)]
+    assert [y for _, y in points(kappa, "measured, batch")] == [1.4132]
+    assert dict(points(kappa, "predicted, store"))[0.4] == pytest.approx(1.2)
+    assert dict(points(layers, "predicted, rows in bf16"))[30] == pytest.approx(4.38, abs=0.001)
+
+
+def test_pictures_are_written_beside_the_results_and_none_for_an_unknown_gpu(tmp_path: Path) -> None:
+    for name, gpu in (("known", read(H100)[1]), ("unknown", read(H100)[1]._replace(gpu="NVIDIA GeForce"))):
+        with Results(tmp_path / f"{name}.csv", Row._fields) as results:
+            results.write(gpu)
+    assert figures.draw(tmp_path / "unknown.csv") == []
+    drawn = figures.draw(tmp_path / "known.csv")
+    assert [path.name for path in drawn] == ["known-limit.png", "known-attention.png", "known-growth.png"]
+    assert all(path.stat().st_size for path in drawn)
+
+
+def test_a_run_on_a_gpu_writes_the_ceilings_and_the_rows_and_draws_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy, first, *_ = read(H100)
+    monkeypatch.setattr(runner, "Machine", lambda commit: SimpleNamespace(gpu="NVIDIA H100 PCIe"))
+    monkeypatch.setattr(runner, "copy_row", lambda machine: (copy, 3e12))
+    monkeypatch.setattr(runner, "matmul_row", lambda machine: (copy._replace(op="matmul"), 7e14))
+    ceilings = []
+    monkeypatch.setattr(runner, "rows", lambda cases, machine, given: ceilings.append(given) or [first])
+    runner.measure([], tmp_path, None)
+    assert [row.op for row in read(tmp_path / "nvidia-h100-pcie.csv")] == ["copy", "matmul", "kv_lerp_"]
+    assert ceilings == [(3e12, 7e14)]
+    assert {path.name for path in tmp_path.glob("*.png")} == {
+        f"nvidia-h100-pcie-{name}.png" for name in ("limit", "attention", "growth")
+    }

@@ -1,0 +1,91 @@
+"""Predictions: every row of the runner has one without a GPU, and they stand beside what was measured."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import __main__ as runner
+from benchmarks import roofline
+from benchmarks._case import RATES, TARGET_GPU, WAN_1_3B_480P, Case
+from benchmarks._eager_bytes import Counting
+from benchmarks._harness import Row, read
+from benchmarks._model import predict
+
+GPU = RATES[TARGET_GPU]
+
+
+def test_every_row_is_predicted_on_this_machine() -> None:
+    for case in runner.CASES:
+        nothing_moves = case.setting[-7:] == "ratio 0" and case.op == "kv_lerp_"
+        for provider in case.providers:
+            assert (predict(case, provider.name, GPU).us > 0) != nothing_moves, (case.label, provider.name)
+
+
+def test_eager_steps_are_counted_and_views_are_free() -> None:
+    x = torch.empty(10, 100, device="meta")  # 4000 bytes
+    index = torch.empty(3, dtype=torch.int64, device="meta")  # 24 bytes
+    for step, moved in {
+        lambda: x.T.reshape(100, 10)[1:].unsqueeze(0): 0,
+        lambda: x + 1: 8000,
+        lambda: x + x[:1].expand(10, 100): 4000 + 400 + 4000,
+        lambda: x.mul_(2): 8000,
+        lambda: x.zero_(): 4000,
+        lambda: x.copy_(x[:1]): 400 + 4000,
+        lambda: x.half(): 4000 + 2000,
+        lambda: x.index_select(0, index): 24 + 2 * 1200,
+        lambda: x.index_copy_(0, index, x[:3]): 24 + 2 * 1200,
+        lambda: torch.empty_like(x): 0,
+    }.items():
+        with Counting() as counting:
+            step()
+        assert counting.bytes == moved
+
+
+def find(op: str, source: str, setting: str = "share 0.8, ratio 0.3") -> Case:
+    return roofline.BY_KEY[op, WAN_1_3B_480P.name, source, setting]
+
+
+def test_eager_moves_more_than_the_fewest_bytes_and_mixing_first_adds_its_bytes() -> None:
+    lerp, locked = find("kv_lerp_", "bf16"), find("kv_lerp_attention_", "bf16")
+    fewest = predict(lerp, "kvlock", GPU).us
+    assert fewest == pytest.approx(26216 * 12 * 128 * 6 / GPU.bandwidth * 1e6)
+    assert predict(lerp, "eager", GPU).us > 5 * fewest
+    plain = predict(find("attention", "", "no rows"), "SDPA cuDNN", GPU).us
+    assert predict(locked, "kvlock", GPU).us == pytest.approx(plain + 2 * fewest)
+    assert predict(locked, "in loop", GPU).us > predict(locked, "one launch", GPU).us > plain
+
+
+def test_the_report_marks_what_misses_by_a_fifth(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    case = find("kv_lerp_", "int8")
+    predicted = predict(case, "kvlock", RATES["NVIDIA H100"]).us
+    path = tmp_path / "gpu.csv"
+    row = Row(case.op, "kvlock", case.shape.name, case.dtype, case.source, case.setting, "ok", gpu="NVIDIA H100 PCIe")
+    rows = [row._replace(p50=f"{times * predicted:.6f}") for times in (1.19, 1.21, 0.79)]
+    failed = row._replace(status="failed")
+    path.write_text("\n".join(",".join(f'"{cell}"' for cell in line) for line in (Row._fields, *rows, failed)))
+    assert [line.flagged for line in roofline.measured(path)] == [False, True, True]
+    assert roofline.main([str(path)]) == 0
+    name, first, second, third, last = capsys.readouterr().out.splitlines()
+    assert name == "gpu.csv" and last == "2 of 3 rows miss by more than 20 %"
+    assert "misses" not in first and second.endswith("misses by 21 %") and third.endswith("misses by 21 %")
+    assert roofline.main([str(path), "--all"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5 + sum(len(case.providers) for case in runner.CASES) - 1
+    assert sum("not yet measured" in line for line in lines) == len(lines) - 5
+
+
+def test_a_gpu_of_unknown_rates_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "other.csv"
+    path.write_text(",".join(Row._fields) + "\n", encoding="utf-8")
+    assert roofline.main([str(path)]) == 1
+    assert "other.csv: no rates are known" in capsys.readouterr().err
+
+
+def test_predictions_written_with_a_row_hold_where_it_is_bound_by_one_ceiling() -> None:
+    (path,) = roofline.micro_results()
+    for row in read(path):
+        case = roofline.BY_KEY.get((row.op, row.shape, row.source, row.setting))
+        if case is not None and row.provider in ("kvlock", "kvlock sm_90", "SDPA cuDNN") and case.first is None:
+            predicted = predict(case, row.provider, RATES["NVIDIA H100"]).us
+            assert predicted == pytest.approx(float(row.predicted_us), abs=6e-3)
