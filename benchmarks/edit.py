@@ -1,13 +1,15 @@
 """What the lock costs on top of a pipeline: seconds a step of the same edit, plain and locked, in one run.
 
-`python -m benchmarks.edit` edits with the embedded miniature on the CPU; `--gpu` with Wan2.1-T2V-1.3B at 832x480 and 81
-frames on the first CUDA GPU, its weights random, so that the cost is real and the pictures are not.
+`python -m benchmarks.edit` edits with the embedded miniature on the CPU; `--gpu` with Wan2.1-T2V at 832x480 and 81 frames
+on the first CUDA GPU, its weights random, so that the cost is real and the pictures are not. `--shape 14b` needs 80 GB.
 """
 
 import argparse
+import contextlib
 import itertools
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,18 +20,40 @@ from torch import Tensor
 
 import kvlock
 from benchmarks._harness import Machine, Results
+from kvlock import KVLockConfig, Store
 from kvlock.mini import models, scenes
 
 STEPS, LOCKED = 5, 3  # the first of each kind warms up
 KAPPA = 0.4  # the share of locked steps in an edit of the paper's settings, 20 of 50
-MODES = {  # settings, kernel
-    "preset plain": (kvlock.preset("plain"), "hooks"),
-    "store, hooks": (kvlock.preset("kv-lock", kappa=LOCKED), "hooks"),
-    "store, fused": (kvlock.preset("kv-lock", kappa=LOCKED), "fused"),
-    "store, backend": (kvlock.preset("kv-lock", kappa=LOCKED), "backend"),
-    "store, backend, full": (kvlock.preset("full-lock", kappa=LOCKED), "backend"),
-    "batch, hooks": (kvlock.preset("kv-lock", kappa=LOCKED, source="batch"), "hooks"),
+
+
+class Mode(NamedTuple):
+    """One way to edit."""
+
+    config: KVLockConfig = kvlock.preset("kv-lock", kappa=LOCKED)
+    kernel: str = "hooks"
+    store: Store = Store()
+    recorded: bool = False  # the source is recorded beforehand, which is not timed
+
+
+MODES = {
+    "preset plain": Mode(kvlock.preset("plain")),
+    "store, hooks": Mode(),
+    "store, fused": Mode(kernel="fused"),
+    "store, backend": Mode(kernel="backend"),
+    "store, backend, full": Mode(kvlock.preset("full-lock", kappa=LOCKED), "backend"),
+    "batch, hooks": Mode(kvlock.preset("kv-lock", kappa=LOCKED, source="batch")),
+    "store int8, hooks": Mode(store=Store("int8")),
+    "store fp8, hooks": Mode(store=Store("fp8")),
+    "store on the host, hooks": Mode(store=Store(place="host")),
+    "store int8 on the host, hooks": Mode(store=Store("int8", place="host")),
+    "store on disk, hooks": Mode(store=Store(place="disk")),
+    "store int8 on disk, hooks": Mode(store=Store("int8", place="disk")),
+    "recording, hooks": Mode(recorded=True),
+    "recording int8, hooks": Mode(store=Store("int8"), recorded=True),
 }
+SHAPES = {"1.3b": {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
+          "14b": {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40}}  # fmt: skip
 
 
 class EditRow(NamedTuple):
@@ -46,7 +70,9 @@ class EditRow(NamedTuple):
     edit_ratio: str  # of an edit with KAPPA of its steps locked, from the two medians
     forwards: str  # of the last step
     source_gib: str  # keys and values that it keeps
+    moved_gib: str  # of them to and from the host or the disk, in a locked step
     peak_gib: str  # device memory of the run
+    host_gib: str  # memory of the process, at its highest in the run
     difference: str  # largest, of the final latents, to those of the hooks, or of preset plain to the plain pipeline
     gpu: str = ""
     driver: str = ""
@@ -57,6 +83,9 @@ class EditRow(NamedTuple):
     triton: str = ""
     commit: str = ""
     date: str = ""
+
+
+MEASURED = EditRow._fields.index("gpu")  # columns that say what was measured, and not on what
 
 
 class Edit(NamedTuple):
@@ -76,6 +105,7 @@ class Steps(NamedTuple):
     seconds: list[float]
     latents: Tensor
     peak: int  # bytes
+    host: int  # bytes, or 0 where the system does not say
 
 
 def miniature(device: str) -> Edit:
@@ -93,8 +123,8 @@ def miniature(device: str) -> Edit:
     )  # fmt: skip
 
 
-def wan(device: str) -> Edit:
-    """A transformer of the shape of Wan2.1-T2V-1.3B in bf16 on noise, with nothing encoded and nothing decoded."""
+def wan(device: str, shape: str) -> Edit:
+    """A transformer of the shape of Wan2.1-T2V in bf16 on noise, with nothing encoded and nothing decoded."""
     from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
     from transformers import UMT5Config, UMT5EncoderModel
 
@@ -103,9 +133,7 @@ def wan(device: str) -> Edit:
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device(device):
-            transformer = WanTransformer3DModel(
-                num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=30
-            )
+            transformer = WanTransformer3DModel(attention_head_dim=128, **SHAPES[shape])
     finally:
         torch.set_default_dtype(default)
     tokenizer, frames, height, width = models.build_tokenizer(), 81, 480, 832
@@ -123,7 +151,7 @@ def wan(device: str) -> Edit:
     source = torch.randn(1, 16, (frames - 1) // 4 + 1, height // 8, width // 8, device=device)
     source_embeds, prompt, negative = torch.randn(3, 1, 512, 4096, device=device, dtype=torch.bfloat16)
     return Edit(
-        "wan-1.3b, random", pipe, kvlock.Masks.from_pixels(mask, pipe), source, source_embeds,
+        f"wan-{shape}, random", pipe, kvlock.Masks.from_pixels(mask, pipe), source, source_embeds,
         {"prompt_embeds": prompt, "negative_prompt_embeds": negative, "height": height, "width": width,
          "num_frames": frames},
     )  # fmt: skip
@@ -142,59 +170,90 @@ def run(edit: Edit, device: str) -> Steps:
 
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
+    _forget_host_peak()
     edit.pipe.set_progress_bar_config(disable=True)
     latents = edit.pipe(
         **edit.arguments, num_inference_steps=STEPS, guidance_scale=5.0, output_type="latent",
         generator=torch.Generator(device).manual_seed(0), callback_on_step_end=step_end,
     ).frames  # fmt: skip
     seconds = [end - start for start, end in itertools.pairwise(ends)]  # without the first step
-    return Steps(seconds, latents.float().cpu(), torch.cuda.max_memory_allocated() if on_gpu else 0)
+    peak = torch.cuda.max_memory_allocated() if on_gpu else 0
+    return Steps(seconds, latents.float().cpu(), peak, _host_peak())
 
 
-def measure(edit: Edit, device: str) -> list[EditRow]:
+def _forget_host_peak() -> None:
+    """Let the system count the process's highest memory anew, where it can."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def _host_peak() -> int:
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        return 0
+    return next((1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")), 0)
+
+
+def measure(edit: Edit, device: str, modes: dict[str, Mode]) -> list[EditRow]:
     """The plain pipeline, then every mode."""
     plain = run(edit, device)
     step = statistics.median(plain.seconds)
-    rows = [_row(edit, "pipeline", plain, step, None)]
+    rows = [_row(edit, "pipeline", Mode(kvlock.preset("plain")), plain, step, None, None)]
     hooks: Tensor | None = None
-    for mode, (config, kernel) in MODES.items():
-        with kvlock.attach(
-            edit.pipe, edit.source, edit.masks, config=config, source_prompt_embeds=edit.embeds, kernel=kernel
-        ) as session:
-            steps = run(edit, device)
-            trace = session.trace.rows()
-        if mode == "store, hooks":
+    for name, mode in modes.items():
+        steps, trace = locked(edit, device, mode)
+        if name == "store, hooks":
             hooks = steps.latents
-        other = plain.latents if mode == "preset plain" else None if "full" in mode else hooks
+        other = plain.latents if name == "preset plain" else None if "full" in name else hooks
         difference = None if other is None else (steps.latents - other).abs().max().item()
-        rows.append(_row(edit, mode, steps, step, difference, trace))
-        print(*rows[-1][:13], sep=", ", flush=True)
+        rows.append(_row(edit, name, mode, steps, step, difference, trace))
+        print(*rows[-1][:MEASURED], sep=", ", flush=True)
     return rows
+
+
+def locked(edit: Edit, device: str, mode: Mode) -> tuple[Steps, list[dict[str, Any]]]:
+    """One edit in this mode, and its trace."""
+    options: dict[str, Any] = {"config": mode.config, "kernel": mode.kernel}
+    source = {"source_prompt_embeds": edit.embeds, "store": mode.store}
+    with tempfile.TemporaryDirectory() as folder:
+        if mode.recorded:
+            path = Path(folder) / "source.kvlock"
+            with kvlock.record(edit.pipe, path, edit.source, edit.masks, **options, **source):
+                run(edit, device)
+            source = {"recording": kvlock.Recording(path)}
+        with kvlock.attach(edit.pipe, edit.source, edit.masks, **options, **source) as session:
+            steps = run(edit, device)
+    return steps, session.trace.rows()
 
 
 def _row(
     edit: Edit,
-    mode: str,
+    name: str,
+    mode: Mode,
     steps: Steps,
     step: float,
     difference: float | None,
-    trace: list[dict[str, Any]] | None = None,
+    trace: list[dict[str, Any]] | None,
 ) -> EditRow:
     """`step`: seconds of a step of the plain pipeline, which has no trace."""
-    last = trace[-1] if trace else {"forwards": 2, "source_bytes": 0}
+    last = trace[-1] if trace else {"forwards": 2, "source_bytes": 0, "locked": False}
+    locks = bool(trace) and mode.config.locks
+    transits = 2 if mode.recorded else 3 if mode.store.place != "device" else 0  # read for each branch, written once
     row = EditRow(
-        edit.model, mode, str(edit.pipe.transformer.dtype).removeprefix("torch."), str(edit.masks.num_tokens),
+        edit.model, name, str(edit.pipe.transformer.dtype).removeprefix("torch."), str(edit.masks.num_tokens),
         str(len(edit.masks.index)), "", "", "", "", str(last["forwards"]), f"{last['source_bytes'] / 2**30:.3f}",
-        f"{steps.peak / 2**30:.2f}", "" if difference is None else f"{difference:.3g}",
+        f"{transits * last['source_bytes'] / 2**30:.3f}", f"{steps.peak / 2**30:.2f}", f"{steps.host / 2**30:.2f}",
+        "" if difference is None else f"{difference:.3g}",
     )  # fmt: skip
-    if last["forwards"] == 2:
+    if not locks:
         each = statistics.median(steps.seconds)
         return row._replace(step_s=f"{each:.4f}", edit_ratio=f"{each / step:.4f}")
     each = statistics.median(steps.seconds[: STEPS - LOCKED - 1])
-    locked = statistics.median(steps.seconds[STEPS - LOCKED :])  # without the first of them
+    locked_step = statistics.median(steps.seconds[STEPS - LOCKED :])  # without the first of them
     return row._replace(
-        step_s=f"{each:.4f}", locked_step_s=f"{locked:.4f}", locked_ratio=f"{locked / step:.4f}",
-        edit_ratio=f"{((1 - KAPPA) * each + KAPPA * locked) / step:.4f}",
+        step_s=f"{each:.4f}", locked_step_s=f"{locked_step:.4f}", locked_ratio=f"{locked_step / step:.4f}",
+        edit_ratio=f"{((1 - KAPPA) * each + KAPPA * locked_step) / step:.4f}",
     )  # fmt: skip
 
 
@@ -202,6 +261,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code: 2 where a GPU is asked for and there is none."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.edit", description=__doc__)
     parser.add_argument("--gpu", action="store_true", help="Wan's shape on the first CUDA GPU")
+    parser.add_argument("--shape", choices=SHAPES, default="1.3b", help="with --gpu (%(default)s)")
+    parser.add_argument("--only", metavar="NAME", default="", help="modes that have NAME in them")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write DIR/edit-<gpu>.csv")
     parser.add_argument("--commit", help="what was measured, where this is no git checkout")
     options = parser.parse_args(arguments)
@@ -210,9 +271,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     device = "cuda" if options.gpu else "cpu"
     with torch.no_grad():
-        rows = measure(wan(device) if options.gpu else miniature(device), device)
-    print(*EditRow._fields[:13], sep=", ")
-    print(*(", ".join(row[:13]) for row in rows), sep="\n")
+        edit = wan(device, options.shape) if options.gpu else miniature(device)
+        rows = measure(edit, device, {name: mode for name, mode in MODES.items() if options.only in name})
+    print(*EditRow._fields[:MEASURED], sep=", ")
+    print(*(", ".join(row[:MEASURED]) for row in rows), sep="\n")
     if options.out:
         machine = Machine(options.commit)
         with Results(options.out / f"edit-{'-'.join(machine.gpu.lower().split())}.csv", EditRow._fields) as results:

@@ -9,22 +9,26 @@ from benchmarks import edit
 
 
 def test_an_edit_is_measured_plain_and_locked(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    modes = {name: edit.MODES[name] for name in ("preset plain", "store, hooks", "store, backend")}
+    names = ("preset plain", "store, hooks", "store, backend", "store int8 on the host, hooks", "recording, hooks")
+    modes = {name: edit.MODES[name] for name in names}
     monkeypatch.setattr(edit, "MODES", modes)
     assert edit.main([]) == 0
     lines = [line.split(", ") for line in capsys.readouterr().out.splitlines() if line.startswith("miniature")]
-    rows = {", ".join(line[1:-11]): dict(zip(edit.EditRow._fields[2:13], line[-11:], strict=True)) for line in lines}
-    assert list(rows) == ["preset plain", "store, hooks", "store, backend", "pipeline"]
+    columns = edit.EditRow._fields[2 : edit.MEASURED]
+    found = [(", ".join(line[1 : -len(columns)]), line[-len(columns) :]) for line in lines]
+    rows = {mode: dict(zip(columns, values, strict=True)) for mode, values in found}
+    assert list(rows) == [*names, "pipeline"]
     assert rows["preset plain"]["difference"] == "0"  # bit for bit
     assert float(rows["store, backend"]["difference"]) < 1e-4
-    assert [rows[mode]["forwards"] for mode in rows] == ["2", "3", "3", "2"]
+    assert rows["recording, hooks"]["difference"] == "0"
+    assert [rows[mode]["forwards"] for mode in rows] == ["2", "3", "3", "3", "2", "2"]
     for row in rows.values():
         assert 0 < int(row["background"]) < int(row["tokens"])
         step, plain = float(row["step_s"]), float(rows["pipeline"]["step_s"])
         locked = float(row["locked_step_s"] or step)
         assert float(row["locked_ratio"] or locked / plain) == pytest.approx(locked / plain, rel=0.01)
         assert float(row["edit_ratio"]) == pytest.approx((0.6 * step + 0.4 * locked) / plain, rel=0.01)
-    assert [mode for mode in rows if rows[mode]["locked_step_s"]] == ["store, hooks", "store, backend"]
+    assert [mode for mode in rows if rows[mode]["locked_step_s"]] == list(names[1:])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
