@@ -1,7 +1,8 @@
 """What the lock costs on top of a pipeline: seconds a step of the same edit, plain and locked, in one run.
 
-`python -m benchmarks.edit` edits with the embedded miniature on the CPU; `--gpu` with Wan2.1-T2V at 832x480 and 81 frames
-on the first CUDA GPU, its weights random, so that the cost is real and the pictures are not. `--shape 14b` needs 80 GB.
+`python -m benchmarks.edit` edits with the embedded miniature on the CPU; `--gpu` with Wan2.1-T2V at 832x480 and 81
+frames on the first CUDA GPU, its weights random, so that the cost is real and the pictures are not. `--shape 14b`, with
+rows in bf16 on the device, needs some 60 GB there.
 """
 
 import argparse
@@ -215,7 +216,7 @@ def measure(edit: Edit, device: str, modes: dict[str, Mode]) -> list[EditRow]:
 def locked(edit: Edit, device: str, mode: Mode) -> tuple[Steps, list[dict[str, Any]]]:
     """One edit in this mode, and its trace."""
     options: dict[str, Any] = {"config": mode.config, "kernel": mode.kernel}
-    source = {"source_prompt_embeds": edit.embeds, "store": mode.store}
+    source: dict[str, Any] = {"source_prompt_embeds": edit.embeds, "store": mode.store}
     with tempfile.TemporaryDirectory() as folder:
         if mode.recorded:
             path = Path(folder) / "source.kvlock"
