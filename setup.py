@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -27,7 +28,7 @@ IN_PLACE = Path(__file__).with_name("kvlock_kernels") / "_C.so"  # of an editabl
 TORCH_TARGET = "0x020a000000000000ULL"  # the stable ABI of torch 2.10, the first version that has all that is used
 # A fused product and sum, or a reciprocal for a quotient, would give other bits than the reference.
 CXX_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-trapping-math"]
-NVCC_FLAGS = ["-O3", "-std=c++20", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-fmad=false"]
+NVCC_FLAGS = ["-O3", "-std=c++20", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-fmad=false", "--threads=0"]
 
 
 def switch() -> str:
@@ -140,11 +141,12 @@ class BuildExtension(build_ext):
             nvcc = [*nvcc, *host_compiler()]
             commands[".cpp"] += ["-DKVLOCK_CUDA", f'-DKVLOCK_ARCHITECTURES="{";".join(words)}"']
             commands[".cu"] = [*nvcc, *NVCC_FLAGS, *(flag for word in words for flag in gencode(word))]
-        built = []
-        for source in map(Path, ext.sources):
-            if source.suffix in commands:
-                built.append(str(objects / f"{source.name}.o"))
-                run(*commands[source.suffix], "-c", str(source), "-o", built[-1])
+        sources = [source for source in map(Path, ext.sources) if source.suffix in commands]
+        built = [str(objects / f"{source.name}.o") for source in sources]
+        with ThreadPoolExecutor() as compilers:  # each is a process of its own
+            pairs = zip(sources, built, strict=True)
+            calls = [(*commands[source.suffix], "-c", str(source), "-o", to) for source, to in pairs]
+            list(compilers.map(lambda call: run(*call), calls))
         linker = [*nvcc, "-cudart=static"] if nvcc else cxx  # nvcc knows where its own library is
         libraries = [f"-L{path}" for path in library_paths()]
         part = target.with_suffix(".part")  # a build that is cut off leaves no half of an object
