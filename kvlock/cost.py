@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from kvlock.config import KVLockConfig
-from kvlock.places import LAYERS_ON_DEVICE
-from kvlock.store import Store
+from kvlock.store import LAYERS_ON_DEVICE, Store
 
 
 class ModelSizes(NamedTuple):
@@ -62,7 +61,8 @@ class Cost(NamedTuple):
     bytes_host: int  # in host memory, where the device is not the host: all, or two layers on their way from the disk
     bytes_disk: int
     bytes_moved: int  # between device and place in a locked step: written once, read for every branch
-    bytes_recording: int  # of all locked steps, which `kvlock record` writes; an edit from it moves its share of a step
+    bytes_recording: int  # of all locked steps, which `kvlock record` writes
+    bytes_moved_replay: int  # in a locked step of an edit from a recording: read for every branch
     bytes_predictions: int  # of the clean predictions that the variance looks back on, with or without a lock
 
 
@@ -146,6 +146,7 @@ def estimate(
         bytes_disk=kept if store.place == "disk" else 0,
         bytes_moved=(1 + locked_branches) * kept if elsewhere else 0,
         bytes_recording=kept * locked,
+        bytes_moved_replay=locked_branches * kept,
         bytes_predictions=2 * config.window_steps(num_steps) * tokens * model.token_values * 4,
     )
 

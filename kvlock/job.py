@@ -43,7 +43,8 @@ def prepare(
     """Check everything that a call takes, and encode the source.
 
     Args:
-        given: of the pipeline's call, its `prompt` and "num_inference_steps" included.
+        given: the pipeline's arguments prompt, guidance_scale, generator, num_inference_steps and output_type, and for
+            an edit negative_prompt.
         pipeline_arguments: whatever else the call takes.
 
     Raises:
@@ -72,7 +73,7 @@ def prepare(
         raise ValueError(f"generator is a {type(generator).__name__}; wanted a torch.Generator")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"num_inference_steps={steps!r} is not allowed; wanted an int >= 1")
-    arguments = _accepted(pipe, pipeline_arguments) | _conditions(pipe, pixels, inside, references)
+    arguments = _accepted(pipe, pipeline_arguments, given) | _conditions(pipe, pixels, inside, references)
     masks = Masks.from_pixels(
         inside, pipe, reference_frames=len(references), dilate_tokens=dilate_tokens
     )
@@ -124,12 +125,12 @@ def _parameters(pipe: Any) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(known.__call__).parameters
 
 
-def _accepted(pipe: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+def _accepted(pipe: Any, arguments: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     known = _parameters(pipe)
     unknown = sorted(set(arguments) - set(known))
     if unknown:
         raise ValueError(f"{type(pipe).__name__} takes no argument {', '.join(unknown)}")
-    taken = sorted(set(arguments) & OWN_ARGUMENTS)
+    taken = sorted(set(arguments) & (OWN_ARGUMENTS | set(given)))
     if taken:
         raise ValueError(f"{', '.join(taken)} cannot be given: KVLockPipeline decides it")
     return dict(arguments)

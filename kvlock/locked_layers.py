@@ -84,29 +84,32 @@ class Holder:
         self.k_source: Recorded | None = None  # of rows that stay with the layer
         self.v_source: Recorded | None = None
 
-    def keep(self, tensor: str, rows: Rows, point: str) -> Recorded | None:
-        """What to remember of rows of "k" or "v": nothing, where they are put on the shelf."""
+    def keep(self, tensor: str, rows: Rows, point: str) -> None:
+        """Keep rows of "k" or "v", taken at `point`: here, or on the shelf."""
         shelf = self.shared.shelf
-        if shelf is None:
-            return Recorded(rows, point)
-        shelf.put(self._piece(tensor), rows)
-        return None
+        if shelf is not None:
+            shelf.put(self.piece(tensor), rows)
+        elif tensor == "k":
+            self.k_source = Recorded(rows, point)
+        else:
+            self.v_source = Recorded(rows, point)
 
     def source_rows(self, tensor: str, point: str) -> Rows:
         """The rows of "k" or "v", for a layer that mixes at `point`.
 
         Raises:
-            ValueError: there are none, or they were recorded at the other point.
+            ValueError: there are none, or those that stayed with the layer were taken at the other point.
         """
         shelf = self.shared.shelf
         if shelf is not None:
-            return shelf.get(self._piece(tensor))
+            return shelf.get(self.piece(tensor))
         kept = self.k_source if tensor == "k" else self.v_source
         if kept is None:
             raise ValueError(f"{self.name} has no source rows for {tensor}; record them first")
         return kept.at(point, self.key)
 
-    def _piece(self, tensor: str) -> Piece:
+    def piece(self, tensor: str) -> Piece:
+        """What the shelf calls its "k" or "v"."""
         return Piece(self.key.expert, self.key.stack, self.key.block, tensor)
 
     @property
@@ -159,7 +162,7 @@ class LockedLayers(ABC):
 
     def to(self, device: torch.device) -> None:
         if self.shared.shelf is not None:
-            self.shared.shelf.to(device)
+            self.shared.shelf.serve(device, {holder.piece("k").layer for holder in self.holders()})
         self.shared.index = self.shared.index.to(device)
         self.shared.source_row = self.shared.source_row.to(device)
         self.shared.foreground = self.shared.foreground.to(device)

@@ -11,14 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvlock.adapters.attach import attach, check_store, notice_empty_prompt
+from kvlock.adapters.attach import attach, check_recording, check_store, notice_empty_prompt
 from kvlock.adapters.families import check_pipeline
 from kvlock.adapters.kernels import check_kernel
-from kvlock.adapters.record import record
+from kvlock.adapters.record import check_recordable, record
 from kvlock.adapters.vae import repair_stride
 from kvlock.config import KVLockConfig
 from kvlock.job import as_list, prepare, sequence_length
+from kvlock.manifest import hash_of, short
 from kvlock.masks import Masks
+from kvlock.recorder import check_path
 from kvlock.recording import Recording
 from kvlock.store import Store
 from kvlock.trace import Trace
@@ -95,12 +97,13 @@ class KVLockPipeline:
             ValueError: video, mask, prompt or a setting cannot be used; the message says why.
         """
         config = self.config if composite is None else dataclasses.replace(self.config, composite=composite)
+        check_recording(recording, config, self.store)
         given: dict[str, Any] = {"prompt": prompt, "negative_prompt": negative_prompt, "guidance_scale": guidance_scale}
         given |= {"generator": generator, "num_inference_steps": num_inference_steps, "output_type": "pt"}
         asked = (video, mask, source_prompt, reference_images, trim, given, pipeline_arguments)
         job = prepare(self.pipe, *asked, dilate_tokens=config.dilate_tokens)
-        if recording is not None and source_prompt:
-            recording.note(about=recording.about | {"source_prompt": source_prompt})
+        if recording is not None and config.locks:
+            agree_on_inputs(recording, source_prompt, job.pixels)
         embeds = self._source_prompt(source_prompt, pipeline_arguments) if config.locks and recording is None else None
 
         attached = dataclasses.replace(config, composite="none" if config.composite == "pixel" else config.composite)
@@ -130,31 +133,39 @@ class KVLockPipeline:
         about: Mapping[str, Any] | None = None,
         **pipeline_arguments: Any,
     ) -> Recording:
-        """Record the source's rows into a folder at `path`, from which any number of edits take them.
+        """Record the source's rows, from which any number of edits take them.
 
-        The arguments are those of an edit; the recording holds the video, the mask and the references too
-        (``inputs``: "frames", "mask", "reference_0", ...), and `about`, JSON types that its readers find again.
+        Args:
+            path: a folder that is not there yet. It will hold the video, the mask and the references too.
+            about: what readers of the recording find again, as JSON types.
+
+        Of the other arguments, those that an edit has as well must be the same there.
+
+        Returns:
+            The recording, whose ``inputs`` are "frames" [F, H, W, 3] as given, "mask" [F, H, W] bool, and a
+            "reference_0" [h, w, 3] uint8 and so on.
 
         Raises:
             ValueError: as an edit, or as `kvlock.record`.
         """
-        if self.store.place != "device":
-            raise ValueError(f"place={self.store.place!r} of the store: a recording is its own place; leave it out")
-        given: dict[str, Any] = {"prompt": source_prompt, "guidance_scale": 5.0, "generator": generator}
+        check_recordable(self.config, self.store)
+        check_path(Path(path))
+        given: dict[str, Any] = {"prompt": source_prompt, "generator": generator}
         given |= {"num_inference_steps": num_inference_steps, "output_type": "latent"}
+        given["guidance_scale"] = 5.0  # above 1, so that both branches are asked for
         asked = (video, mask, source_prompt, reference_images, trim, given, pipeline_arguments)
         job = prepare(self.pipe, *asked, dilate_tokens=self.config.dilate_tokens)
-        embeds = self._source_prompt(source_prompt, pipeline_arguments) if self.config.locks else None
+        embeds = self._source_prompt(source_prompt, pipeline_arguments)
         inputs = {"frames": video[: len(job.inside)], "mask": job.inside}
         for i, image in enumerate(as_list(reference_images)):
             inputs[f"reference_{i}"] = torch.from_numpy(np.array(image.convert("RGB")))
         seed = generator.initial_seed() if isinstance(generator, torch.Generator) else None
-        own = {"source_prompt": source_prompt, "seed": seed, "kernel": self.kernel}
+        own = {"source_prompt": source_prompt, "seed": seed, "kernel": self.kernel, "video": hash_of(job.pixels)}
 
         config = dataclasses.replace(self.config, composite="none")
         options: dict[str, Any] = {"config": config, "kernel": self.kernel, "store": self.store}
         with record(self.pipe, path, job.source, job.masks, source_prompt_embeds=embeds, **options) as session:
-            session.keep_inputs(inputs, own | dict(about or {}))
+            session.keep_inputs(inputs, dict(about or {}) | own)
             self.pipe(**_reporting(job.arguments, progress, session.trace))
         return Recording(path)
 
@@ -164,6 +175,18 @@ class KVLockPipeline:
             notice_empty_prompt(stacklevel=4)
         length = sequence_length(self.pipe, pipeline_arguments)
         return self.pipe.encode_prompt(text, do_classifier_free_guidance=False, **length)[0]
+
+
+def agree_on_inputs(recording: Recording, source_prompt: str, pixels: Tensor) -> None:
+    """The video of an edit is the recorded one, and so is its source prompt where it has one; raises ValueError."""
+    found = {"video": hash_of(pixels)} | ({"source_prompt": source_prompt} if source_prompt else {})
+    for name, value in found.items():
+        recorded = recording.about.get(name, value)  # a recording by `kvlock.record` knows latents only
+        if recorded != value:
+            raise ValueError(
+                f"{recording.path} was recorded with {name} {short(recorded)}, this edit has {short(value)}; "
+                "wanted them alike"
+            )
 
 
 def _reporting(

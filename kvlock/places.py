@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,14 @@ from torch import Tensor
 from kvlock.step_file import Piece, StepFile, StepWriter
 from kvlock.store import Rows, Store
 
-LAYERS_ON_DEVICE = 2  # the one that runs and the one behind it
-
-Layer = tuple[int, str, int]
+Layer = tuple[int, str, int]  # a `Piece` but for its tensor
 
 
 class Courier:
     """Brings the rows of a layer to the device, on a stream of its own, while the layer before it computes.
 
-    Layers are asked for in a fixed order, over and over: once for each guidance branch.
+    Layers are asked for in a fixed order, over and over: once for each guidance branch. `LAYERS_ON_DEVICE` of them are
+    on the device at a time, the one that computes and the next.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -32,18 +31,17 @@ class Courier:
         self._here: dict[Layer, tuple[dict[Piece, Rows], Any]] = {}  # with the event of their arrival
 
     def fetch(self, piece: Piece, order: Sequence[Layer], load: Callable[[Layer], dict[Piece, Rows]]) -> Rows:
-        """The rows of `piece` on the device, in time for what the caller queues next; the layer behind it sets off."""
+        """The rows of `piece` on the device, in time for what the caller queues next; the next layer's set off."""
         now = piece.layer
-        behind = order[(order.index(now) + 1) % len(order)]
-        for layer in [layer for layer in self._here if layer not in (now, behind)]:
+        following = order[(order.index(now) + 1) % len(order)]
+        for layer in [layer for layer in self._here if layer not in (now, following)]:
             del self._here[layer]
-        if now not in self._here:
-            self._send(now, load(now))
+        for layer in (now, following):
+            if layer not in self._here:
+                self._here[layer] = self._send(load(layer))
         rows, arrival = self._here[now]
         if arrival is not None:
             torch.cuda.current_stream(self._device).wait_event(arrival)
-        if behind not in self._here:
-            self._send(behind, load(behind))
         return rows[piece]
 
     def forget(self) -> None:
@@ -53,16 +51,16 @@ class Courier:
     def bytes_here(self) -> int:
         return sum(kept.bytes_kept for rows, _ in self._here.values() for kept in rows.values())
 
-    def _send(self, layer: Layer, rows: dict[Piece, Rows]) -> None:
+    def _send(self, rows: dict[Piece, Rows]) -> tuple[dict[Piece, Rows], Any]:
         if self.stream is None:
-            self._here[layer] = ({piece: _moved(kept, self._device) for piece, kept in rows.items()}, None)
-            return
+            return {piece: _moved(kept, self._device) for piece, kept in rows.items()}, None
         user = torch.cuda.current_stream(self._device)
         with torch.cuda.stream(self.stream):
             moved = {piece: _moved(kept, self._device) for piece, kept in rows.items()}
-            self._here[layer] = (moved, self.stream.record_event())
+            arrival = self.stream.record_event()
         for part in (part for kept in moved.values() for part in kept if part is not None):
             part.record_stream(user)  # its memory is not given away before this stream is done with it
+        return moved, arrival
 
 
 def _moved(rows: Rows, device: torch.device) -> Rows:
@@ -76,8 +74,8 @@ class Shelf(ABC):
         self._courier: Courier | None = None
         self._order: list[Layer] = []  # in which layers are used
 
-    def to(self, device: torch.device) -> None:
-        """Where `get` has to bring them."""
+    def serve(self, device: torch.device, layers: Collection[Layer]) -> None:
+        """Where `get` has to bring rows, and those of which layers are asked for."""
         self._courier = Courier(device)
 
     def get(self, piece: Piece) -> Rows:
@@ -91,24 +89,24 @@ class Shelf(ABC):
         assert self._courier is not None
         return self._courier.fetch(piece, self._order, self._load)
 
-    def turn_to(self, step: int) -> None:
-        """Begin with step number `step` of the scheduler's table."""
-        self.clear()
-
-    def clear(self) -> None:
-        """Forget the step's rows."""
-        self._order.clear()
-        if self._courier is not None:
-            self._courier.forget()
-
     def put(self, piece: Piece, rows: Rows) -> None:
         """Keep rows that the current stream has been told to compute."""
         if piece.layer not in self._order:
             self._order.append(piece.layer)
         self._put(piece, rows)
 
-    def seal(self) -> None:  # noqa: B027 - most have nothing to do
+    def turn_to(self, step: int) -> None:
+        """Begin with step number `step` of the scheduler's table."""
+        self.clear()
+
+    def seal(self) -> None:  # noqa: B027 - a file is finished here, memory needs nothing
         """Every layer has put its rows."""
+
+    def clear(self) -> None:
+        """Forget the step's rows."""
+        self._order.clear()
+        if self._courier is not None:
+            self._courier.forget()
 
     def close(self) -> None:
         """The session ends."""
@@ -124,7 +122,7 @@ class Shelf(ABC):
 
     @abstractmethod
     def _load(self, layer: Layer) -> dict[Piece, Rows]:
-        """What is kept of one layer, in host memory; pinned where the device copies from it on its own."""
+        """What is kept of one layer, in host memory; pinned where a CUDA device copies from it on its own."""
 
 
 class HostShelf(Shelf):
@@ -135,6 +133,8 @@ class HostShelf(Shelf):
         self._kept: dict[Piece, Rows] = {}
 
     def _put(self, piece: Piece, rows: Rows) -> None:
+        if any(kept.expert != piece.expert for kept in self._kept):
+            self._kept.clear()
         before = self._kept.get(piece)
         rooms = before if before is not None and _fits(before, rows) else rows.each(_room)
         self._kept[piece] = rooms
@@ -144,7 +144,7 @@ class HostShelf(Shelf):
                 room.copy_(part)
             return
         stream.wait_stream(torch.cuda.current_stream(stream.device))
-        with torch.cuda.stream(stream):  # behind what it still reads of the last step
+        with torch.cuda.stream(stream):  # after what it still reads of the last step
             for room, part in _pairs(rooms, rows):
                 room.copy_(part, non_blocking=True)
                 part.record_stream(stream)
@@ -158,7 +158,7 @@ class HostShelf(Shelf):
 
     @property
     def bytes_kept(self) -> int:
-        return sum(rows.bytes_kept for rows in self._kept.values()) if self._order else 0
+        return sum(rows.bytes_kept for piece, rows in self._kept.items() if piece.layer in self._order)
 
 
 def _fits(before: Rows, rows: Rows) -> bool:
@@ -176,16 +176,43 @@ def _pairs(rooms: Rows, rows: Rows) -> list[tuple[Tensor, Tensor]]:
     return [(room, part) for room, part in zip(rooms, rows, strict=True) if room is not None and part is not None]
 
 
-def read(file: StepFile, layer: Layer, *, pin: bool) -> dict[Piece, Rows]:
-    """The rows of a layer in a file, in pinned memory where a CUDA device is to copy them."""
-    found = {piece: file.rows(piece) for piece in file.pieces if piece.layer == layer}
-    if not pin:
-        return found
-    return {piece: rows.each(Tensor.pin_memory) for piece, rows in found.items()}
+class FileShelf(Shelf):
+    """Rows in a file of the step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._layers: Collection[Layer] = ()
+        self._file: StepFile | None = None
+        self._bytes = 0
+
+    def serve(self, device: torch.device, layers: Collection[Layer]) -> None:
+        super().serve(device, layers)
+        self._layers = layers
+
+    def clear(self) -> None:
+        super().clear()
+        self._file, self._bytes = None, 0
+
+    @property
+    def bytes_kept(self) -> int:
+        return self._bytes
+
+    def _open(self, file: StepFile) -> None:
+        """From here on its rows are got, of the layers that are asked for."""
+        pieces = [piece for piece in file.pieces if piece.layer in self._layers]
+        self._file, self._order = file, list(dict.fromkeys(piece.layer for piece in pieces))
+        self._bytes = sum(file.rows(piece).bytes_kept for piece in pieces)
+
+    def _load(self, layer: Layer) -> dict[Piece, Rows]:
+        assert self._file is not None and self._courier is not None
+        found = {piece: self._file.rows(piece) for piece in self._file.pieces if piece.layer == layer}
+        if self._courier.stream is None:
+            return found
+        return {piece: rows.each(Tensor.pin_memory) for piece, rows in found.items()}
 
 
-class DiskShelf(Shelf):
-    """Rows in a file that lasts one step, in a temporary folder that lasts as long as the session.
+class DiskShelf(FileShelf):
+    """A file that lasts one step, in a temporary folder that lasts as long as the session.
 
     Raises:
         ValueError: there is no such folder, or it cannot be written to.
@@ -199,13 +226,10 @@ class DiskShelf(Shelf):
             where = folder or tempfile.gettempdir()
             raise ValueError(f"cannot write source rows to {where}: {error.strerror}") from error
         self._writer: StepWriter | None = None
-        self._file: StepFile | None = None
-        self._bytes = 0
         self._path = self._folder / "step.safetensors"
 
     def _put(self, piece: Piece, rows: Rows) -> None:
         if self._writer is None:
-            self._drop()
             self._writer = StepWriter(self._path)
         self._writer.add(piece, rows)
         self._bytes += rows.bytes_kept
@@ -213,30 +237,19 @@ class DiskShelf(Shelf):
     def seal(self) -> None:
         if self._writer is not None:
             self._writer.close()
-            self._writer, self._file = None, StepFile(self._path)
+            self._writer = None
+            self._open(StepFile(self._path))
 
     def clear(self) -> None:
         super().clear()
-        self._drop()
+        if self._writer is not None:
+            self._writer.discard()
+            self._writer = None
+        self._path.unlink(missing_ok=True)
 
     def close(self) -> None:
         super().close()
         shutil.rmtree(self._folder, ignore_errors=True)
-
-    def _drop(self) -> None:
-        if self._writer is not None:
-            self._writer.discard()
-        self._writer = self._file = None
-        self._bytes = 0
-        self._path.unlink(missing_ok=True)
-
-    def _load(self, layer: Layer) -> dict[Piece, Rows]:
-        assert self._file is not None and self._courier is not None
-        return read(self._file, layer, pin=self._courier.stream is not None)
-
-    @property
-    def bytes_kept(self) -> int:
-        return self._bytes
 
 
 def shelf_of(store: Store) -> Shelf | None:

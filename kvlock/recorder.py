@@ -15,14 +15,17 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from kvlock import manifest
+from kvlock.manifest import FORMAT, MANIFEST, TENSORS, hash_of, short, step_name
 from kvlock.places import Layer, Shelf
-from kvlock.recording import FORMAT, MANIFEST, TENSORS, hash_of, hash_of_json, short, step_name
 from kvlock.step_file import Piece, StepWriter, digest
 from kvlock.store import Rows
 
 
 class Recorder(Shelf):
     """Writes a recording into a hidden folder beside `path`, which `finish` gives its name: there is all or nothing.
+
+    What `kvlock.recording.Recording` compares by methods of the same names is noted here.
 
     Raises:
         ValueError: there is something at `path`, or nothing can be written there.
@@ -31,49 +34,60 @@ class Recorder(Shelf):
     def __init__(self, path: str | Path) -> None:
         super().__init__()
         self.path = Path(path)
+        self._target = self.path.absolute()  # the current folder may be another one when the recording is whole
         check_path(self.path)
         with _named_errors(self.path):
-            self.path.absolute().parent.mkdir(parents=True, exist_ok=True)
-            self._folder = Path(tempfile.mkdtemp(prefix=".kvlock-", dir=self.path.absolute().parent))
-        self._fields: dict[str, Any] = {}
+            self._target.parent.mkdir(parents=True, exist_ok=True)
+            self._folder = Path(tempfile.mkdtemp(prefix=".kvlock-", dir=self._target.parent))
+        self._facts: dict[str, Any] = {}
         self._tensors: dict[str, Tensor] = {}
         self._files: dict[str, dict[str, Any]] = {}
+        self._steps: list[int] = []
         self._writer: StepWriter | None = None
         self._step_bytes = 0
 
-    def note(self, **fields: Any) -> None:
+    def agree(self, **facts: Any) -> None:
         """Facts that an edit must share, as JSON types.
 
         Raises:
             ValueError: one has been noted with another value.
         """
-        for name, value in fields.items():
-            if self._fields.setdefault(name, value) != value:
-                first, then = short(self._fields[name]), short(value)
+        for name, value in facts.items():
+            if self._facts.setdefault(name, value) != value:
+                first, then = short(self._facts[name]), short(value)
                 raise ValueError(f"{self.path} is being recorded with {name} {first}, then with {then}; wanted one")
 
-    def note_some(self, **fields: Sequence[Any]) -> None:
-        """Lists of which an edit may use a part."""
-        self._fields |= {name: list(values) for name, values in fields.items()}
+    def agree_on_part(self, **facts: Sequence[Any]) -> None:
+        """Lists of which an edit may use a part; raises as `agree`."""
+        self.agree(**{name: list(values) for name, values in facts.items()})
 
-    def note_tensor(self, name: str, tensor: Tensor) -> None:
-        """A tensor that an edit must share, but for the rounding of another device."""
+    def agree_on_tensor(self, name: str, tensor: Tensor) -> None:
+        """A tensor that an edit must share, but for the rounding of another device; raises as `agree`."""
+        self.agree(**{name: hash_of(tensor)})
         self._tensors[name] = tensor.detach().cpu().contiguous()
-        self._fields[name] = hash_of(tensor)
 
-    def note_noise(self, noise: Tensor) -> None:
-        """The initial noise, which an edit may replace for itself."""
-        self._fields["noise"] = hash_of(noise)
+    def agree_on_noise(self, noise: Tensor) -> None:
+        """The initial noise, which an edit may replace for itself; raises as `agree`."""
+        self.agree_on_tensor("noise", noise)
 
     def keep_inputs(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-        """What the caller wants to find again: tensors under names of its own, and JSON types."""
+        """What the caller wants to find again: tensors under names of its own, and JSON types.
+
+        Raises:
+            ValueError: something in `about` is no JSON type.
+        """
+        try:
+            json.dumps(dict(about), allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"about={dict(about)!r} cannot be written: {error}; wanted JSON types") from error
         self._tensors |= {f"input.{name}": tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        self._fields["about"] = dict(about)
+        self._facts["about"] = dict(about)
 
     def turn_to(self, step: int) -> None:
         super().turn_to(step)
-        if step_name(step) in self._files:
+        if step in self._steps:
             raise ValueError(f"step {step} of {self.path} is recorded already; wanted one call of the pipeline")
+        self._steps.append(step)
         self._writer, self._step_bytes = StepWriter(self._folder / step_name(step)), 0
 
     def seal(self) -> None:
@@ -86,26 +100,25 @@ class Recorder(Shelf):
         """The recording is whole: give it its name.
 
         Raises:
-            ValueError: no step has been recorded, or the rest cannot be written.
+            ValueError: no step has been recorded, the rest cannot be written, or there is something at its path now.
         """
-        steps = sorted(int(name[5:9]) for name in self._files)
-        if not steps:
+        if not self._files:
             raise ValueError(f"nothing was recorded for {self.path}: no step of a run was locked inside the block")
         with _named_errors(self.path):
-            tensors = self._folder / TENSORS
-            save_file(self._tensors, tensors)
-            self._enter(tensors)
-            manifest = {"format": FORMAT, "recorded_steps": steps, **self._fields, "files": self._files}
-            text = json.dumps(manifest | {"sha256": hash_of_json(manifest)}, indent=1, allow_nan=False)
-            with (self._folder / MANIFEST).open("w", encoding="utf-8") as file:
-                file.write(text + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.rename(self._folder, self.path)
+            save_file(self._tensors, self._folder / TENSORS)
+            self._enter(self._folder / TENSORS)
+            fields = {"format": FORMAT, "recorded_steps": sorted(self._steps), **self._facts, "files": self._files}
+            manifest.write(fields, self._folder / MANIFEST)
+            _sync(self._folder / MANIFEST)
+            os.chmod(self._folder, 0o777 & ~_umask())  # a temporary folder is its owner's alone
+            check_path(self._target)
+            os.rename(self._folder, self._target)
 
     def close(self) -> None:
         """Remove what has not become a recording."""
         super().close()
+        if self._writer is not None:
+            self._writer.discard()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     @property
@@ -121,13 +134,27 @@ class Recorder(Shelf):
         raise ValueError(f"{self.path} is being recorded; wanted an edit that attaches to it afterwards")
 
     def _enter(self, file: Path) -> None:
-        self._files[file.name] = {"bytes": file.stat().st_size, "sha256": digest(file)}
+        with _named_errors(file):
+            _sync(file)
+            self._files[file.name] = {"bytes": file.stat().st_size, "sha256": digest(file)}
 
 
 def check_path(path: Path) -> None:
     """Wants a place for a recording; raises ValueError where there is something already."""
     if os.path.lexists(path):
         raise ValueError(f"{path} exists already; wanted a path where there is nothing yet")
+
+
+def _sync(file: Path) -> None:
+    """Wait until the disk has it."""
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 @contextlib.contextmanager

@@ -30,7 +30,8 @@ class Session:
         begin_call               end_call               unconditional branch, if there is one
         guide, finish_step                              around scheduler.step
 
-    Nothing in this loop reads a device tensor on the host, except the first timestep of a run.
+    Nothing in this loop reads a device tensor on the host, except once a run the first timestep and, where there is a
+    recording, the conditions and the initial noise.
 
     Attributes:
         config: the settings.
@@ -78,9 +79,9 @@ class Session:
         self.release()
 
     def begin_call(
-        self, expert: int, x: Tensor, timestep: Tensor, conditions: Mapping[str, Tensor] | None = None
+        self, expert: int, x: Tensor, timestep: Tensor, conditions: Mapping[str, Any] | None = None
     ) -> Tensor | None:
-        """The transformer is about to run on latents `x` [B, ...]; `conditions` is what else of it the source shares.
+        """The transformer is about to run on latents `x` [B, ...]; the source gets the same `conditions`, by name.
 
         Returns:
             The noised source [B, ...] fp32 that must run before this call (`source="store"`) or beside it
@@ -88,7 +89,7 @@ class Session:
         """
         if self._run is None:
             self._run = self._new_run(expert, x, timestep)
-            self._note_run(self._run, conditions or {})
+            self._agree_on_run(self._run, conditions or {})
         run = self._run
         if run.use_expert(expert, self._guidance_of):
             self._rows.free()
@@ -170,8 +171,8 @@ class Session:
         """
         run = self._require_run()
         guided = run.guided_velocity(sample)
-        if self._ledger is not None and self.config.locks and run.step == run.flow.start:
-            self._ledger.note_noise(run.initial_noise)
+        if self._ledger is not None and run.step == run.flow.start:
+            self._ledger.agree_on_noise(run.initial_noise)
         variances = run.observe(guided)
         guides = len(run.outputs) > 1
         self.trace.append(
@@ -251,14 +252,18 @@ class Session:
             )
         return run
 
-    def _note_run(self, run: Run, conditions: Mapping[str, Tensor]) -> None:
-        """What the source rows of this run depend on, beside model, masks and source; reads the conditions once."""
-        if self._ledger is None or not self.config.locks:
+    def _agree_on_run(self, run: Run, conditions: Mapping[str, Any]) -> None:
+        """What the source rows of this run depend on, beside model, masks and source."""
+        if self._ledger is None:
             return
-        self._ledger.note(steps=len(run.flow.timesteps), first_step=run.flow.start, sigmas=list(run.flow.sigmas))
-        self._ledger.note_some(locked_steps=list(run.window))
+        self._ledger.agree(steps=len(run.flow.timesteps), first_step=run.flow.start, sigmas=list(run.flow.sigmas))
+        self._ledger.agree_on_part(locked_steps=list(run.window))
+        self._ledger.agree(conditions=sorted(conditions))
         for name, value in conditions.items():
-            self._ledger.note_tensor(name, value)
+            if isinstance(value, Tensor):
+                self._ledger.agree_on_tensor(name, value)
+            else:
+                self._ledger.agree(**{name: repr(value)})
 
     def _why_not(self, run: Run) -> str:
         """Why the lock never acted in a run that has ended."""
@@ -272,21 +277,3 @@ class Session:
         if self._run is None:
             raise ValueError("scheduler.step was called before the transformer ran; wanted a whole pipeline call")
         return self._run
-
-
-class SourceSession(Session):
-    """A session that records the source and lets the transformer run on nothing else."""
-
-    def begin_call(
-        self, expert: int, x: Tensor, timestep: Tensor, conditions: Mapping[str, Tensor] | None = None
-    ) -> Tensor | None:
-        source = super().begin_call(expert, x, timestep, conditions)
-        run = self._require_run()
-        run.forwards -= len(x)
-        run.mixes = False
-        return source
-
-    def keep_inputs(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-        """What the readers of the recording find again: tensors by name, and JSON types."""
-        assert isinstance(self._ledger, Recorder)
-        self._ledger.keep_inputs(tensors, about)

@@ -14,6 +14,7 @@ from kvlock_kernels import pack_kv, unpack_kv
 
 DTYPES = {"model": None, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
 PLACES = ("device", "host", "disk")
+LAYERS_ON_DEVICE = 2  # whose rows are there at a time from the other places: the one that computes and the next
 
 
 class Rows(NamedTuple):
@@ -52,8 +53,9 @@ class Store:
             of one head share a large component that attention does not see; what is left has smaller steps.
         place: where the rows of a step wait: on the ``"device"``, in ``"host"`` memory (pinned, where the device is a
             CUDA one) or on ``"disk"``. From the latter two the rows of two layers are on the device at a time: those of
-            one come while the layer before it computes.
-        folder: where a ``"disk"`` store makes its temporary file; None is the system's own place for such files.
+            one come while the layer before it computes. Compiled transformers need the device.
+        folder: where a ``"disk"`` store makes its temporary file; None is the system's own place for such files, which
+            may be memory. A process that is killed leaves a folder ``.kvlock-*`` there.
 
     Raises:
         ValueError: a setting is not known, or does not go with the others.

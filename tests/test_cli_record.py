@@ -29,7 +29,7 @@ def made(kvlock, here, model, clip, tmp_path):
 def test_an_edit_from_a_recording_needs_its_prompt_only_and_is_the_one_shot_edit(kvlock, here, made):
     assert kvlock("edit", *made, "--prompt", "a red circle", "--out", "one/out.mp4")[0] == 0
     code, out, _ = kvlock("edit", "--source", "source.kvlock", "--prompt", "a red circle", "--out", "two/out.mp4")
-    assert code == 0 and "20 rows" not in out[-1]
+    assert code == 0 and out[-1].endswith(": 10 rows through the transformer")
     assert (here / "one/out.mp4").read_bytes() == (here / "two/out.mp4").read_bytes()
     one, two = (json.loads((here / folder / "trace.json").read_text()) for folder in ("one", "two"))
     assert (one["summary"]["forwards"], two["summary"]["forwards"]) == (12, 10)
@@ -49,11 +49,11 @@ def test_other_seeds_are_allowed_and_named(kvlock, here, made):
         (["--steps", 6], "source.kvlock was recorded with steps 5, this edit has 6; wanted them alike"),
         (["--kernel", "backend"], "was recorded with point before RoPE, this edit has after RoPE"),
         (["--dtype", "bfloat16"], "was recorded with dtypes ['torch.float32'], this edit has ['torch.bfloat16']"),
-        (["--video", "x.mp4"], "--source brings its own video, mask and conditions; leave out --video"),
+        (["--video", "x.mp4"], "--source has its own video, conditions and rows; leave out --video"),
         (["--mask-box", "0,0,9,9"], "leave out --mask-box"),
         (["--source-prompt", "b"], "leave out --source-prompt"),
         (["--example"], "leave out --example"),
-        (["--rows", "int8"], "--source has its rows and video as they were recorded; leave out --rows"),
+        (["--rows", "model"], "leave out --rows"),
         (["--place", "host"], "leave out --place"),
         (["--trim"], "leave out --trim"),
         (["--out", "source.kvlock/out.mp4"], "is an input folder, which must not change"),
@@ -109,7 +109,8 @@ def test_a_recording_without_a_video_is_for_attach(kvlock, here):
         tiny.call(pipe, steps=4)
     assert Recording("bare.kvlock").inputs == {}
     code, _, err = kvlock("edit", "--source", "bare.kvlock", "--prompt", "a")
-    assert code == 2 and err[-1].endswith("bare.kvlock holds no video; wanted a recording made by kvlock record")
+    wanted = "bare.kvlock was not made by kvlock record, and does not hold all that an edit needs"
+    assert code == 2 and err[-1].endswith(wanted)
 
 
 def test_rows_and_place_reach_the_store(kvlock, here, clip, model):

@@ -31,9 +31,10 @@ STEPS = 4
 STEP = "step-0003.safetensors"
 
 
-def record(pipe: Any, path: Path, **options: Any) -> None:
+def record(pipe: Any, path: Path, inputs: dict[str, torch.Tensor] | None = None, **options: Any) -> None:
     options = {"config": CONFIG, "source_prompt_embeds": tiny.SOURCE_PROMPT} | options
-    with kvlock.record(pipe, path, tiny.source_latents(), tiny.masks(pipe), **options):
+    with kvlock.record(pipe, path, tiny.source_latents(), tiny.masks(pipe), **options) as session:
+        session.keep_inputs(inputs or {}, {})
         tiny.call(pipe, steps=STEPS)
 
 
@@ -124,7 +125,7 @@ def test_a_manifest_written_anew_opens(pipe, copy):
     ("harm", "message"),
     [
         (lambda file: file.unlink(), "is no recording: it has no manifest.json"),
-        (truncate, "manifest of a recording"),
+        (lambda file: file.write_bytes(file.read_bytes()[:-40]), "is not the manifest of a recording"),
         (lambda file: file.write_text(file.read_text().replace(': 4,', ': 5,')), "is not what was recorded"),
         (lambda file: file.write_text("[]"), "is not the manifest of a recording"),
         (lambda file: file.write_text("{}"), "is not the manifest of a recording: KeyError"),
@@ -134,11 +135,7 @@ def test_a_manifest_written_anew_opens(pipe, copy):
     ids=["missing", "truncated", "edited", "list", "empty", "binary", "newer"],
 )
 def test_a_manifest_that_is_none_is_refused_by_name(copy, harm, message):
-    file = copy / "manifest.json"
-    if harm is truncate:
-        file.write_bytes(file.read_bytes()[:-40])
-    else:
-        harm(file)
+    harm(copy / "manifest.json")
     with pytest.raises(ValueError) as error:
         Recording(copy)
     assert str(copy) in str(error.value) and message in str(error.value)
@@ -208,6 +205,10 @@ def test_a_full_disk_is_one_error_that_names_the_file(pipe, tmp_path):
     try:
         with pytest.raises(ValueError, match=r"cannot write .*step-0002.safetensors: File too large"):
             record(pipe, tmp_path / "source.kvlock")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))  # enough for the steps, not for the latents
+        with pytest.raises(ValueError, match=r"cannot write .*source.kvlock: .*File too large"):
+            record(pipe, tmp_path / "source.kvlock", inputs={"frames": torch.zeros(200_000, dtype=torch.uint8)})
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**17 + 1000, hard))
         options: dict[str, Any] = {"config": CONFIG, "source_prompt_embeds": tiny.SOURCE_PROMPT}
         store = Store(place="disk", folder=tmp_path)
         with pytest.raises(ValueError, match=r"cannot write .*step.safetensors: File too large"):  # noqa: SIM117
@@ -250,8 +251,9 @@ def test_two_processes_read_one_recording(pipe, whole):
 def test_a_code_that_is_no_number_decodes_to_none(tmp_path):
     data = torch.tensor([0x7F, 0xFF, 0x38, 0x00], dtype=torch.uint8).view(torch.float8_e4m3fn).view(1, 1, 1, 4)
     rows, piece = Rows(data, torch.full((1, 1, 1), 2.0)), Piece(0, "blocks", 0, "k")
-    with StepWriter(tmp_path / "step") as writer:
-        writer.add(piece, rows)
+    writer = StepWriter(tmp_path / "step")
+    writer.add(piece, rows)
+    writer.close()
     found = StepFile(tmp_path / "step").rows(piece)
     decoded = found.unpacked(torch.float32)
     expected = unpack_kv(data, rows.scale, dtype=torch.float32)
@@ -263,9 +265,10 @@ def test_a_code_that_is_no_number_decodes_to_none(tmp_path):
 def test_a_step_file_is_a_file_of_safetensors(tmp_path):
     piece = Piece(1, "vace_blocks", 12, "v")
     rows = Rows(torch.arange(15, dtype=torch.int8).view(1, 5, 3, 1), torch.rand(1, 5, 3), torch.rand(1, 3, 1))
-    with StepWriter(tmp_path / "step") as writer:
-        writer.add(piece, rows)
-        writer.add(piece._replace(tensor="k"), Rows(torch.empty(1, 0, 6, dtype=torch.bfloat16)))
+    writer = StepWriter(tmp_path / "step")
+    writer.add(piece, rows)
+    writer.add(piece._replace(tensor="k"), Rows(torch.empty(1, 0, 6, dtype=torch.bfloat16)))
+    writer.close()
     tensors = load_file(tmp_path / "step")
     assert torch.equal(tensors["1.vace_blocks.12.v.data"], rows.data)
     assert torch.equal(tensors["1.vace_blocks.12.v.mean"], rows.mean)
@@ -275,10 +278,21 @@ def test_a_step_file_is_a_file_of_safetensors(tmp_path):
         assert part.data_ptr() % 64 == 0
 
 
-def test_a_writer_left_by_an_error_removes_its_file(tmp_path):
-    with pytest.raises(KeyError), StepWriter(tmp_path / "step"):
-        raise KeyError
+def test_rows_of_a_dtype_that_the_format_lacks_are_refused_by_name(tmp_path):
+    writer, rows = StepWriter(tmp_path / "step"), Rows(torch.zeros(1, 1, 2, dtype=torch.complex64))
+    with pytest.raises(ValueError, match=r"step cannot hold 0.blocks.0.k.data of torch.complex64; wanted one of F64"):
+        writer.add(Piece(0, "blocks", 0, "k"), rows)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_header_has_room_for_the_largest_models(tmp_path):
+    writer = StepWriter(tmp_path / "step")
+    rows = Rows(torch.zeros(1, 3, 40, 1, dtype=torch.int8), torch.zeros(1, 3, 40), torch.zeros(1, 40, 1))
+    pieces = [Piece(1, "vace_blocks", block, tensor) for block in range(10, 90) for tensor in "vk"]
+    for piece in pieces:
+        writer.add(piece, rows)
+    writer.close()
+    assert StepFile(tmp_path / "step").pieces == pieces
 
 
 def test_a_file_of_something_else_holds_no_rows(tmp_path):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from kvlock.adapters import root, shim
-from kvlock.adapters.belongings import note_model, note_source
+from kvlock.adapters.belongings import agree_on_model, agree_on_source
 from kvlock.adapters.families import STARTS_FROM_VIDEO, check_pipeline, family_of, is_one_of
 from kvlock.adapters.kernels import Lock, check_kernel, listen, point_of
 from kvlock.config import KVLockConfig
@@ -23,6 +23,8 @@ from kvlock.recorder import Recorder
 from kvlock.recording import RecordedShelf, Recording
 from kvlock.session import Session
 from kvlock.store import PLACES, Store
+
+AnySession = TypeVar("AnySession", bound=Session)
 
 
 @contextlib.contextmanager
@@ -56,9 +58,9 @@ def attach(
             ``pipe.transformer.set_attention_backend("kvlock")`` chooses it too, for all transformers of the pipeline
             and until the block is left; another name sets the backend for everything else.
         store: how and where source rows are kept; None is `Store()`, on the device in the dtype of the model.
-        recording: source rows made by `kvlock.record`, in place of a source pass; `store` and `source_prompt_embeds`
-            are then the recording's. An edit with another seed than the recording's keeps the recorded noise for the
-            source, and a warning says so.
+        recording: source rows made by `kvlock.record`, in place of a source pass. It has its own store, and knows its
+            source prompt, which `source_prompt_embeds` must equal where it is given. An edit with another seed keeps
+            the recorded noise for the source, and a warning says so.
 
     Yields:
         The session; ``session.trace`` records each step, also after the block.
@@ -74,13 +76,24 @@ def attach(
     store = Store() if store is None else store
     check_settings(config, masks, store, kernel)
     check_recording(recording, config, store)
+    if not config.locks:
+        recording = None
     with contextlib.ExitStack() as undo:
         shelf = shelf_of(store) if recording is None else RecordedShelf(recording)
         if shelf is not None:
             undo.callback(shelf.close)
         session = undo.enter_context(
             on_pipeline(
-                pipe, source_latents, masks, config, source_prompt_embeds, kernel, Session, store, shelf, recording
+                pipe,
+                source_latents,
+                masks,
+                config=config,
+                source_prompt_embeds=source_prompt_embeds,
+                kernel=kernel,
+                store=store,
+                shelf=shelf,
+                ledger=recording,
+                session_type=Session,
             )
         )
         if recording is not None:
@@ -90,7 +103,8 @@ def attach(
         except (MemoryError, RuntimeError) as error:
             held = is_out_of_memory(error) and recording is None and config.locks and config.source == "store"
             if held and store.place != PLACES[-1]:
-                error.add_note(f"source rows wait on the {store.place}; --place {store.next_place} has more room")
+                following = store.next_place
+                error.add_note(f"source rows are kept on the {store.place}; Store(place={following!r}) has more room")
             raise
 
 
@@ -99,15 +113,21 @@ def on_pipeline(
     pipe: Any,
     source_latents: Tensor,
     masks: Masks,
+    *,
     config: KVLockConfig,
     source_prompt_embeds: Tensor | None,
     kernel: str,
-    session_type: type[Session],
     store: Store,
     shelf: Shelf | None,
     ledger: Recorder | Recording | None,
-) -> Iterator[Session]:
-    """A session on a pipeline, whatever becomes of its source rows; the arguments are those of `attach`."""
+    session_type: type[AnySession],
+) -> Iterator[AnySession]:
+    """A session on a pipeline, whatever becomes of its source rows; the other arguments are those of `attach`.
+
+    Args:
+        shelf: where the rows are, if not with their layers.
+        ledger: what says what they belong to: a recording, or one in the making.
+    """
     _check_numbers("source_latents", source_latents)
     if source_prompt_embeds is not None:
         _check_numbers("source_prompt_embeds", source_prompt_embeds)
@@ -133,9 +153,9 @@ def on_pipeline(
 
     state = LockState(masks.index, masks.num_tokens, full=config.fusion == "full", store=store, shelf=shelf)
     lock = Lock(kernel, state, experts, config)
-    if ledger is not None and config.locks:
-        note_model(ledger, pipe, [module for _, module in experts], lock, config)
-        note_source(ledger, source_latents, masks, source_prompt_embeds)
+    if ledger is not None:
+        agree_on_model(ledger, pipe, [module for _, module in experts], point_of(kernel), config)
+        agree_on_source(ledger, source_latents, masks, source_prompt_embeds)
     session = session_type(
         config,
         masks,
@@ -150,8 +170,8 @@ def on_pipeline(
     )
 
     def choose_backend() -> None:
-        if ledger is not None and config.locks:
-            ledger.note(point=point_of("backend"))
+        if ledger is not None:
+            ledger.agree(point=point_of("backend"))
         try:
             lock.change("backend")
         finally:

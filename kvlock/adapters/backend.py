@@ -19,7 +19,6 @@ from kvlock.locked_layers import (
     LayerKey,
     LockedLayers,
     LockState,
-    Recorded,
     require_same,
 )
 from kvlock.store import Rows
@@ -80,7 +79,8 @@ class BackendLayer(Holder):
         self.require_tokens(k.shape[1])
         self.reached = True
         if shared.mode == RECORD:
-            self.k_source, self.v_source = self._record("k", k), self._record("v", v)
+            self._record("k", k)
+            self._record("v", v)
             return self._attend_as_before(q, k, v, scale)
         if shared.mode == BATCH:
             return self._attend_beside(q, k, v, scale)
@@ -92,12 +92,12 @@ class BackendLayer(Holder):
             q, k, v, k_source.data, v_source.data, shared.index, shared.ratio, scale=scale, **options
         )
 
-    def _record(self, tensor: str, x: Tensor) -> Recorded | None:
-        """The background rows of x [Bs, N, H, D]; those of a full lock have room for the edit's others behind them."""
+    def _record(self, tensor: str, x: Tensor) -> None:
+        """Keep the background rows of x [Bs, N, H, D]; of a full lock with room for the edit's others behind them."""
         shared = self.shared
         with_room = shared.full and shared.shelf is None and not shared.store.packs
         index = shared.order if with_room else shared.index
-        return self.keep(tensor, shared.store.keep(x, index, x.shape[2], keys=tensor == "k"), AFTER_ROPE)
+        self.keep(tensor, shared.store.keep(x, index, x.shape[2], keys=tensor == "k"), AFTER_ROPE)
 
     def _joined(self, kept: Rows, x: Tensor) -> Tensor:
         """Source rows, then the foreground rows of x [B, N, H, D]: attention does not ask for the order of its keys."""

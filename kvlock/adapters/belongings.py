@@ -10,38 +10,39 @@ import torch
 from torch import Tensor, nn
 
 from kvlock.adapters.families import locked_attentions, unwrap
-from kvlock.adapters.kernels import Lock, point_of
 from kvlock.config import KVLockConfig
+from kvlock.manifest import hash_of
 from kvlock.masks import Masks
 from kvlock.recorder import Recorder
-from kvlock.recording import Recording, hash_of
+from kvlock.recording import Recording
 
 SAMPLES = 64  # values of each parameter that stand for it
+ADAPTER = ("scaling", "active_adapters", "disable_adapters", "merged_adapters")  # of peft's layers, beside weights
 
 
-def note_model(
-    ledger: Recorder | Recording, pipe: Any, transformers: Sequence[nn.Module], lock: Lock, config: KVLockConfig
+def agree_on_model(
+    ledger: Recorder | Recording, pipe: Any, transformers: Sequence[nn.Module], point: str, config: KVLockConfig
 ) -> None:
-    """Transformers, layers and scheduler.
+    """Transformers, layers, where in them rows are taken, and the scheduler.
 
     Raises:
-        ValueError: they are not those of the recording; or the layers are compiled, whose code fetches nothing.
+        ValueError: they are not those of the recording, or weights are out of reach.
     """
     scheduler = pipe.scheduler
-    modules = [unwrap(module) for module in transformers]
-    ledger.note(
+    modules: list[Any] = [unwrap(module) for module in transformers]
+    ledger.agree(
         transformers=[type(module).__name__ for module in modules],
         dtypes=[str(module.dtype) for module in modules],
-        point=point_of(lock.kernel),
+        point=point,
     )
     keys = [(i, key) for i, module in enumerate(transformers) for key, _ in locked_attentions(module, config)]
-    ledger.note_some(layers=[f"{i}.{key.stack}.{key.block}" for i, key in keys])
+    ledger.agree_on_part(layers=[f"{i}.{key.stack}.{key.block}" for i, key in keys])
     shift = getattr(scheduler.config, "flow_shift", None) or getattr(scheduler.config, "shift", None)
-    ledger.note(scheduler=type(scheduler).__name__, shift=shift)
-    ledger.note(weights=[fingerprint(module) for module in modules])
+    ledger.agree(scheduler=type(scheduler).__name__, shift=shift)
+    ledger.agree(weights=[fingerprint(module) for module in modules])
 
 
-def note_source(
+def agree_on_source(
     ledger: Recorder | Recording, source_latents: Tensor, masks: Masks, source_prompt_embeds: Tensor | None
 ) -> None:
     """The source's size, mask, latents and prompt; an edit need not know the prompt.
@@ -49,30 +50,39 @@ def note_source(
     Raises:
         ValueError: they are not those of the recording.
     """
-    ledger.note(latents=list(source_latents.shape[1:]), tokens=masks.num_tokens)
-    ledger.note(background_rows=masks.background_rows, mask=hash_of(masks.index))
-    ledger.note_tensor("source_latents", source_latents.float())
+    ledger.agree(latents=list(source_latents.shape[1:]), tokens=masks.num_tokens)
+    ledger.agree(background_rows=masks.background_rows, mask=hash_of(masks.index))
+    ledger.agree_on_tensor("source_latents", source_latents.float())
     if source_prompt_embeds is not None:
-        ledger.note(source_prompt=hash_of(source_prompt_embeds))
+        ledger.agree(source_prompt=hash_of(source_prompt_embeds))
 
 
 @torch.no_grad()
 def fingerprint(module: nn.Module) -> str:
-    """A hash of the names, shapes and dtypes of a module's parameters and of a few values of each.
+    """A hash of the names, shapes and dtypes of a module's parameters, of a few values of each, and of its adapters.
 
-    Another checkpoint, a merged adapter or one put on differs in nearly every value; reading all of them would take
-    as long as loading the model.
+    Another checkpoint or a merged adapter differs in nearly every value, and an adapter that is put on adds names;
+    reading all values would take as long as loading the model.
+
+    Raises:
+        ValueError: a parameter has no values, because they are offloaded one module at a time.
     """
     state = hashlib.sha256()
-    samples = []
+    samples: dict[torch.device, list[Tensor]] = {}
     for name, weight in module.named_parameters():
+        if weight.is_meta:
+            raise ValueError(
+                f"{type(module).__name__} has its {name} offloaded out of reach, and a recording belongs to weights; "
+                "wanted model or group offload"
+            )
         state.update(f"{name} {list(weight.shape)} {weight.dtype}\n".encode())
-        if not weight.is_meta:  # of an offloaded module the values are elsewhere
-            flat = weight.detach().reshape(-1)
-            samples.append(flat[:: max(1, len(flat) // SAMPLES)][:SAMPLES].float())
-    by_device: dict[torch.device, list[Tensor]] = {}
-    for sample in samples:
-        by_device.setdefault(sample.device, []).append(sample)
-    for parts in by_device.values():
+        flat = weight.detach().reshape(-1)
+        samples.setdefault(flat.device, []).append(flat[:: max(1, len(flat) // SAMPLES)][:SAMPLES].float())
+    for parts in samples.values():
         state.update(torch.cat(parts).cpu().numpy().tobytes())
+    for name, part in module.named_modules():
+        settings = [(key, getattr(part, key, None)) for key in ADAPTER]
+        settings = [(key, value) for key, value in settings if value is not None and not callable(value)]
+        if settings:
+            state.update(f"{name} {settings}\n".encode())
     return state.hexdigest()

@@ -72,8 +72,8 @@ class FusedWanProcessor(Holder):
         if shared.mode == RECORD:
             dtype = shared.store.storage_dtype(q.dtype)
             rows = qk_norm_rope_kv_pack_(q, k, v, *layer, shared.source_row, shared.rows, dtype, eps=eps)
-            self.k_source = self.keep("k", Rows(*rows.k), BEFORE_ROPE)
-            self.v_source = self.keep("v", Rows(*rows.v), BEFORE_ROPE)
+            self.keep("k", Rows(*rows.k), BEFORE_ROPE)
+            self.keep("v", Rows(*rows.v), BEFORE_ROPE)
             return
         edit = 0
         if shared.mode == BATCH:

@@ -101,8 +101,8 @@ def _refuse_compiled(transformer: Any) -> None:
     if transformer is not unwrap(transformer) or compiled:
         raise ValueError(
             f"{type(unwrap(transformer)).__name__} is compiled{f' ({compiled[0]})' if compiled else ''}, and source "
-            "rows that wait on the host or the disk cannot reach it; wanted Store(place='device'), or a transformer "
-            "that is not compiled"
+            "rows of another place than the device, or of a recording, cannot reach its layers; wanted a transformer "
+            "that is not compiled, or rows on the device"
         )
 
 

@@ -14,7 +14,7 @@ from kvlock.adapters.attach import check_settings, on_pipeline
 from kvlock.config import KVLockConfig
 from kvlock.masks import Masks
 from kvlock.recorder import Recorder
-from kvlock.session import SourceSession
+from kvlock.source_session import SourceSession
 from kvlock.store import Store
 
 
@@ -52,22 +52,38 @@ def record(
     config = KVLockConfig() if config is None else config
     store = Store() if store is None else store
     check_settings(config, masks, store, kernel)
+    check_recordable(config, store)
+    with contextlib.ExitStack() as undo:
+        recorder = Recorder(path)
+        undo.callback(recorder.close)
+        session = undo.enter_context(
+            on_pipeline(
+                pipe,
+                source_latents,
+                masks,
+                config=config,
+                source_prompt_embeds=source_prompt_embeds,
+                kernel=kernel,
+                store=store,
+                shelf=recorder,
+                ledger=recorder,
+                session_type=SourceSession,
+            )
+        )
+        recorder.agree(config=config.to_dict(), rows={"dtype": store.dtype, "k_mean": store.k_mean})
+        for part in ("transformer", "transformer_2"):
+            module = getattr(pipe, part, None)
+            if module is not None:
+                undo.callback(root.run_on_source_only(module, session))
+        yield session
+        recorder.finish()
+
+
+def check_recordable(config: KVLockConfig, store: Store) -> None:
+    """Wants settings with rows to record, and a store that says nothing of their place; raises ValueError."""
     if not config.locks or config.source != "store":
         raise ValueError(
             f"fusion={config.fusion!r} with source={config.source!r} stores no rows, and a recording is nothing else"
         )
     if store.place != "device":
         raise ValueError(f"place={store.place!r} of the store: a recording is its own place; wanted only the dtype")
-    with contextlib.ExitStack() as undo:
-        recorder = Recorder(path)
-        undo.callback(recorder.close)
-        given = (source_latents, masks, config, source_prompt_embeds, kernel, SourceSession, store)
-        session = undo.enter_context(on_pipeline(pipe, *given, recorder, recorder))
-        assert isinstance(session, SourceSession)
-        for part in ("transformer", "transformer_2"):
-            module = getattr(pipe, part, None)
-            if module is not None:
-                undo.callback(root.run_on_source_only(module, session))
-        yield session
-        recorder.note(rows={"dtype": store.dtype, "k_mean": store.k_mean})
-        recorder.finish()

@@ -58,10 +58,10 @@ def _before(
     return (), call | {name: torch.cat([_expand(source[name], len(x)), _expand(call[name], len(x))]) for name in given}
 
 
-def _conditions(call: dict[str, Any], family: Family) -> dict[str, Tensor]:
+def _conditions(call: dict[str, Any], family: Family) -> dict[str, Any]:
     """What the source's forward has in common with the edit's: of batched arguments the first sample."""
-    own = ("hidden_states", "timestep", "encoder_hidden_states")
-    given = {name: value for name, value in call.items() if isinstance(value, Tensor) and name not in own}
+    own = ("hidden_states", "timestep", "encoder_hidden_states", "return_dict")
+    given = {name: value for name, value in call.items() if value is not None and name not in own}
     return {name: value[:1] if name in family.batched else value for name, value in given.items()}
 
 

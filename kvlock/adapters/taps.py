@@ -42,11 +42,7 @@ def tap_hook(module: Any, args: tuple, output: Tensor) -> Tensor | None:
     tap.reached = True
     if shared.mode == RECORD:
         recorded = shared.store.keep(rows, shared.index, tap.key.heads, keys=tap.tensor == "k")
-        kept = tap.keep(tap.tensor, recorded, BEFORE_ROPE)
-        if tap.tensor == "k":
-            tap.k_source = kept
-        else:
-            tap.v_source = kept
+        tap.keep(tap.tensor, recorded, BEFORE_ROPE)
         return None
     if shared.mode == BATCH:
         edit, source = rows[shared.source_batch :], rows[: shared.source_batch].index_select(1, shared.index)

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvlock.cli import inputs, outputs, record, runs
+from kvlock.cli import inputs, outputs, replay, runs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,25 +19,24 @@ if TYPE_CHECKING:
     from kvlock.report import BackgroundReport
 
 DEFAULT_OUT = "kvlock-out/out.mp4"
-STEPS = 50
 BESIDE = ("side-by-side.mp4", "trace.json", "variance.png", "schedule.png", "source_bytes.png")
 BESIDE_EXAMPLE = ("source.mp4", "mask.mp4", "plain.mp4", "comparison.png")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     runs.add_options(parser)
-    parser.set_defaults(steps=None, seed=None)  # those of the recording, where there is one
     parser.add_argument(
         "--source", metavar="PATH", type=inputs.path, help="a recording (kvlock record), in place of --video and --mask"
     )
     inputs.add_preset_option(parser)
     inputs.add_store_options(parser)
     places = ("device", "host", "disk")
-    parser.add_argument("--place", choices=places, default="device", help="where the source's rows wait (%(default)s)")
+    parser.add_argument("--place", choices=places, default="device", help="where the source's rows wait (device)")
     parser.add_argument("--tau", type=float, help="variance at which the lock is full; kvlock calibrate proposes some")
     parser.add_argument("--out", metavar="PATH", type=Path, default=Path(DEFAULT_OUT), help="default: %(default)s")
     parser.add_argument("--background-guidance", type=float, help="guidance outside the mask, such as 1")
     parser.add_argument("--composite", choices=("none", "latent", "pixel"), help="paste the source's background back")
+    replay.leave_open(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -48,15 +47,15 @@ def run(args: argparse.Namespace) -> None:
     """
     from kvlock.store import Store
 
-    config, replay = _settings(args), args.source is not None
+    config = _settings(args)
     beside = BESIDE + (BESIDE_EXAMPLE if args.example is not None else ())
     outputs.check(args.out, beside, inputs.input_paths(args))
-    task = record.replayed(args, config) if replay else runs.read(args, config)
+    task = runs.read(args, config) if args.source is None else replay.task(args, config)
     pipe = runs.load(args, task)
     source = task.source
-    store = Store() if replay else Store(args.rows, place=args.place)
+    store = Store(args.rows, place=args.place)
     started = time.perf_counter()
-    edits = {args.preset: runs.denoise(pipe, config, task, args, kernel=args.kernel or "hooks", store=store)}
+    edits = {args.preset: runs.denoise(pipe, config, task, args, kernel=args.kernel, store=store)}
     seconds = time.perf_counter() - started
     if args.example is not None and args.preset != "plain":
         from kvlock.config import preset
@@ -73,8 +72,7 @@ def _settings(args: argparse.Namespace) -> KVLockConfig:
     from kvlock.config import preset
 
     if args.source is None:
-        args.steps = STEPS if args.steps is None else args.steps
-        args.seed = 0 if args.seed is None else args.seed
+        replay.fill_in(args)
     inputs.check_run_options(args)
     changes = {name: getattr(args, name) for name in ("tau", "background_guidance", "composite")}
     return preset(args.preset, **{name: value for name, value in changes.items() if value is not None})
@@ -112,6 +110,9 @@ def _trace_dict(
         "model": args.model or "embedded miniature",
         "example": args.example,
         "recording": args.source,
+        "kernel": args.kernel,
+        "rows": args.rows if task.recording is None else task.recording.fields["rows"]["dtype"],
+        "place": args.place if task.recording is None else "recording",
         "frames": frames,
         "height": height,
         "width": width,

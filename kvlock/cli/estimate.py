@@ -29,7 +29,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}", type=int, help="of the video, in place of --video")
     parser.add_argument("--mask-share", type=float, help=f"share of masked tokens without a video ({MASK_SHARE})")
     inputs.add_preset_option(parser)
-    inputs.add_run_options(parser)
+    inputs.add_steps_option(parser)
+    inputs.add_guidance_option(parser)
     parser.add_argument("--dtype", choices=("auto", *BYTES), default="auto", help="of the transformer (%(default)s)")
     parser.add_argument("--device", default="auto", help="torch device the edit will run on (%(default)s)")
 
@@ -89,9 +90,8 @@ def run(args: argparse.Namespace) -> None:
             print(f"           {_bytes(cost_of(Store(rows_in)).bytes_background)} in 8 bits (--rows int8 or fp8)")
         for place in PLACES:
             print(f"             --place {place:<7} {_where(cost_of(Store(rows_in, place=place)))}")
-        kept = cost_of(Store(rows_in, place="disk"))
-        branches = kept.bytes_moved - kept.bytes_kept
-        recorded = f"{_bytes(kept.bytes_recording)} on disk, {_bytes(branches)} moved in a step of an edit"
+        cost = cost_of(Store(rows_in))
+        recorded = f"{_bytes(cost.bytes_recording)} on disk, {_bytes(cost.bytes_moved_replay)} moved in a step"
         print(f"             kvlock record   {recorded}")
     print(f"           {_bytes(stored.bytes_full)} if every row were kept; none with source='batch'")
     print(predictions)

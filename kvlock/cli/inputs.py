@@ -79,15 +79,19 @@ def add_preset_option(parser: argparse.ArgumentParser) -> None:
 
 def add_store_options(parser: argparse.ArgumentParser) -> None:
     """The options that say how the source's keys and values are kept, and where the lock acts."""
-    parser.add_argument(
-        "--rows", choices=("model", "fp8", "int8"), default="model", help="dtype of the source's rows (%(default)s)"
-    )
-    parser.add_argument("--kernel", choices=("hooks", "fused", "backend"), help="where the lock acts (hooks)")
+    rows = ("model", "fp8", "int8")
+    parser.add_argument("--rows", choices=rows, default="model", help="dtype of the source's rows (model)")
+    kernels = ("hooks", "fused", "backend")
+    parser.add_argument("--kernel", choices=kernels, default="hooks", help="where the lock acts (hooks)")
 
 
-def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """The options of a denoising run."""
-    parser.add_argument("--steps", type=int, default=50, help="denoising steps (%(default)s)")
+def add_steps_option(parser: argparse.ArgumentParser) -> None:
+    """The option that says how many steps a run has."""
+    parser.add_argument("--steps", type=int, default=50, help="denoising steps (50)")
+
+
+def add_guidance_option(parser: argparse.ArgumentParser) -> None:
+    """The option that says how strong a run is guided."""
     parser.add_argument("--guidance-scale", type=float, default=5.0, help="of the pipeline (%(default)s)")
 
 

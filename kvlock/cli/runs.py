@@ -37,8 +37,10 @@ def add_options(parser: argparse.ArgumentParser, *, edits: bool = True) -> None:
     parser.add_argument(
         "--reference", metavar="PICTURE", type=inputs.path, nargs="+", help="pictures of what to put in (VACE models)"
     )
-    inputs.add_run_options(parser)
-    parser.add_argument("--seed", type=int, default=0, help="of the initial noise (%(default)s)")
+    inputs.add_steps_option(parser)
+    if edits:
+        inputs.add_guidance_option(parser)
+    parser.add_argument("--seed", type=int, default=0, help="of the initial noise (0)")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     parser.add_argument("--device", default="auto", help="torch device (the GPU if there is one)")
     parser.add_argument("--offload", choices=("none", "model", "group"), default="none", help="what waits elsewhere")
@@ -100,8 +102,7 @@ def denoise(
     edit = KVLockPipeline(pipe, config, kernel=kernel, store=store)
     settings = task.settings | {"guidance_scale": args.guidance_scale, "generator": generator(args.seed)}
     with progress(name, args.steps) as show:
-        recording = task.recording if config.locks else None
-        return edit(task.source.frames, task.source.mask, progress=show, recording=recording, **settings)
+        return edit(task.source.frames, task.source.mask, progress=show, recording=task.recording, **settings)
 
 
 def generator(seed: int) -> Any:

@@ -1,0 +1,65 @@
+"""What a recording says of itself: the names of its files, the manifest, and the hashes in it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FORMAT = 1
+MANIFEST, TENSORS = "manifest.json", "tensors.safetensors"
+
+
+def step_name(step: int) -> str:
+    """The file of one step of the scheduler's table."""
+    return f"step-{step:04d}.safetensors"
+
+
+def hash_of(tensor: Tensor) -> str:
+    """The SHA-256 of a tensor's dtype, shape and values, in hexadecimal; waits for its device."""
+    state = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
+    state.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return state.hexdigest()
+
+
+def short(value: Any) -> str:
+    """A value as an error message shows it: the ends of a long one, the beginning of a hash."""
+    if isinstance(value, list) and len(value) > 6:
+        return f"[{value[0]!r}, {value[1]!r}, ..., {value[-1]!r}] ({len(value)})"
+    text = value if isinstance(value, str) else repr(value)
+    return text[:12] if len(text) == 64 and " " not in text else text
+
+
+def write(fields: dict[str, Any], file: Path) -> None:
+    """The manifest with these fields and their checksum."""
+    text = json.dumps(fields | {"sha256": _hash_of_json(fields)}, indent=1, allow_nan=False)
+    file.write_text(text + "\n", encoding="utf-8")
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The fields of a recording's manifest.
+
+    Raises:
+        ValueError: there is none, or none that this version wrote; the message names the file.
+    """
+    file = folder / MANIFEST
+    if not file.is_file():
+        raise ValueError(f"{folder} is no recording: it has no {MANIFEST}")
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+        whole = fields.pop("sha256") == _hash_of_json(fields)
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise ValueError(f"{file} is not the manifest of a recording: {type(error).__name__}: {error}") from error
+    if fields.get("format") != FORMAT:
+        raise ValueError(f"{file} has format {fields.get('format')!r}; this version reads {FORMAT}")
+    if not whole:
+        raise ValueError(f"{file} is not what was recorded: its checksum is another one")
+    return fields
+
+
+def _hash_of_json(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
