@@ -211,8 +211,8 @@ def table(rows: list[AccuracyRow]) -> list[list[str]]:
     for model, kind in dict.fromkeys((row.model, row.rows) for row in rows):
         of = [row for row in rows if (row.model, row.rows) == (model, kind)]
         percent = cell("attention_relative_l2", ".3f", max, 100)
-        psnrs = [cell(f"{side}_psnr_db", ".1f", min) for side in ("background", "foreground", "source_background")]
-        lines.append([model, kind, percent, *psnrs])
+        psnrs = [cell(f"{side}_psnr_db", ".1f", min) for side in ("background", "foreground")]
+        lines.append([model, kind, str(len(of)), percent, *psnrs])
     return lines
 
 
@@ -225,16 +225,19 @@ def read(path: Path) -> list[AccuracyRow]:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__)
     parser.add_argument("--edits", type=int, default=8)
+    parser.add_argument("--bfloat16", type=int, default=2, help="how many of them in bfloat16 too, which is slow")
+    parser.add_argument("--first", type=int, default=scenes.HELD_OUT, help="seed of the first edit")
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write DIR/accuracy-miniature.csv")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="add to DIR/accuracy-miniature.csv")
     options = parser.parse_args(arguments)
     pipes = {dtype: load_pipeline(None, dtype=dtype, device="cpu", offload="none") for dtype in STORES}
     rows = []
     with contextlib.ExitStack() as files:
         path = options.out and options.out / "accuracy-miniature.csv"
         results = files.enter_context(Results(path, AccuracyRow._fields)) if path else None
-        for seed in range(scenes.HELD_OUT, scenes.HELD_OUT + options.edits):
-            for row in measure(Edit.of(seed, options.steps), pipes):
+        for i in range(options.edits):
+            chosen = pipes if i < options.bfloat16 else {"float32": pipes["float32"]}
+            for row in measure(Edit.of(options.first + i, options.steps), chosen):
                 rows.append(row)
                 print(*row[:7], sep=", ", flush=True)
                 if results:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as runner
+from benchmarks import accuracy
 from benchmarks._case import RATES, WAN_1_3B_480P
 from benchmarks._harness import Row, read
 from kvlock_kernels._triton import attend
@@ -70,6 +71,29 @@ def test_the_edits_of_the_table_are_those_of_the_rows() -> None:
         assert line[4] == (f"{float(measured['locked_ratio']):.2f}" if measured["locked_ratio"] else "")
         assert float(line[5]) == round(float(measured["edit_ratio"]), 2)
         assert line[7] == f"{float(measured['peak_gib']):.1f} GiB"
+
+
+def test_the_accuracy_of_packed_rows_is_that_of_the_rows() -> None:
+    rows = accuracy.read(RESULTS / "accuracy-miniature.csv")
+    assert table("model") == accuracy.table(rows)
+    assert all(row.torch and row.diffusers and row.commit and row.date for row in rows)
+    assert {(row.steps, row.locked_steps) for row in rows} == {("50", "20")}
+
+
+def test_the_8_bit_scheme_that_the_table_names_wins_there() -> None:
+    assert "**`int8, k_mean` wins**" in README
+
+    def column(model: str, cell: int) -> dict[str, float]:
+        lines = [line for line in table("model") if line[0] == model and line[1] in accuracy.PACKED]
+        assert len(lines) == len(accuracy.PACKED)
+        return {line[1]: float(line[cell].split()[0]) for line in lines}
+
+    for model in accuracy.STORES:
+        errors = column(model, 3)
+        assert min(errors, key=errors.__getitem__) == "int8, k_mean"
+    for cell in (4, 5):
+        psnrs = column("float32", cell)
+        assert max(psnrs, key=psnrs.__getitem__) == "int8, k_mean"
 
 
 @pytest.mark.parametrize("dim", attend.OWN)
