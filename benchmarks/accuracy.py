@@ -201,14 +201,14 @@ def _row(
 
 
 def table(rows: list[AccuracyRow]) -> list[list[str]]:
-    """A line for each model and kind of rows: error in %, PSNRs in dB; mean over edits (worst edit)."""
+    """A line for each model and kind of rows not as given: error in %, PSNRs in dB; mean over edits (worst edit)."""
 
     def cell(column: str, form: str, worst: Any, factor: float = 1) -> str:
         numbers = [factor * float(text) for text in (getattr(row, column) for row in of) if text]
         return f"{sum(numbers) / len(numbers):{form}} ({worst(numbers):{form}})" if numbers else ""
 
     lines = []
-    for model, kind in dict.fromkeys((row.model, row.rows) for row in rows):
+    for model, kind in dict.fromkeys((row.model, row.rows) for row in rows if row.rows != GIVEN):
         of = [row for row in rows if (row.model, row.rows) == (model, kind)]
         percent = cell("attention_relative_l2", ".3f", max, 100)
         psnrs = [cell(f"{side}_psnr_db", ".1f", min) for side in ("background", "foreground")]
