@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvlock.adapters.attach import attach, check_recording, check_store, notice_empty_prompt
+from kvlock.adapters.attach import attach, check_recording, check_store, fitting, notice_empty_prompt
 from kvlock.adapters.families import check_pipeline
 from kvlock.adapters.kernels import check_kernel
 from kvlock.adapters.record import check_recordable, record
@@ -46,7 +46,7 @@ class KVLockPipeline:
         check_kernel(kernel)
         self.pipe = pipe
         self.kernel = kernel
-        self.store = Store() if store is None else store
+        self.store = fitting(store, kernel)
         self.config = KVLockConfig() if config is None else config
         if not isinstance(self.config, KVLockConfig):
             raise ValueError(f"config is a {type(config).__name__}; wanted a kvlock.KVLockConfig")

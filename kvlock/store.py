@@ -50,7 +50,8 @@ class Store:
         dtype: ``"model"`` as the model gives them; ``"fp8"`` (e4m3) or ``"int8"`` in one byte a value, with a scale for
             each token and head (`kvlock_kernels.pack_kv`).
         k_mean: whether 8-bit keys are stored relative to their mean over the rows of the layer, which is kept too. Keys
-            of one head share a large component that attention does not see; what is left has smaller steps.
+            of one head share a large component that attention does not see; what is left has smaller steps. None is
+            yes, which measured best (``benchmarks/README.md``), but for ``kernel="fused"``, which has no place for it.
         place: where the rows of a step wait: on the ``"device"``, in ``"host"`` memory (pinned, where the device is a
             CUDA one) or on ``"disk"``. From the latter two the rows of two layers are on the device at a time: those of
             one come while the layer before it computes. Compiled transformers need the device.
@@ -62,15 +63,15 @@ class Store:
     """
 
     dtype: str = "model"
-    k_mean: bool = False
+    k_mean: bool | None = None
     place: str = "device"
     folder: str | Path | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.dtype, str) or self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype!r} is not known; wanted one of {', '.join(map(repr, DTYPES))}")
-        if not isinstance(self.k_mean, bool):
-            raise ValueError(f"k_mean={self.k_mean!r} is not allowed; wanted True or False")
+        if self.k_mean is not None and not isinstance(self.k_mean, bool):
+            raise ValueError(f"k_mean={self.k_mean!r} is not allowed; wanted True, False or None")
         if self.k_mean and not self.packs:
             raise ValueError("k_mean=True has no effect with dtype='model'; wanted dtype='fp8' or 'int8'")
         if not isinstance(self.place, str) or self.place not in PLACES:
@@ -90,6 +91,11 @@ class Store:
         """Where there is more room than in this one's place."""
         return PLACES[min(PLACES.index(self.place) + 1, len(PLACES) - 1)]
 
+    @property
+    def takes_mean(self) -> bool:
+        """Whether keys are stored relative to their mean."""
+        return self.packs if self.k_mean is None else self.k_mean
+
     def storage_dtype(self, model: torch.dtype) -> torch.dtype:
         """The dtype of stored rows of a model in dtype `model`."""
         return DTYPES[self.dtype] or model
@@ -99,7 +105,7 @@ class Store:
         if not self.packs:
             return Rows(x.index_select(1, index))
         x = x if x.ndim == 4 else x.view(*x.shape[:2], heads, -1)
-        mean = x.index_select(1, index).float().mean(1) if self.k_mean and keys and len(index) else None
+        mean = x.index_select(1, index).float().mean(1) if self.takes_mean and keys and len(index) else None
         data, scale = pack_kv(x, index, self.storage_dtype(x.dtype), mean=mean)
         return Rows(data, scale, mean)
 
@@ -107,4 +113,4 @@ class Store:
         """Bytes that K and V of one layer take, of `rows` tokens in a model of `bytes_per_value` a value."""
         if not self.packs:
             return 2 * rows * heads * head_dim * bytes_per_value
-        return 2 * rows * heads * (head_dim + 4) + (4 * heads * head_dim if self.k_mean and rows else 0)
+        return 2 * rows * heads * (head_dim + 4) + (4 * heads * head_dim if self.takes_mean and rows else 0)

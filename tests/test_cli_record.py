@@ -122,5 +122,5 @@ def test_rows_and_place_reach_the_store(kvlock, here, clip, model):
         kept[options[1]] = json.loads((here / "kvlock-out/trace.json").read_text())["summary"]["peak_source_bytes"]
     assert kept["int8"] == kept["fp8"] < kept["model"] / 2
     assert kvlock("record", *where, "--rows", "int8", "--out", "packed.kvlock")[0] == 0
-    assert Recording("packed.kvlock").fields["rows"] == {"dtype": "int8", "k_mean": False}
+    assert Recording("packed.kvlock").fields["rows"] == {"dtype": "int8", "k_mean": True}
     assert kvlock("edit", "--source", "packed.kvlock", "--prompt", "a red circle")[0] == 0

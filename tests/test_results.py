@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as runner
-from benchmarks import report, roofline
+from benchmarks import accuracy, report, roofline
 from benchmarks._case import RATES, WAN_1_3B_480P
 from benchmarks._case import SHAPES as SHAPES_OF_MODELS
 from benchmarks._harness import Row, read
@@ -73,6 +73,25 @@ def test_the_edits_of_the_table_are_those_of_the_rows() -> None:
         assert line[4] == (f"{float(measured['locked_ratio']):.2f}" if measured["locked_ratio"] else "")
         assert float(line[5]) == round(float(measured["edit_ratio"]), 2)
         assert line[7] == f"{float(measured['peak_gib']):.1f} GiB"
+
+
+def test_the_accuracy_of_packed_rows_is_that_of_the_rows() -> None:
+    rows = accuracy.read(RESULTS / "accuracy-miniature.csv")
+    assert table("model") == accuracy.table(rows)
+    assert all(row.torch and row.diffusers and row.commit and row.date for row in rows)
+    assert {(row.steps, row.locked_steps) for row in rows} == {("50", "20")}
+
+
+def test_the_8_bit_scheme_that_the_readme_names_wins_in_every_edit() -> None:
+    order = ["int8, k_mean", "int8", "fp8, k_mean", "fp8"]
+    assert "**`int8, k_mean` wins**" in README and set(order) == set(accuracy.PACKED)
+    edits: dict[tuple[str, str], dict[str, accuracy.AccuracyRow]] = {}
+    for r in accuracy.read(RESULTS / "accuracy-miniature.csv"):
+        edits.setdefault((r.model, r.seed), {})[r.rows] = r
+    for (model, _), runs in edits.items():
+        assert sorted(order, key=lambda rows: float(runs[rows].attention_relative_l2)) == order
+        for side in ("background_psnr_db", "foreground_psnr_db") if model == "float32" else ():
+            assert sorted(order, key=lambda rows: -float(getattr(runs[rows], side))) == order
 
 
 @pytest.mark.parametrize("dim", attend.OWN)

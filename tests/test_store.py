@@ -17,7 +17,7 @@ from kvlock_kernels import pack_kv, unpack_kv
 
 STEPS, LAYERS, HEADS, HEAD_DIM = 5, 2, 2, 12
 WINDOW: dict[str, Any] = {"kappa": 3, "window": 3, "tau": 0.6}
-PACKED = (Store("fp8"), Store("int8"), Store("fp8", k_mean=True), Store("int8", k_mean=True))
+PACKED = tuple(Store(dtype, k_mean=k_mean) for dtype in ("fp8", "int8") for k_mean in (False, True))
 BOTH = [(kernel, store) for kernel in KERNELS for store in PACKED if not (kernel == "fused" and store.k_mean)]
 INDEX = torch.tensor([4, 0, 2], dtype=torch.int32)
 
@@ -54,6 +54,16 @@ def test_rows_come_back_as_pack_kv_and_unpack_kv_give_them(store):
         assert torch.equal(rows.unpacked(torch.bfloat16), expected)
         assert rows.bytes_kept == data.nbytes + scale.nbytes + (0 if mean is None else mean.nbytes)
     assert store.keep(x, INDEX, HEADS, keys=False).mean is None
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_8_bits_take_the_mean_wherever_the_kernel_has_a_place_for_it(pipes, kernel):
+    config = KVLockConfig(**WINDOW)
+    latents, _ = locked(pipes["wan"], config, Store("int8"), kernel)
+    expected, _ = locked(pipes["wan"], config, Store("int8", k_mean=kernel != "fused"), kernel)
+    assert torch.equal(latents, expected)
+    if kernel != "fused":
+        assert not torch.equal(latents, locked(pipes["wan"], config, Store("int8", k_mean=False), kernel)[0])
 
 
 def test_rows_of_the_model_are_copies_of_its_own():
@@ -111,7 +121,7 @@ def test_packed_rows_go_through_a_regional_fullgraph_compile(kernel):
     [
         ({"dtype": "bf16"}, "dtype='bf16' is not known; wanted one of 'model', 'fp8', 'int8'"),
         ({"dtype": torch.int8}, "dtype=torch.int8 is not known"),
-        ({"dtype": "int8", "k_mean": 1}, "k_mean=1 is not allowed; wanted True or False"),
+        ({"dtype": "int8", "k_mean": 1}, "k_mean=1 is not allowed; wanted True, False or None"),
         ({"k_mean": True}, "k_mean=True has no effect with dtype='model'"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import warnings
 from collections.abc import Iterator
 from typing import Any, TypeVar
@@ -73,7 +74,7 @@ def attach(
         RuntimeError: ``kernel="backend"``, and the dispatcher of this diffusers has no place for it.
     """
     config = KVLockConfig() if config is None else config
-    store = Store() if store is None else store
+    store = fitting(store, kernel)
     check_settings(config, masks, store, kernel)
     check_recording(recording, config, store)
     if not config.locks:
@@ -191,6 +192,13 @@ def on_pipeline(
         yield session
 
 
+def fitting(store: Store | None, kernel: str) -> Store:
+    """The store, with what it leaves to the kernel decided."""
+    if isinstance(store, Store) and store.k_mean is None and kernel == "fused":
+        return dataclasses.replace(store, k_mean=False)
+    return Store() if store is None else store
+
+
 def check_settings(config: KVLockConfig, masks: Masks, store: Store, kernel: str) -> None:
     """Wants settings of the right types that go together; raises ValueError otherwise."""
     for name, value, wanted in (("config", config, KVLockConfig), ("masks", masks, Masks)):
@@ -208,7 +216,7 @@ def check_store(store: Store, config: KVLockConfig, kernel: str) -> None:
     """
     if not isinstance(store, Store):
         raise ValueError(f"store is a {type(store).__name__}; wanted a kvlock.Store")
-    if store != Store() and config.locks and config.source == "batch":
+    if dataclasses.replace(store, k_mean=None) != Store() and config.locks and config.source == "batch":
         raise ValueError(f'{store}: source="batch" stores no rows; wanted source="store"')
     if store.k_mean and kernel == "fused":
         raise ValueError('k_mean=True of the store: kernel="fused" stores keys as they are; wanted another kernel')
@@ -224,7 +232,7 @@ def check_recording(recording: Recording | None, config: KVLockConfig, store: St
         return
     if not isinstance(recording, Recording):
         raise ValueError(f"recording is a {type(recording).__name__}; wanted a kvlock.Recording")
-    if store != Store():
+    if dataclasses.replace(store, k_mean=None) != Store():
         raise ValueError(f"{store} is for a source pass, and a recording has its rows already; leave it out")
     if config.source == "batch":
         raise ValueError('source="batch" runs the source beside the edit; a recording wants source="store"')

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from kvlock.adapters import root
-from kvlock.adapters.attach import check_settings, on_pipeline
+from kvlock.adapters.attach import check_settings, fitting, on_pipeline
 from kvlock.config import KVLockConfig
 from kvlock.masks import Masks
 from kvlock.recorder import Recorder
@@ -50,7 +50,7 @@ def record(
             the disk is full (the message says which file could not be written).
     """
     config = KVLockConfig() if config is None else config
-    store = Store() if store is None else store
+    store = fitting(store, kernel)
     check_settings(config, masks, store, kernel)
     check_recordable(config, store)
     with contextlib.ExitStack() as undo:
@@ -70,7 +70,7 @@ def record(
                 session_type=SourceSession,
             )
         )
-        recorder.agree(config=config.to_dict(), rows={"dtype": store.dtype, "k_mean": store.k_mean})
+        recorder.agree(config=config.to_dict(), rows={"dtype": store.dtype, "k_mean": store.takes_mean})
         for part in ("transformer", "transformer_2"):
             module = getattr(pipe, part, None)
             if module is not None:
