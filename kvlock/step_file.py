@@ -16,7 +16,7 @@ from torch import Tensor
 from kvlock.store import Rows
 
 # The header stands in front of the data and is known after it: it gets this room, and blanks fill what it leaves. 48
-# layers of K and V in 8 bits, with scales and means, need a sixth of it.
+# layers of K and V in 8 bits, with scales, means and gaps to fill, need less than half of it.
 HEADER_BYTES = 2**17
 ALIGNMENT = 64  # of every tensor, in bytes; the format knows no gaps, so that a tensor of blanks fills each
 NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",

@@ -124,3 +124,22 @@ def test_a_config_without_the_newer_entries_gets_the_defaults_of_its_class(tmp_p
     assert known.geometry == Geometry(4, 8, (1, 2, 2))
     assert (known.sizes.layers, known.sizes.heads, known.sizes.head_dim) == (30, 12, 128)
     assert known.has_vace
+
+
+def test_an_estimate_covers_every_place_and_a_recording(kvlock, model):
+    sizes = ("--frames", 81, "--height", 480, "--width", 832, "--model", model)
+    code, out, _ = kvlock("estimate", *sizes, "--mask-share", 0.25, "--dtype", "bfloat16", "--guidance-scale", 1)
+    assert code == 0
+    mib = 2**20
+    layer = 2 * 24570 * 24 * 2  # K and V of one layer in bytes; there are three
+    lines = [
+        f"--place device  {3 * layer / mib:.1f} MiB on the device",
+        f"--place host    {2 * layer / mib:.1f} MiB on the device, {3 * layer / mib:.1f} MiB on the host, "
+        f"{2 * 3 * layer / mib:.1f} MiB moved in a step",
+        f"--place disk    {2 * layer / mib:.1f} MiB on the device, {2 * layer / mib:.1f} MiB on the host, "
+        f"{3 * layer / mib:.1f} MiB on disk, {2 * 3 * layer / mib:.1f} MiB moved in a step",
+        f"kvlock record   {20 * 3 * layer / mib:.1f} MiB on disk, {3 * layer / mib:.1f} MiB moved in a step",
+    ]
+    at = next(i for i, line in enumerate(out) if line.startswith("memory"))
+    assert [line.strip() for line in out[at + 1 : at + 5]] == lines
+    assert "in 8 bits (--rows int8 or fp8)" in out[at + 5] and len(out) == at + 12

@@ -6,6 +6,7 @@ import pytest
 
 from kvlock.config import KVLockConfig, preset
 from kvlock.cost import ModelSizes, estimate
+from kvlock.store import Store
 
 WAN_1_3B = ModelSizes(layers=30, heads=12, head_dim=128, token_values=64, control_layers=15)
 WAN_14B = ModelSizes(layers=40, heads=40, head_dim=128, token_values=64)
@@ -109,3 +110,19 @@ def test_rows_and_layers_that_cannot_be_are_refused():
         cost(tokens=100, rows=101)
     with pytest.raises(ValueError, match="layers names block 30; the transformer has 30"):
         cost(KVLockConfig(layers=(0, 30)))
+
+
+def test_rows_elsewhere_leave_two_layers_on_the_device_and_move_for_every_branch():
+    on_device, on_host, on_disk = (cost(store=Store(place=place)) for place in ("device", "host", "disk"))
+    kept = on_device.bytes_kept
+    assert kept == on_host.bytes_kept == on_disk.bytes_kept == on_device.bytes_device
+    assert (on_device.bytes_host, on_device.bytes_disk, on_device.bytes_moved) == (0, 0, 0)
+    assert on_host.bytes_device == on_disk.bytes_device == on_disk.bytes_host == kept // 15  # 2 of 30 layers
+    assert (on_host.bytes_host, on_host.bytes_disk) == (kept, 0)
+    assert on_disk.bytes_disk == kept
+    assert on_host.bytes_moved == on_disk.bytes_moved == 3 * kept
+    assert on_device.bytes_recording == 20 * kept and on_device.bytes_moved_replay == 2 * kept
+    one_branch = cost(KVLockConfig(branches="cond"), store=Store(place="host"))
+    assert one_branch.bytes_moved == 2 * kept and one_branch.bytes_moved_replay == kept
+    assert cost(KVLockConfig(layers=(3,)), store=Store(place="host")).bytes_device == kept // 30
+    assert cost(preset("plain"), store=Store(place="host")).bytes_recording == 0

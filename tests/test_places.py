@@ -64,6 +64,30 @@ def test_a_full_lock_by_the_backend_is_the_same_from_every_place(pipes, place):
     assert torch.equal(latents, expected)
 
 
+def two_experts() -> Any:
+    """As Wan2.2 has them: one transformer for the noisy steps, another one for the rest."""
+    pipe = tiny.pipeline(WanPipeline)
+    pipe.register_modules(transformer_2=tiny.transformer(seed=9))
+    pipe.register_to_config(boundary_ratio=0.6)
+    return pipe
+
+
+@pytest.mark.parametrize("place", [*ELSEWHERE, "recording"])
+def test_two_transformers_take_turns(tmp_path, place):
+    pipe, config = two_experts(), KVLockConfig(fusion=0.5, kappa=4, window=3)
+    expected, trace = locked(pipe, config)
+    if place == "recording":
+        source, masks = {"source_prompt_embeds": tiny.SOURCE_PROMPT, "config": config}, tiny.masks(pipe)
+        with kvlock.record(pipe, tmp_path / "source", tiny.source_latents(), masks, **source):
+            tiny.call(pipe, steps=STEPS)
+        latents, there = locked(pipe, config, recording=kvlock.Recording(tmp_path / "source"))
+    else:
+        latents, there = locked(pipe, config, store=Store(place=place))
+    assert torch.equal(latents, expected)
+    kept = [row["source_bytes"] for row in there]
+    assert kept == [row["source_bytes"] for row in trace] and len(set(kept)) == 2  # none in the first step
+
+
 class Watch:
     """The most bytes of source rows that a courier has on the device, and those that it has brought there."""
 

@@ -51,9 +51,10 @@ def recording(pipe, tmp_path_factory):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("kind", [WanPipeline, WanVACEPipeline], ids=lambda kind: kind.__name__)
-def test_an_edit_from_a_recording_is_the_one_shot_edit_bit_for_bit(tmp_path, kind, kernel):
+@pytest.mark.parametrize(("kind", "dtype"), [(WanPipeline, torch.bfloat16), (WanVACEPipeline, torch.float32)])
+def test_an_edit_from_a_recording_is_the_one_shot_edit_bit_for_bit(tmp_path, kind, dtype, kernel):
     pipe = tiny.pipeline(kind, "unipc")
+    pipe.transformer.to(dtype)
     expected, trace = edit(pipe, kernel=kernel)
     found = make(pipe, tmp_path / "source.kvlock", kernel=kernel)
     latents, replayed = edit(pipe, kernel=kernel, recording=found)
@@ -93,14 +94,15 @@ def test_packed_rows_are_recorded_as_a_packed_store_keeps_them(tmp_path, store):
 
 def test_an_edit_may_lock_fewer_steps_and_layers_than_were_recorded(pipe, recording):
     fewer = KVLockConfig(kappa=2, window=3, tau=0.6, layers=(1,))
-    latents, _ = edit(pipe, fewer, recording=recording)
-    assert torch.equal(latents, edit(pipe, fewer)[0])
+    (latents, replayed), (expected, trace) = edit(pipe, fewer, recording=recording), edit(pipe, fewer)
+    assert torch.equal(latents, expected)
+    assert [row["source_bytes"] for row in replayed] == [row["source_bytes"] for row in trace]
 
 
 def test_another_seed_keeps_the_noise_of_the_source_and_says_so(pipe, recording):
     with pytest.warns(UserWarning, match=r"source.kvlock was noised with another seed: it keeps that noise"):
         latents, _ = edit(pipe, recording=recording, seed=1)
-    assert not torch.equal(latents, edit(pipe, seed=1)[0])
+    assert not torch.equal(latents, edit(pipe, seed=1)[0])  # its source has the noise of the edit
     assert not torch.equal(latents, edit(pipe)[0])
 
 
@@ -109,7 +111,7 @@ def test_an_edit_without_a_lock_has_no_use_for_a_recording(pipe, recording):
     assert torch.equal(latents, tiny.call(pipe, steps=4, seed=3)) and {row["forwards"] for row in trace} == {2}
 
 
-def test_two_edits_of_one_recording_may_run_at_once(recording):
+def test_two_openings_of_a_recording_read_the_same_rows(recording):
     first, second = recording.step(4), Recording(recording.path).step(4)
     assert first.pieces == second.pieces
     for piece in first.pieces:
@@ -183,19 +185,52 @@ def test_another_dtype_is_refused_by_name(recording):
         edit(pipe, recording=recording)
 
 
-def test_an_adapter_put_on_afterwards_is_another_model(recording):
+def scale_a_weight(transformer: Any) -> None:
+    transformer.blocks[1].attn1.to_k.weight.data.mul_(1.001)
+
+
+def put_an_adapter_on(transformer: Any) -> None:
+    projection = transformer.blocks[1].attn1.to_q
+    projection.lora_A = torch.nn.Linear(24, 2, bias=False)  # as peft's layers have them
+
+
+def scale_an_adapter(transformer: Any) -> None:
+    transformer.blocks[1].attn1.to_q.scaling = {"default": 0.5}
+
+
+@pytest.mark.parametrize("change", [scale_a_weight, put_an_adapter_on, scale_an_adapter])
+def test_a_model_changed_afterwards_is_another_one(recording, change):
     pipe = tiny.pipeline(WanVACEPipeline)
     edit(pipe, recording=recording)
-    with torch.no_grad():
-        pipe.transformer.blocks[1].attn1.to_k.weight.add_(1e-3)
+    change(pipe.transformer)
     with pytest.raises(ValueError, match=r"recorded with weights "):
         edit(pipe, recording=recording)
 
 
-def test_what_another_machine_rounds_otherwise_is_the_same_source(pipe, recording):
-    rounded = tiny.source_latents() * (1 + 1e-6)
-    assert not torch.equal(rounded, tiny.source_latents())
-    edit(pipe, source=rounded, recording=recording)
+def test_weights_out_of_reach_are_refused(tmp_path):
+    pipe = tiny.pipeline(WanPipeline)
+    pipe.transformer.proj_out.weight = torch.nn.Parameter(pipe.transformer.proj_out.weight.to("meta"))
+    with pytest.raises(ValueError, match=r"has its proj_out.weight offloaded out of reach.*model or group offload"):
+        make(pipe, tmp_path / "source.kvlock")
+    assert list(tmp_path.iterdir()) == [] and tiny.leftovers(pipe) == []
+
+
+@pytest.mark.parametrize(("part", "same"), [(0.009, True), (0.011, False)])
+def test_what_another_machine_rounds_otherwise_is_the_same_source(pipe, recording, part, same):
+    source, change = tiny.source_latents(), tiny.rand(1, *tiny.LATENT, seed=9)
+    rounded = source + part * change * source.norm() / change.norm()
+    if same:
+        edit(pipe, source=rounded, recording=recording)
+        return
+    with pytest.raises(ValueError, match=r"recorded with source_latents "):
+        edit(pipe, source=rounded, recording=recording)
+
+
+def test_noise_that_follows_from_a_rounded_source_is_no_other_seed(tmp_path, recwarn):
+    pipe = tiny.pipeline(WanVideoToVideoPipeline)  # its noise is what the source leaves of its first latents
+    found = make(pipe, tmp_path / "source.kvlock")
+    edit(pipe, source=tiny.source_latents() * (1 + 1e-5), recording=found)
+    assert not [warning for warning in recwarn if "was noised with" in str(warning.message)]
 
 
 def test_the_backend_cannot_be_chosen_for_rows_recorded_before_rope(pipe, recording):

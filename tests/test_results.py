@@ -77,7 +77,7 @@ def test_the_edits_of_the_table_are_those_of_the_rows() -> None:
 
 def test_the_accuracy_of_packed_rows_is_that_of_the_rows() -> None:
     rows = accuracy.read(RESULTS / "accuracy-miniature.csv")
-    assert table("model") == accuracy.table(rows)
+    assert table("transformer") == accuracy.table(rows)
     assert all(row.torch and row.diffusers and row.commit and row.date for row in rows)
     assert {(row.steps, row.locked_steps) for row in rows} == {("50", "20")}
 
