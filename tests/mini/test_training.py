@@ -35,7 +35,7 @@ def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
 def test_a_transformer_run_that_was_stopped_ends_like_one_that_was_not(tmp_path, data, small_batch, monkeypatch):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     whole.mkdir(), parts.mkdir()
-    expected = train_transformer.train(data, whole, 4)
+    expected = train_transformer.train(data, whole, 2)
 
     class Stop(Exception):
         pass
@@ -48,9 +48,9 @@ def test_a_transformer_run_that_was_stopped_ends_like_one_that_was_not(tmp_path,
 
     monkeypatch.setattr(train_transformer.checkpoint, "save", save_and_stop)
     with pytest.raises(Stop):
-        train_transformer.train(data, parts, 4, save_every=2)
+        train_transformer.train(data, parts, 2, save_every=1)
     monkeypatch.setattr(train_transformer.checkpoint, "save", save)
-    assert same(train_transformer.train(data, parts, 4), expected)
+    assert same(train_transformer.train(data, parts, 2), expected)
 
 
 def test_a_vae_run_that_was_stopped_ends_like_one_that_was_not(tmp_path, small_batch, monkeypatch):
