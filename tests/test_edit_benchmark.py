@@ -31,6 +31,15 @@ def test_an_edit_is_measured_plain_and_locked(monkeypatch: pytest.MonkeyPatch, c
     assert [mode for mode in rows if rows[mode]["locked_step_s"]] == list(names[1:])
 
 
+def test_a_mode_that_misses_its_target_says_what_it_spends_its_time_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = edit.miniature("cpu")
+    modes = {"preset plain": edit.MODES["preset plain"]._replace(target=0.0), "store, hooks": edit.Mode(target=99.0)}
+    with torch.no_grad():
+        _, missed, met = edit.measure(made, "cpu", modes)
+    assert missed.note.startswith("target 0.0; ") and "aten::" in missed.note and "%" in missed.note
+    assert met.note == ""
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_the_run_ends_with_one_line(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     assert edit.main(["--gpu", "--out", str(tmp_path)]) == 2

@@ -1,0 +1,72 @@
+"""What the benchmark of whole edits edits: the embedded miniature, and Wan's shapes with random weights."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import kvlock
+from kvlock.mini import models, scenes
+
+SHAPES = {"1.3b": {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
+          "14b": {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40}}  # fmt: skip
+
+
+class Edit(NamedTuple):
+    """A pipeline with what it edits."""
+
+    model: str
+    pipe: Any
+    masks: kvlock.Masks
+    source: Tensor
+    embeds: Tensor  # of the source prompt
+    arguments: dict[str, Any]  # of the pipeline's call
+
+
+def miniature(device: str) -> Edit:
+    """The embedded model, in fp32."""
+    pipe = kvlock.mini.load().to(device)
+    scene = scenes.sample(seed=1_000_015)
+    video, mask = scenes.render(scene), scenes.box_mask(scene)
+    grey = video.masked_fill(mask[..., None], 0.5).movedim(-1, 1)[None]
+    frames, height, width = mask.shape
+    return Edit(
+        "miniature", pipe, kvlock.Masks.from_pixels(mask, pipe), kvlock.encode_source(pipe, video),
+        pipe.encode_prompt(scene.caption, do_classifier_free_guidance=False)[0],
+        {"prompt": "a white star", "video": grey, "mask": mask[None, :, None].float(), "height": height,
+         "width": width, "num_frames": frames},
+    )  # fmt: skip
+
+
+def wan(device: str, shape: str) -> Edit:
+    """A transformer of the shape of Wan2.1-T2V in bf16 on noise, with nothing encoded and nothing decoded."""
+    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    torch.manual_seed(0)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(device):
+            transformer = WanTransformer3DModel(attention_head_dim=128, **SHAPES[shape])
+    finally:
+        torch.set_default_dtype(default)
+    tokenizer, frames, height, width = models.build_tokenizer(), 81, 480, 832
+    config = UMT5Config(vocab_size=len(tokenizer), d_model=4096, d_kv=64, d_ff=64, num_layers=1, num_heads=2)
+    pipe = WanPipeline(
+        tokenizer=tokenizer,
+        text_encoder=UMT5EncoderModel(config),
+        vae=AutoencoderKLWan(),  # on the CPU: only its strides are asked for
+        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+        transformer=transformer,
+    )
+    pipe.text_encoder.to(device, torch.bfloat16)
+    mask = torch.zeros(frames, height, width, dtype=torch.bool)
+    mask[:, 120:312, 208:544] = True
+    source = torch.randn(1, 16, (frames - 1) // 4 + 1, height // 8, width // 8, device=device)
+    source_embeds, prompt, negative = torch.randn(3, 1, 512, 4096, device=device, dtype=torch.bfloat16)
+    return Edit(
+        f"wan-{shape}, random", pipe, kvlock.Masks.from_pixels(mask, pipe), source, source_embeds,
+        {"prompt_embeds": prompt, "negative_prompt_embeds": negative, "height": height, "width": width,
+         "num_frames": frames},
+    )  # fmt: skip
