@@ -131,6 +131,8 @@ def estimate(
     kept = background if config.source == "store" and locked > 0 else 0
     passing = kept * min(LAYERS_ON_DEVICE, layers) // layers
     elsewhere = store.place != "device"
+    # Every branch needs every layer, and after the last one the first sets off once more; two layers just stay.
+    read = kept * (locked_branches * layers + 1 if layers > LAYERS_ON_DEVICE else layers) // layers
     return Cost(
         tokens=tokens,
         background_rows=background_rows,
@@ -144,9 +146,9 @@ def estimate(
         bytes_device=passing if elsewhere else kept,
         bytes_host={"device": 0, "host": kept, "disk": passing}[store.place],
         bytes_disk=kept if store.place == "disk" else 0,
-        bytes_moved=(1 + locked_branches) * kept if elsewhere else 0,
+        bytes_moved=kept + read if elsewhere else 0,
         bytes_recording=kept * locked,
-        bytes_moved_replay=locked_branches * kept,
+        bytes_moved_replay=read,
         bytes_predictions=2 * config.window_steps(num_steps) * tokens * model.token_values * 4,
     )
 

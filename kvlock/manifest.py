@@ -12,6 +12,16 @@ from torch import Tensor
 
 FORMAT = 1
 MANIFEST, TENSORS = "manifest.json", "tensors.safetensors"
+KINDS = {  # of the fields that reading depends on
+    "files": "files with bytes and sha256",
+    "recorded_steps": "a list of numbers",
+    "locked_steps": "a list of numbers",
+    "layers": "a list of names",
+    "steps": "a number",
+    "rows": "an object",
+    "about": "an object",
+}
+LONGEST = 200  # characters of a value in an error message
 
 
 def step_name(step: int) -> str:
@@ -28,10 +38,18 @@ def hash_of(tensor: Tensor) -> str:
 
 def short(value: Any) -> str:
     """A value as an error message shows it: the ends of a long one, the beginning of a hash."""
+    if isinstance(value, list) and value and all(_is_hash(entry) for entry in value):
+        return repr([entry[:12] for entry in value])
     if isinstance(value, list) and len(value) > 6:
         return f"[{value[0]!r}, {value[1]!r}, ..., {value[-1]!r}] ({len(value)})"
     text = value if isinstance(value, str) else repr(value)
-    return text[:12] if len(text) == 64 and " " not in text else text
+    if _is_hash(value):
+        return text[:12]
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}... ({len(text)} characters)"
+
+
+def _is_hash(value: Any) -> bool:
+    return isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef")
 
 
 def write(fields: dict[str, Any], file: Path) -> None:
@@ -58,7 +76,27 @@ def read(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{file} has format {fields.get('format')!r}; this version reads {FORMAT}")
     if not whole:
         raise ValueError(f"{file} is not what was recorded: its checksum is another one")
+    for name, kind in KINDS.items():
+        if not _is(fields.get(name), kind):
+            raise ValueError(f"{file} has {name}={short(fields.get(name))}; wanted {kind}")
     return fields
+
+
+def _is(value: Any, kind: str) -> bool:
+    """Whether a value is what `KINDS` says."""
+    if kind == "files with bytes and sha256":
+        entries = value.values() if isinstance(value, dict) else [None]
+        return all(
+            isinstance(entry, dict) and _is(entry.get("bytes"), "a number") and _is_hash(entry.get("sha256"))
+            for entry in entries
+        )
+    if kind == "a list of numbers":
+        return isinstance(value, list) and all(_is(entry, "a number") for entry in value)
+    if kind == "a list of names":
+        return isinstance(value, list) and all(isinstance(entry, str) for entry in value)
+    if kind == "an object":
+        return isinstance(value, dict)
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 def _hash_of_json(value: Any) -> str:

@@ -5,66 +5,104 @@ from __future__ import annotations
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from kvlock.step_file import Piece, StepFile, StepWriter
-from kvlock.store import Rows, Store
+from kvlock.store import LAYERS_ON_DEVICE, Rows, Store
 
 Layer = tuple[int, str, int]  # a `Piece` but for its tensor
+
+
+class _Slot(NamedTuple):
+    """Room for the rows of one layer on the device."""
+
+    layer: Layer
+    rows: dict[str, Rows]  # by "k" and "v"
+    stage: dict[str, Rows]  # pinned host memory that rows go through which are not in such
+    arrival: Any  # event of the copy stream
 
 
 class Courier:
     """Brings the rows of a layer to the device, on a stream of its own, while the layer before it computes.
 
-    Layers are asked for in a fixed order, over and over: once for each guidance branch. `LAYERS_ON_DEVICE` of them are
-    on the device at a time, the one that computes and the next.
+    Layers are asked for in a fixed order, over and over: once for each guidance branch. `LAYERS_ON_DEVICE` of them have
+    room there, the one that computes and the next; a copy into the room of another layer waits until the device is done
+    with that one.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._here: dict[Layer, tuple[dict[Piece, Rows], Any]] = {}  # with the event of their arrival
+        self._slots: list[_Slot] = []
 
-    def fetch(self, piece: Piece, order: Sequence[Layer], load: Callable[[Layer], dict[Piece, Rows]]) -> Rows:
+    def fetch(self, piece: Piece, order: Sequence[Layer], load: Callable[[Layer], dict[str, Rows]]) -> Rows:
         """The rows of `piece` on the device, in time for what the caller queues next; the next layer's set off."""
         now = piece.layer
         following = order[(order.index(now) + 1) % len(order)]
-        for layer in [layer for layer in self._here if layer not in (now, following)]:
-            del self._here[layer]
-        for layer in (now, following):
-            if layer not in self._here:
-                self._here[layer] = self._send(load(layer))
-        rows, arrival = self._here[now]
-        if arrival is not None:
-            torch.cuda.current_stream(self._device).wait_event(arrival)
-        return rows[piece]
+        for layer, kept in ((now, following), (following, now)):
+            if all(slot.layer != layer for slot in self._slots):
+                self._send(layer, load(layer), kept)
+        slot = next(slot for slot in self._slots if slot.layer == now)
+        if slot.arrival is not None:
+            torch.cuda.current_stream(self.device).wait_event(slot.arrival)
+        return slot.rows[piece.tensor]
 
     def forget(self) -> None:
-        self._here.clear()
+        """Give the room back; work that the current stream has queued may still use it."""
+        if self.stream is not None and self._slots:
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+        self._slots.clear()
 
     @property
     def bytes_here(self) -> int:
-        return sum(kept.bytes_kept for rows, _ in self._here.values() for kept in rows.values())
+        return sum(rows.bytes_kept for slot in self._slots for rows in slot.rows.values())
 
-    def _send(self, rows: dict[Piece, Rows]) -> tuple[dict[Piece, Rows], Any]:
+    def _send(self, layer: Layer, source: dict[str, Rows], kept: Layer) -> None:
+        """Copy rows into the room of the layer that is not to be kept, or into new room while there are few."""
+        taken = next((slot for slot in self._slots if slot.layer != kept), None)
+        if taken is not None and len(self._slots) == LAYERS_ON_DEVICE:
+            self._slots.remove(taken)
+        else:
+            taken = None
+        before = {} if taken is None else taken.rows
+        rows = {name: _room_for(part, before.get(name), self.device) for name, part in source.items()}
         if self.stream is None:
-            return {piece: _moved(kept, self._device) for piece, kept in rows.items()}, None
-        user = torch.cuda.current_stream(self._device)
+            for name, part in source.items():
+                _copy(part, rows[name], non_blocking=False)
+            self._slots.append(_Slot(layer, rows, {}, None))
+            return
+        stage = {} if taken is None else taken.stage
+        for name, part in source.items():
+            if not part.data.is_pinned():
+                if taken is not None and taken.arrival is not None:
+                    taken.arrival.synchronize()  # the last copy out of this stage is over
+                stage[name] = _room_for(part, stage.get(name), torch.device("cpu"), pinned=True)
+                _copy(part, stage[name], non_blocking=False)
+                source = source | {name: stage[name]}
+        self.stream.wait_event(torch.cuda.current_stream(self.device).record_event())
         with torch.cuda.stream(self.stream):
-            moved = {piece: _moved(kept, self._device) for piece, kept in rows.items()}
-            arrival = self.stream.record_event()
-        for part in (part for kept in moved.values() for part in kept if part is not None):
-            part.record_stream(user)  # its memory is not given away before this stream is done with it
-        return moved, arrival
+            for name, part in source.items():
+                _copy(part, rows[name], non_blocking=True)
+            self._slots.append(_Slot(layer, rows, stage, self.stream.record_event()))
 
 
-def _moved(rows: Rows, device: torch.device) -> Rows:
-    return rows.each(lambda part: part.to(device, non_blocking=True, copy=True))
+def _room_for(rows: Rows, before: Rows | None, device: torch.device, *, pinned: bool = False) -> Rows:
+    """Memory for a copy of `rows`: that of `before`, where it fits."""
+    kinds = [[part if part is None else (part.shape, part.dtype) for part in parts] for parts in (before or (), rows)]
+    if before is not None and kinds[0] == kinds[1]:
+        return before
+    return rows.each(lambda part: torch.empty(part.shape, dtype=part.dtype, device=device, pin_memory=pinned))
+
+
+def _copy(rows: Rows, room: Rows, *, non_blocking: bool) -> None:
+    for part, to in zip(rows, room, strict=True):
+        if part is not None and to is not None:
+            to.copy_(part, non_blocking=non_blocking)
 
 
 class Shelf(ABC):
@@ -76,7 +114,8 @@ class Shelf(ABC):
 
     def serve(self, device: torch.device, layers: Collection[Layer]) -> None:
         """Where `get` has to bring rows, and those of which layers are asked for."""
-        self._courier = Courier(device)
+        if self._courier is None or self._courier.device != device:
+            self._courier = Courier(device)
 
     def get(self, piece: Piece) -> Rows:
         """Rows on the device, for work on its current stream.
@@ -121,8 +160,8 @@ class Shelf(ABC):
     def _put(self, piece: Piece, rows: Rows) -> None: ...
 
     @abstractmethod
-    def _load(self, layer: Layer) -> dict[Piece, Rows]:
-        """What is kept of one layer, in host memory; pinned where a CUDA device copies from it on its own."""
+    def _load(self, layer: Layer) -> dict[str, Rows]:
+        """What is kept of one layer, "k" and "v", in host memory."""
 
 
 class HostShelf(Shelf):
@@ -131,26 +170,34 @@ class HostShelf(Shelf):
     def __init__(self) -> None:
         super().__init__()
         self._kept: dict[Piece, Rows] = {}
+        self._leaving: deque[tuple[Any, Rows]] = deque()  # rows on the device with the events of their copies
 
     def _put(self, piece: Piece, rows: Rows) -> None:
         if any(kept.expert != piece.expert for kept in self._kept):
             self._kept.clear()
-        before = self._kept.get(piece)
-        rooms = before if before is not None and _fits(before, rows) else rows.each(_room)
-        self._kept[piece] = rooms
         stream = self._courier.stream if self._courier is not None else None
+        pinned = stream is not None
+        room = self._kept[piece] = _room_for(rows, self._kept.get(piece), torch.device("cpu"), pinned=pinned)
         if stream is None:
-            for room, part in _pairs(rooms, rows):
-                room.copy_(part)
+            _copy(rows, room, non_blocking=False)
             return
-        stream.wait_stream(torch.cuda.current_stream(stream.device))
+        stream.wait_event(torch.cuda.current_stream(stream.device).record_event())
         with torch.cuda.stream(stream):  # after what it still reads of the last step
-            for room, part in _pairs(rooms, rows):
-                room.copy_(part, non_blocking=True)
-                part.record_stream(stream)
+            _copy(rows, room, non_blocking=True)
+            self._leaving.append((stream.record_event(), rows))
+        while len(self._leaving) > 2 * LAYERS_ON_DEVICE:  # the host may run ahead, and rows of all layers be alive
+            self._leaving.popleft()[0].synchronize()
 
-    def _load(self, layer: Layer) -> dict[Piece, Rows]:
-        return {piece: rows for piece, rows in self._kept.items() if piece.layer == layer}
+    def seal(self) -> None:
+        while self._leaving:
+            self._leaving.popleft()[0].synchronize()
+
+    def clear(self) -> None:
+        self.seal()
+        super().clear()
+
+    def _load(self, layer: Layer) -> dict[str, Rows]:
+        return {piece.tensor: rows for piece, rows in self._kept.items() if piece.layer == layer}
 
     def close(self) -> None:
         super().close()
@@ -159,21 +206,6 @@ class HostShelf(Shelf):
     @property
     def bytes_kept(self) -> int:
         return sum(rows.bytes_kept for piece, rows in self._kept.items() if piece.layer in self._order)
-
-
-def _fits(before: Rows, rows: Rows) -> bool:
-    """Whether one can be copied over the other."""
-    kinds = [[part if part is None else (part.shape, part.dtype) for part in parts] for parts in (before, rows)]
-    return kinds[0] == kinds[1]
-
-
-def _room(part: Tensor) -> Tensor:
-    """Host memory for a copy of `part`."""
-    return torch.empty(part.shape, dtype=part.dtype, pin_memory=part.is_cuda)
-
-
-def _pairs(rooms: Rows, rows: Rows) -> list[tuple[Tensor, Tensor]]:
-    return [(room, part) for room, part in zip(rooms, rows, strict=True) if room is not None and part is not None]
 
 
 class FileShelf(Shelf):
@@ -203,12 +235,9 @@ class FileShelf(Shelf):
         self._file, self._order = file, list(dict.fromkeys(piece.layer for piece in pieces))
         self._bytes = sum(file.rows(piece).bytes_kept for piece in pieces)
 
-    def _load(self, layer: Layer) -> dict[Piece, Rows]:
-        assert self._file is not None and self._courier is not None
-        found = {piece: self._file.rows(piece) for piece in self._file.pieces if piece.layer == layer}
-        if self._courier.stream is None:
-            return found
-        return {piece: rows.each(Tensor.pin_memory) for piece, rows in found.items()}
+    def _load(self, layer: Layer) -> dict[str, Rows]:
+        assert self._file is not None
+        return {piece.tensor: self._file.rows(piece) for piece in self._file.pieces if piece.layer == layer}
 
 
 class DiskShelf(FileShelf):
@@ -221,7 +250,7 @@ class DiskShelf(FileShelf):
     def __init__(self, folder: str | Path | None = None) -> None:
         super().__init__()
         try:
-            self._folder = Path(tempfile.mkdtemp(prefix=".kvlock-", dir=folder))
+            self._folder = Path(tempfile.mkdtemp(prefix=".kvlock-", dir=folder)).absolute()
         except OSError as error:
             where = folder or tempfile.gettempdir()
             raise ValueError(f"cannot write source rows to {where}: {error.strerror}") from error

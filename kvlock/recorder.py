@@ -39,12 +39,17 @@ class Recorder(Shelf):
         with _named_errors(self.path):
             self._target.parent.mkdir(parents=True, exist_ok=True)
             self._folder = Path(tempfile.mkdtemp(prefix=".kvlock-", dir=self._target.parent))
-        self._facts: dict[str, Any] = {}
+        self._facts: dict[str, Any] = {"about": {}}
         self._tensors: dict[str, Tensor] = {}
         self._files: dict[str, dict[str, Any]] = {}
         self._steps: list[int] = []
         self._writer: StepWriter | None = None
         self._step_bytes = 0
+        self._ended = False
+
+    def end_run(self) -> None:
+        """The run has taken its last step."""
+        self._ended = True
 
     def agree(self, **facts: Any) -> None:
         """Facts that an edit must share, as JSON types.
@@ -64,7 +69,7 @@ class Recorder(Shelf):
     def agree_on_tensor(self, name: str, tensor: Tensor) -> None:
         """A tensor that an edit must share, but for the rounding of another device; raises as `agree`."""
         self.agree(**{name: hash_of(tensor)})
-        self._tensors[name] = tensor.detach().cpu().contiguous()
+        self._tensors[name] = tensor.detach().cpu().clone().contiguous()
 
     def agree_on_noise(self, noise: Tensor) -> None:
         """The initial noise, which an edit may replace for itself; raises as `agree`."""
@@ -77,11 +82,11 @@ class Recorder(Shelf):
             ValueError: something in `about` is no JSON type.
         """
         try:
-            json.dumps(dict(about), allow_nan=False)
+            known = json.loads(json.dumps(dict(about), allow_nan=False))
         except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"about={dict(about)!r} cannot be written: {error}; wanted JSON types") from error
-        self._tensors |= {f"input.{name}": tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        self._facts["about"] = dict(about)
+        self._tensors |= {f"input.{name}": tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+        self._facts["about"] = known
 
     def turn_to(self, step: int) -> None:
         super().turn_to(step)
@@ -104,13 +109,18 @@ class Recorder(Shelf):
         """
         if not self._files:
             raise ValueError(f"nothing was recorded for {self.path}: no step of a run was locked inside the block")
+        if not self._ended or self._writer is not None:
+            raise ValueError(f"{self.path} is not whole: the call of the pipeline did not come to its end")
         with _named_errors(self.path):
             save_file(self._tensors, self._folder / TENSORS)
             self._enter(self._folder / TENSORS)
             fields = {"format": FORMAT, "recorded_steps": sorted(self._steps), **self._facts, "files": self._files}
             manifest.write(fields, self._folder / MANIFEST)
             _sync(self._folder / MANIFEST)
-            os.chmod(self._folder, 0o777 & ~_umask())  # a temporary folder is its owner's alone
+            mask = _umask()
+            for file in self._folder.iterdir():
+                os.chmod(file, 0o666 & ~mask)
+            os.chmod(self._folder, 0o777 & ~mask)  # a temporary folder is its owner's alone
             check_path(self._target)
             os.rename(self._folder, self._target)
 
@@ -130,7 +140,7 @@ class Recorder(Shelf):
         self._writer.add(piece, rows)
         self._step_bytes += rows.bytes_kept
 
-    def _load(self, layer: Layer) -> dict[Piece, Rows]:
+    def _load(self, layer: Layer) -> dict[str, Rows]:
         raise ValueError(f"{self.path} is being recorded; wanted an edit that attaches to it afterwards")
 
     def _enter(self, file: Path) -> None:
@@ -140,9 +150,13 @@ class Recorder(Shelf):
 
 
 def check_path(path: Path) -> None:
-    """Wants a place for a recording; raises ValueError where there is something already."""
+    """Wants a place for a recording; raises ValueError where there is something, or for a name that is no text."""
     if os.path.lexists(path):
         raise ValueError(f"{path} exists already; wanted a path where there is nothing yet")
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:  # readers of the format take no other paths
+        raise ValueError(f"{path!r} is no text in UTF-8; wanted one that is") from error
 
 
 def _sync(file: Path) -> None:

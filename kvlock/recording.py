@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ TOLERANCE = 0.01
 class Recording:
     """A recording on the disk, opened and looked over; its step files are read in the background to compare checksums.
 
+    Its files must not change while an edit reads them; any number of edits may.
+
     Attributes:
         path: its folder.
         fields: the manifest.
@@ -36,6 +39,7 @@ class Recording:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._folder = self.path.absolute()  # the current folder may be another one when a step is read
         self.fields = manifest.read(self.path)
         for name, entry in self.fields["files"].items():
             file = self.path / name
@@ -43,11 +47,12 @@ class Recording:
             if found != entry["bytes"]:
                 is_there = "is missing" if found is None else f"has {found} bytes"
                 raise ValueError(f"{file} {is_there}; wanted the {entry['bytes']} bytes that were recorded")
-        self._checks: dict[str, Future[None]] = {}
+        self._checks: dict[str, tuple[Any, Future[None]]] = {}  # with what the system said of the file
+        self._stopped = threading.Event()
         self._pool = ThreadPoolExecutor(max_workers=4, thread_name_prefix="kvlock-checksum")
         self._compare(TENSORS)
         try:
-            self._tensors = load_file(self.path / TENSORS)
+            self._tensors = load_file(self._folder / TENSORS)
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{self.path / TENSORS} cannot be read: {error}") from error
 
@@ -77,8 +82,14 @@ class Recording:
             self._check(step_name(step))
 
     def stop_verifying(self) -> None:
-        """Leave the files that have not been begun for another time."""
-        self._checks = {name: check for name, check in self._checks.items() if not check.cancel()}
+        """Leave the files that are not through for another time."""
+        self._stopped.set()
+        for _, check in self._checks.values():
+            check.cancel()
+        wait([check for _, check in self._checks.values()])
+        self._stopped.clear()
+        done = {name: (state, check) for name, (state, check) in self._checks.items() if not check.cancelled()}
+        self._checks = {name: entry for name, entry in done.items() if entry[1].exception() is None}
 
     def step(self, step: int) -> StepFile:
         """The file of one step, its checksum compared.
@@ -89,7 +100,7 @@ class Recording:
         if step not in self.steps:
             raise ValueError(f"{self.path} has no rows of step {step}; wanted one of {short(self.steps)}")
         self._check(step_name(step)).result()
-        return StepFile(self.path / step_name(step))
+        return StepFile(self._folder / step_name(step))
 
     def agree(self, **facts: Any) -> None:
         """Facts of an edit.
@@ -135,14 +146,20 @@ class Recording:
         return bool(difference <= TOLERANCE * recorded.double().norm())
 
     def _check(self, name: str) -> Future[None]:
-        if name not in self._checks:
-            self._checks[name] = self._pool.submit(self._compare, name)
-        return self._checks[name]
+        """Of the file as it is now: one that has changed since the last time is read again."""
+        try:
+            found = (self._folder / name).stat()
+        except OSError as error:
+            raise ValueError(f"{self.path / name} cannot be read: {error.strerror}") from error
+        state = (found.st_size, found.st_mtime_ns, found.st_ino)
+        if self._checks.get(name, (None, None))[0] != state:
+            self._checks[name] = (state, self._pool.submit(self._compare, name))
+        return self._checks[name][1]
 
     def _compare(self, name: str) -> None:
         wanted = self.fields["files"].get(name, {}).get("sha256")
         try:
-            found = digest(self.path / name)
+            found = digest(self._folder / name, self._stopped)
         except OSError as error:
             raise ValueError(f"{self.path / name} cannot be read: {error.strerror}") from error
         if found != wanted:

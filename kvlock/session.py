@@ -89,7 +89,7 @@ class Session:
         """
         if self._run is None:
             self._run = self._new_run(expert, x, timestep)
-            self._agree_on_run(self._run, conditions or {})
+            self._agree_on_run(self._run, len(x), conditions or {})
         run = self._run
         if run.use_expert(expert, self._guidance_of):
             self._rows.free()
@@ -252,18 +252,18 @@ class Session:
             )
         return run
 
-    def _agree_on_run(self, run: Run, conditions: Mapping[str, Any]) -> None:
+    def _agree_on_run(self, run: Run, batch: int, conditions: Mapping[str, Any]) -> None:
         """What the source rows of this run depend on, beside model, masks and source."""
         if self._ledger is None:
             return
         self._ledger.agree(steps=len(run.flow.timesteps), first_step=run.flow.start, sigmas=list(run.flow.sigmas))
         self._ledger.agree_on_part(locked_steps=list(run.window))
-        self._ledger.agree(conditions=sorted(conditions))
+        self._ledger.agree(batch=batch, conditions=sorted(conditions))
         for name, value in conditions.items():
             if isinstance(value, Tensor):
                 self._ledger.agree_on_tensor(name, value)
             else:
-                self._ledger.agree(**{name: repr(value)})
+                self._ledger.agree(**{name: value if isinstance(value, int) else repr(value)})
 
     def _why_not(self, run: Run) -> str:
         """Why the lock never acted in a run that has ended."""

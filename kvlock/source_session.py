@@ -23,6 +23,14 @@ class SourceSession(Session):
         run.mixes = run.mixed = False
         return source
 
+    def finish_step(self, latents: Tensor) -> Tensor:
+        ended = self._require_run()
+        latents = super().finish_step(latents)
+        if ended.finished:
+            assert isinstance(self._ledger, Recorder)
+            self._ledger.end_run()
+        return latents
+
     def keep_inputs(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
         """What the readers of the recording find again: tensors by name, and JSON types."""
         assert isinstance(self._ledger, Recorder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -18,6 +19,7 @@ from kvlock.store import Rows
 # The header stands in front of the data and is known after it: it gets this room, and blanks fill what it leaves. 48
 # layers of K and V in 8 bits, with scales, means and gaps to fill, need less than half of it.
 HEADER_BYTES = 2**17
+BLOCK_BYTES = 2**22  # that are hashed at a time
 ALIGNMENT = 64  # of every tensor, in bytes; the format knows no gaps, so that a tensor of blanks fills each
 NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
          torch.float8_e4m3fn: "F8_E4M3", torch.int8: "I8", torch.uint8: "U8"}  # fmt: skip
@@ -127,6 +129,9 @@ class StepFile:
             for owner, part in names:
                 if part in Rows._fields:
                     self._parts.setdefault(Piece.parse(owner), []).append(part)
+            for piece, parts in self._parts.items():
+                if "data" not in parts or piece._replace(tensor="kv".replace(piece.tensor, "")) not in self._parts:
+                    raise ValueError(f"{piece} is not whole")
         except (OSError, SafetensorError, ValueError) as error:
             raise ValueError(f"{path} holds no source rows: {error}") from error
 
@@ -136,10 +141,13 @@ class StepFile:
 
     def rows(self, piece: Piece) -> Rows:
         """The rows of one tensor of one layer, [Bs, rows, ...] on the CPU."""
-        return Rows(**{part: self._file.get_tensor(f"{piece}.{part}") for part in self._parts[piece]})
+        return Rows(**{part: self._file.get_tensor(f"{piece}.{part}") for part in self._parts[piece]})  # views
 
 
-def digest(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
+def digest(path: Path, stopped: threading.Event | None = None) -> str:
+    """The SHA-256 of a file, in hexadecimal; of its beginning where `stopped` is set meanwhile."""
+    state = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while (block := file.read(BLOCK_BYTES)) and not (stopped is not None and stopped.is_set()):
+            state.update(block)
+    return state.hexdigest()

@@ -135,10 +135,10 @@ def test_an_estimate_covers_every_place_and_a_recording(kvlock, model):
     lines = [
         f"--place device  {3 * layer / mib:.1f} MiB on the device",
         f"--place host    {2 * layer / mib:.1f} MiB on the device, {3 * layer / mib:.1f} MiB on the host, "
-        f"{2 * 3 * layer / mib:.1f} MiB moved in a step",
+        f"{7 * layer / mib:.1f} MiB moved in a step",
         f"--place disk    {2 * layer / mib:.1f} MiB on the device, {2 * layer / mib:.1f} MiB on the host, "
-        f"{3 * layer / mib:.1f} MiB on disk, {2 * 3 * layer / mib:.1f} MiB moved in a step",
-        f"kvlock record   {20 * 3 * layer / mib:.1f} MiB on disk, {3 * layer / mib:.1f} MiB moved in a step",
+        f"{3 * layer / mib:.1f} MiB on disk, {7 * layer / mib:.1f} MiB moved in a step",
+        f"kvlock record   {20 * 3 * layer / mib:.1f} MiB on disk, {4 * layer / mib:.1f} MiB moved in a step",
     ]
     at = next(i for i, line in enumerate(out) if line.startswith("memory"))
     assert [line.strip() for line in out[at + 1 : at + 5]] == lines

@@ -7,6 +7,7 @@ import tiny
 import torch
 from diffusers import WanPipeline, WanVACEPipeline
 
+import kvlock
 from kvlock import KVLockConfig
 
 STEPS = 4
@@ -57,3 +58,34 @@ def test_offload_inside_the_block_gives_the_same_latents_call_after_call(expecte
             assert torch.equal(tiny.call(pipe, steps=STEPS), locked)
     assert torch.equal(tiny.call(pipe, steps=STEPS), plain)
     assert tiny.leftovers(pipe) == []
+
+
+@pytest.mark.parametrize("where", ["before", "inside"])
+@pytest.mark.parametrize("name", OFFLOADS)
+def test_a_source_is_recorded_under_offload_and_the_pipeline_goes_on_as_before(expected, tmp_path, name, where):
+    pipe = tiny.pipeline(WanPipeline)
+    locked, plain = expected[WanPipeline]
+    if where == "before":
+        OFFLOADS[name](pipe)
+    options = {"config": MIXING, "source_prompt_embeds": tiny.SOURCE_PROMPT}
+    with kvlock.record(pipe, tmp_path / "source", tiny.source_latents(), tiny.masks(pipe), **options):
+        if where == "inside":
+            OFFLOADS[name](pipe)
+        tiny.call(pipe, steps=STEPS)
+    for _ in range(2):  # whoever wraps forward anew after a call
+        assert torch.equal(tiny.call(pipe, steps=STEPS), plain)
+    again = {"config": MIXING, "recording": kvlock.Recording(tmp_path / "source")}
+    with kvlock.attach(pipe, tiny.source_latents(), tiny.masks(pipe), **again):
+        assert torch.equal(tiny.call(pipe, steps=STEPS), locked)
+    assert tiny.leftovers(pipe) == []
+
+
+def test_hooks_removed_inside_the_block_stay_removed(expected, tmp_path):
+    pipe = tiny.pipeline(WanPipeline)
+    pipe.enable_model_cpu_offload(device="cpu")
+    options = {"config": MIXING, "source_prompt_embeds": tiny.SOURCE_PROMPT}
+    with kvlock.record(pipe, tmp_path / "source", tiny.source_latents(), tiny.masks(pipe), **options):
+        tiny.call(pipe, steps=STEPS)
+        pipe.remove_all_hooks()
+    for _ in range(2):
+        assert torch.equal(tiny.call(pipe, steps=STEPS), expected[WanPipeline][1])

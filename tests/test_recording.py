@@ -118,6 +118,73 @@ def test_two_openings_of_a_recording_read_the_same_rows(recording):
         assert torch.equal(first.rows(piece).data, second.rows(piece).data)
 
 
+def test_a_batch_is_recorded_for_a_batch(tmp_path):
+    pipe = tiny.pipeline(WanPipeline)
+    options = {"config": CONFIG, "source_prompt_embeds": tiny.SOURCE_PROMPT}
+    with kvlock.record(pipe, tmp_path / "two", tiny.source_latents(), tiny.masks(pipe), **options):
+        tiny.call(pipe, steps=STEPS, num_videos_per_prompt=2)
+    found = {"config": CONFIG, "recording": Recording(tmp_path / "two")}
+    latents = []
+    for given in (options, found):
+        with kvlock.attach(pipe, tiny.source_latents(), tiny.masks(pipe), **given):
+            latents.append(tiny.call(pipe, steps=STEPS, num_videos_per_prompt=2))
+    assert torch.equal(*latents)
+    with pytest.raises(ValueError, match=r"two was recorded with batch 2, this edit has 1; wanted them alike"):
+        edit(pipe, recording=found["recording"])
+
+
+def test_a_prompt_padded_to_another_length_is_refused(tmp_path):
+    pipe = tiny.pipeline(WanPipeline)
+    found, padded = make(pipe, tmp_path / "source.kvlock"), torch.zeros(1, 2, 32)
+    longer = {name: torch.cat([value, padded], dim=1) for name, value in tiny.PROMPT.items()}
+    options: dict[str, Any] = {"config": CONFIG, "recording": found}
+    with pytest.raises(ValueError, match=r"recorded with prompt_tokens 8, this edit has 10"):  # noqa: SIM117
+        with kvlock.attach(pipe, tiny.source_latents(), tiny.masks(pipe), **options):
+            tiny.call(pipe, steps=STEPS, **longer)
+
+
+def test_checksums_are_compared_ahead_and_again_where_a_file_has_changed(tmp_path):
+    pipe = tiny.pipeline(WanPipeline)
+    found = make(pipe, tmp_path / "source.kvlock")
+    options: dict[str, Any] = {"config": CONFIG, "recording": found}
+    with kvlock.attach(pipe, tiny.source_latents(), tiny.masks(pipe), **options):
+        assert len(found._checks) == len(found.steps) == 3
+        tiny.call(pipe, steps=STEPS)
+    file = found.path / "step-0004.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match=r"step-0004.safetensors has checksum [0-9a-f]{12}; wanted [0-9a-f]{12}, as"):
+        edit(pipe, recording=found)
+
+
+def test_verifying_stops_with_the_session(tmp_path):
+    pipe = tiny.pipeline(WanPipeline)
+    found = make(pipe, tmp_path / "source.kvlock")
+    options: dict[str, Any] = {"config": CONFIG, "recording": found}
+    with kvlock.attach(pipe, tiny.source_latents(), tiny.masks(pipe), **options):
+        pass
+    assert all(check.done() for _, check in found._checks.values())
+    edit(pipe, recording=found)
+
+
+def test_a_path_is_where_it_was_when_the_folder_changes(tmp_path, monkeypatch):
+    pipe = tiny.pipeline(WanPipeline)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    options: dict[str, Any] = {"config": CONFIG, "source_prompt_embeds": tiny.SOURCE_PROMPT}
+    with kvlock.record(pipe, "source", tiny.source_latents(), tiny.masks(pipe), **options):
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        tiny.call(pipe, steps=STEPS)
+    monkeypatch.chdir(tmp_path)
+    found = Recording("source")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    edit(pipe, recording=found)
+    monkeypatch.chdir(tmp_path)
+    edit(pipe, store=Store(place="disk", folder="elsewhere"))
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
 class Other(NamedTuple):
     """An edit that differs from the recorded one in one field."""
 
@@ -255,6 +322,31 @@ def test_what_does_not_go_with_a_recording_is_refused(pipe, recording, options, 
     assert tiny.leftovers(pipe) == []
 
 
+def test_an_edit_is_that_of_the_recorded_video_and_source_prompt(tmp_path):
+    mini = tiny.miniature()
+    edits, mask = kvlock.KVLockPipeline(mini, CONFIG), tiny.pixel_mask()
+    video = torch.rand(tiny.FRAMES, tiny.SIZE, tiny.SIZE, 3, generator=torch.Generator().manual_seed(1))
+    call: dict[str, Any] = {"num_inference_steps": 5, "source_prompt": "a star"}
+    seed = lambda: torch.Generator().manual_seed(0)
+    found = edits.record(tmp_path / "source", video, mask, generator=seed(), about={"seed": 7, "mine": 1}, **call)
+    assert found.about["seed"] == 0 and found.about["mine"] == 1
+    assert torch.equal(found.inputs["frames"], video) and torch.equal(found.inputs["mask"], mask)
+    one_shot = edits(video, mask, "a circle", generator=seed(), **call)
+    again = edits(video, mask, "a circle", generator=seed(), recording=found, **(call | {"source_prompt": ""}))
+    assert torch.equal(one_shot.frames, again.frames)
+    with pytest.raises(ValueError, match=r"was recorded with source_prompt a star, this edit has a square; wanted"):
+        edits(video, mask, "a circle", recording=found, **(call | {"source_prompt": "a square"}))
+    with pytest.raises(ValueError, match=r"was recorded with video [0-9a-f]{12}, this edit has [0-9a-f]{12}; wanted"):
+        edits(video.flip(0), mask, "a circle", recording=found, **call)
+    with pytest.raises(ValueError, match=r"recording is a str; wanted a kvlock.Recording"):
+        edits(video, mask, "a circle", recording="source", **call)
+    with pytest.raises(ValueError, match=r"guidance_scale cannot be given: KVLockPipeline decides it"):
+        edits.record(tmp_path / "other", video, mask, guidance_scale=1.0, **call)
+    with pytest.raises(ValueError, match=r"about=.*cannot be written: .*; wanted JSON types"):
+        edits.record(tmp_path / "other", video, mask, about={"x": float("nan")}, **call)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
 def test_the_manifest_says_what_the_rows_belong_to(recording):
     fields = json.loads((recording.path / "manifest.json").read_text())
     assert fields["format"] == 1 and fields["recorded_steps"] == fields["locked_steps"] == [3, 4, 5]
@@ -277,6 +369,13 @@ def test_a_recording_is_made_by_one_call_with_one_schedule(tmp_path):
         with kvlock.record(pipe, tmp_path / "a", tiny.source_latents(), tiny.masks(pipe), **options):
             tiny.call(pipe, steps=STEPS)
             tiny.call(pipe, steps=8)
+    def stop(pipe: Any, step: int, timestep: Any, kwargs: dict) -> dict:
+        pipe._interrupt = step == STEPS - 2  # as diffusers has it stopped
+        return kwargs
+
+    with pytest.raises(ValueError, match=r"a is not whole: the call of the pipeline did not come to its end"):  # noqa: SIM117
+        with kvlock.record(pipe, tmp_path / "a", tiny.source_latents(), tiny.masks(pipe), **options):
+            tiny.call(pipe, steps=STEPS, callback_on_step_end=stop)
     with pytest.raises(ValueError, match=r"nothing was recorded for .*a: no step of a run was locked"):  # noqa: SIM117
         with kvlock.record(pipe, tmp_path / "a", tiny.source_latents(), tiny.masks(pipe), **options):
             pass

@@ -131,8 +131,15 @@ def test_a_manifest_written_anew_opens(pipe, copy):
         (lambda file: file.write_text("{}"), "is not the manifest of a recording: KeyError"),
         (lambda file: file.write_bytes(b"\xff\xfe"), "is not the manifest of a recording"),
         (lambda file: rewritten(file.parent, format=2), "has format 2; this version reads 1"),
+        (lambda file: file.write_text("[" * 100_000), "is not the manifest of a recording: RecursionError"),
+        (lambda file: rewritten(file.parent, files=None), "has files=None; wanted files with bytes and sha256"),
+        (lambda file: rewritten(file.parent, files={"x": {}}), "has files={'x': {}}; wanted files with bytes and"),
+        (lambda file: rewritten(file.parent, recorded_steps=[None]), "has recorded_steps=[None]; wanted a list of"),
+        (lambda file: rewritten(file.parent, layers=None), "has layers=None; wanted a list of names"),
+        (lambda file: rewritten(file.parent, steps="x" * 999), "... (999 characters); wanted a number"),
     ],
-    ids=["missing", "truncated", "edited", "list", "empty", "binary", "newer"],
+    ids=["missing", "truncated", "edited", "list", "empty", "binary", "newer", "deep", "files", "no-sums", "steps",
+         "layers", "long"],
 )
 def test_a_manifest_that_is_none_is_refused_by_name(copy, harm, message):
     harm(copy / "manifest.json")
@@ -147,6 +154,20 @@ def test_a_path_with_nothing_or_something_else_is_no_recording(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match=r"file is no recording"):
         Recording(tmp_path / "file")
+
+
+def test_a_name_that_is_no_text_is_refused_before_the_work(pipe, tmp_path):
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/b\xff"))
+    with pytest.raises(ValueError, match=r"is no text in UTF-8"):
+        record(pipe, path)
+    assert list(tmp_path.iterdir()) == [] and tiny.leftovers(pipe) == []
+
+
+def test_others_may_read_a_recording(whole):
+    umask = os.umask(0)
+    os.umask(umask)
+    assert whole.stat().st_mode & 0o777 == 0o777 & ~umask
+    assert {path.stat().st_mode & 0o777 for path in whole.iterdir()} == {0o666 & ~umask}
 
 
 def test_nothing_is_recorded_over(pipe, whole, tmp_path):
@@ -252,7 +273,8 @@ def test_a_code_that_is_no_number_decodes_to_none(tmp_path):
     data = torch.tensor([0x7F, 0xFF, 0x38, 0x00], dtype=torch.uint8).view(torch.float8_e4m3fn).view(1, 1, 1, 4)
     rows, piece = Rows(data, torch.full((1, 1, 1), 2.0)), Piece(0, "blocks", 0, "k")
     writer = StepWriter(tmp_path / "step")
-    writer.add(piece, rows)
+    for tensor in "kv":
+        writer.add(piece._replace(tensor=tensor), rows)
     writer.close()
     found = StepFile(tmp_path / "step").rows(piece)
     decoded = found.unpacked(torch.float32)
@@ -301,6 +323,9 @@ def test_a_file_of_something_else_holds_no_rows(tmp_path):
         StepFile(tmp_path / "step")
     with pytest.raises(ValueError, match=r"none holds no source rows"):
         StepFile(tmp_path / "none")
+    save_file({"0.blocks.0.k.data": torch.zeros(1)}, tmp_path / "half")
+    with pytest.raises(ValueError, match=r"half holds no source rows: 0.blocks.0.k is not whole"):
+        StepFile(tmp_path / "half")
     save_file({"x.data": torch.zeros(1)}, tmp_path / "foreign")
     with pytest.raises(ValueError, match=r"foreign holds no source rows"):
         StepFile(tmp_path / "foreign")

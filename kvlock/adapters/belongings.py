@@ -39,6 +39,7 @@ def agree_on_model(
     ledger.agree_on_part(layers=[f"{i}.{key.stack}.{key.block}" for i, key in keys])
     shift = getattr(scheduler.config, "flow_shift", None) or getattr(scheduler.config, "shift", None)
     ledger.agree(scheduler=type(scheduler).__name__, shift=shift)
+    ledger.agree(boundary_ratio=getattr(pipe.config, "boundary_ratio", None))
     ledger.agree(weights=[fingerprint(module) for module in modules])
 
 

@@ -62,6 +62,7 @@ def _conditions(call: dict[str, Any], family: Family) -> dict[str, Any]:
     """What the source's forward has in common with the edit's: of batched arguments the first sample."""
     own = ("hidden_states", "timestep", "encoder_hidden_states", "return_dict")
     given = {name: value for name, value in call.items() if value is not None and name not in own}
+    given["prompt_tokens"] = call["encoder_hidden_states"].shape[1]  # padding counts: the source's prompt gets the same
     return {name: value[:1] if name in family.batched else value for name, value in given.items()}
 
 
@@ -98,18 +99,21 @@ def run_on_source_only(transformer: Any, session: Session) -> Callable[[], None]
         What takes this off again.
     """
     before = vars(transformer).get("forward")  # of an offloaded module
-    forward = transformer.forward
+    forward, active = transformer.forward, [True]
     model: Any = unwrap(transformer)
     names, channels = tuple(inspect.signature(type(model).forward).parameters)[1:], model.config["out_channels"]
 
     def answer(*args: Any, **kwargs: Any) -> Any:
-        if session.in_source_pass:
+        if session.in_source_pass or not active:
             return forward(*args, **kwargs)
         call = dict(zip(names, args, strict=False)) | kwargs
         zeros = torch.zeros_like(call["hidden_states"][:, :channels])
         return (zeros,) if not call.get("return_dict", True) else Transformer2DModelOutput(sample=zeros)
 
     def undo() -> None:
+        active.clear()  # somebody may have put a wrapper around it since, and keeps it
+        if vars(transformer).get("forward") is not answer:
+            return
         if before is None:
             del transformer.forward
         else:

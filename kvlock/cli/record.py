@@ -32,12 +32,15 @@ def run(args: argparse.Namespace) -> None:
     config = preset(args.preset)
     inputs.check_run_options(args)
     check_path(args.out)
+    if args.out.resolve().parent in inputs.input_paths(args):
+        raise ValueError(f"{args.out.parent} is an input folder, which must not change; choose another with --out")
     source = inputs.read_source(args)
     prompts: dict[str, str | None] = {"source_prompt": runs.source_prompt(args, source)}
     task = runs.checked(args, config, source, prompts, runs.read_references(args))
     pipe = runs.load(args, task)
     recorder = KVLockPipeline(pipe, config, kernel=args.kernel, store=Store(args.rows))
-    about = {"model": args.model, "fps": task.source.fps, "dtype": str(pipe.transformer.dtype).removeprefix("torch.")}
+    model = str(Path(args.model).absolute()) if args.model is not None and Path(args.model).is_dir() else args.model
+    about = {"model": model, "fps": task.source.fps, "dtype": str(pipe.transformer.dtype).removeprefix("torch.")}
     with runs.progress("record", args.steps) as show:
         recording = recorder.record(
             args.out, task.source.frames, task.source.mask, generator=runs.generator(args.seed), progress=show,
