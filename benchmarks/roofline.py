@@ -43,7 +43,7 @@ class Line(NamedTuple):
 
 def micro_results() -> list[Path]:
     """The files with rows of operators on GPUs."""
-    return sorted(path for path in RESULTS.glob("*.csv") if not path.name.startswith(("edit-", "cpu")))
+    return sorted(path for path in RESULTS.glob("*.csv") if not path.name.startswith(("edit-", "cpu", "accuracy-")))
 
 
 def measured(path: Path) -> list[Line]:

@@ -130,8 +130,10 @@ class Recording:
         if not self._same("noise", noise):
             seed = self.about.get("seed")
             named = "another seed" if seed is None else f"seed {seed}"
+            own = hash_of(noise)[:8]  # one text for each: Python shows a warning of the same text once
             warnings.warn(
-                f"the source of {self.path} was noised with {named}: it keeps that noise, and this edit has its own",
+                f"the source of {self.path} was noised with {named}: it keeps that noise, and this edit has its own "
+                f"({own})",
                 stacklevel=2,
             )
 

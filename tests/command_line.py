@@ -65,11 +65,15 @@ def here(tmp_path, monkeypatch):
 @pytest.fixture
 def clip(tmp_path):
     """A video of 5 frames of 96x96 pixels and its mask, as files outside the current folder."""
+    return write_clip(tmp_path)
+
+
+def write_clip(folder):
     scene = scenes.sample(scenes.HELD_OUT)
     frames, mask = scenes.render(scene)[:5], scenes.box_mask(scene)[:5]
-    video.write_video(tmp_path / "in.mp4", frames, 8)
-    video.write_video(tmp_path / "mask.mp4", mask[..., None].expand_as(frames).float(), 8)
-    return SimpleNamespace(video=str(tmp_path / "in.mp4"), mask=str(tmp_path / "mask.mp4"), frames=frames, inside=mask)
+    video.write_video(folder / "in.mp4", frames, 8)
+    video.write_video(folder / "mask.mp4", mask[..., None].expand_as(frames).float(), 8)
+    return SimpleNamespace(video=str(folder / "in.mp4"), mask=str(folder / "mask.mp4"), frames=frames, inside=mask)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Recording a source on the command line, and the edits made from it."""
 
 import json
+import shutil
 
 import pytest
 import tiny
@@ -8,22 +9,39 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 import kvlock as package
-from kvlock import Recording
+from kvlock import Recording, cli
 
 pytest_plugins = ["command_line"]
 
 
-@pytest.fixture
-def made(kvlock, here, model, clip, tmp_path):
+@pytest.fixture(scope="module")
+def recorded(model, tmp_path_factory):
     """A recording of the clip, with a reference, and the options that made it."""
-    Image.new("RGB", (8, 8), "red").save(tmp_path / "ref.png")
-    where = ["--video", clip.video, "--mask", clip.mask, "--model", model, "--reference", tmp_path / "ref.png"]
-    where += ["--source-prompt", "a star", "--steps", 5, "--seed", 3]
-    code, out, err = kvlock("record", *where, "--out", "source.kvlock")
-    assert (code, [line for line in err if "error" in line]) == (0, [])
-    assert out[0].startswith("wrote       source.kvlock: ") and out[1].startswith("steps       2 of 5, the last ones")
-    assert out[2] == "next        kvlock edit --source source.kvlock --prompt TEXT"
+    from command_line import write_clip  # named as a plugin above, which pytest imports first
+
+    folder = tmp_path_factory.mktemp("recorded")
+    clip = write_clip(folder)
+    Image.new("RGB", (8, 8), "red").save(folder / "ref.png")
+    where = ["--video", clip.video, "--mask", clip.mask, "--model", model, "--reference", str(folder / "ref.png")]
+    where += ["--source-prompt", "a star", "--steps", "5", "--seed", "3"]
+    assert cli.main(["record", *where, "--out", str(folder / "source.kvlock")]) == 0
+    return folder / "source.kvlock", where
+
+
+@pytest.fixture
+def made(here, recorded):
+    """The recording as source.kvlock in the current folder, and the options that made it."""
+    path, where = recorded
+    shutil.copytree(path, "source.kvlock")
     return where
+
+
+def test_a_recording_says_where_it_is_and_what_comes_next(kvlock, here, clip, model):
+    where = ["--video", clip.video, "--mask", clip.mask, "--model", model, "--source-prompt", "a star", "--steps", 5]
+    code, out, err = kvlock("record", *where, "--out", "new.kvlock")
+    assert (code, [line for line in err if "error" in line]) == (0, [])
+    assert out[0].startswith("wrote       new.kvlock: ") and out[1].startswith("steps       2 of 5, the last ones")
+    assert out[2] == "next        kvlock edit --source new.kvlock --prompt TEXT"
 
 
 def test_an_edit_from_a_recording_needs_its_prompt_only_and_is_the_one_shot_edit(kvlock, here, made):

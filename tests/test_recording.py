@@ -13,6 +13,8 @@ from diffusers import WanPipeline, WanVACEPipeline, WanVideoToVideoPipeline
 import kvlock
 from kvlock import KVLockConfig, Recording, Store
 from kvlock.adapters.kernels import KERNELS
+from kvlock.cost import ModelSizes, estimate
+from kvlock.step_file import HEADER_BYTES
 
 STEPS = 6
 CONFIG = KVLockConfig(kappa=3, window=3, tau=0.6)
@@ -183,6 +185,25 @@ def test_a_path_is_where_it_was_when_the_folder_changes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     edit(pipe, store=Store(place="disk", folder="elsewhere"))
     assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_the_estimate_foretells_the_size_of_a_recording(tmp_path):
+    pipe = tiny.pipeline(WanPipeline)
+    found, masks = make(pipe, tmp_path / "source.kvlock", store=Store("int8", k_mean=True)), tiny.masks(pipe)
+    rows = {"tokens": masks.num_tokens, "background_rows": masks.background_rows}
+    sizes, store = ModelSizes.of(pipe.transformer.config), Store("int8", k_mean=True)
+    foretold = estimate(sizes, CONFIG, **rows, num_steps=STEPS, bytes_per_value=4, store=store).bytes_recording
+    files = [path.stat().st_size - HEADER_BYTES for path in found.path.glob("step-*")]
+    assert len(files) == 3 and foretold <= sum(files) <= 1.1 * foretold
+    assert found.bytes_on_disk == sum(path.stat().st_size for path in found.path.glob("*.safetensors"))
+
+
+def test_an_edit_from_a_recording_that_runs_out_of_memory_has_no_other_place_to_go(pipe, recording):
+    options: dict[str, Any] = {"config": CONFIG, "recording": recording}
+    with pytest.raises(RuntimeError) as error:  # noqa: SIM117
+        with kvlock.attach(pipe, tiny.source_latents(), tiny.masks(pipe), **options):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+    assert not hasattr(error.value, "__notes__")
 
 
 class Other(NamedTuple):

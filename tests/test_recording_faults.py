@@ -170,6 +170,16 @@ def test_others_may_read_a_recording(whole):
     assert {path.stat().st_mode & 0o777 for path in whole.iterdir()} == {0o666 & ~umask}
 
 
+def test_the_disk_has_every_file_before_the_recording_has_its_name(pipe, tmp_path, monkeypatch):
+    events: list[str] = []
+    sync, rename = os.fsync, os.rename
+    where = lambda descriptor: os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (events.append(where(descriptor)), sync(descriptor))[1])
+    monkeypatch.setattr(os, "rename", lambda *paths: (events.append("rename"), rename(*paths))[1])
+    record(pipe, tmp_path / "source.kvlock")
+    assert events == ["step-0002.safetensors", STEP, "tensors.safetensors", "manifest.json", "rename"]
+
+
 def test_nothing_is_recorded_over(pipe, whole, tmp_path):
     before = {path.name: path.read_bytes() for path in whole.iterdir()}
     with pytest.raises(ValueError, match=r"source.kvlock exists already; wanted a path where there is nothing yet"):

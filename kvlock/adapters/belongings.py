@@ -63,7 +63,7 @@ def fingerprint(module: nn.Module) -> str:
     """A hash of the names, shapes and dtypes of a module's parameters, of a few values of each, and of its adapters.
 
     Another checkpoint or a merged adapter differs in nearly every value, and an adapter that is put on adds names;
-    reading all values would take as long as loading the model.
+    reading all values would take as long as loading the model. What hooks do is not seen.
 
     Raises:
         ValueError: a parameter has no values, because they are offloaded one module at a time.

@@ -102,7 +102,7 @@ def test_a_step_back_to_zero_starts_a_new_window_over_stale_slots() -> None:
 
 
 def test_more_blocks_than_parts_are_all_summed() -> None:
-    elements = 2 * 512 * 512 + 777
+    elements = 512 * 512 + 777
     x0, ring = normal(1, elements), normal(2, 1, elements, seed=1)
     x0[0, -1] = 1000.0
     exact = expected_variance([ring[0].double(), x0.double()], 2)
