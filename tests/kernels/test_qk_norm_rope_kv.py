@@ -21,7 +21,7 @@ from kvlock_kernels import kv_lerp_, pack_kv, qk_norm_rope_kv_lerp_, qk_norm_rop
 EACH_IMPLEMENTATION = True
 
 EPS = 1e-6
-REGIMES = STREAMING | {"dim": (24, 32, 64, 128)}
+REGIMES = STREAMING | {"dim": (24, 32, 64, 128), "heads": (1, 2)}  # three heads, and their odd width, further down
 RECORDED = {name: REGIMES[name] for name in ("tokens", "dim", "heads", "share", "dtype")}
 RECORDED |= {"source": [kind for kind in STREAMING["source"] if not kind[1]], "samples": ((1, 1), (2, 2))}
 INT8, FP8 = torch.int8, torch.float8_e4m3fn
