@@ -200,17 +200,17 @@ def test_a_compiled_transformer_is_refused_with_the_way_out(kernel, place):
     pipe = tiny.pipeline(WanPipeline)
     masks = tiny.masks(pipe)
     options = {"source_prompt_embeds": tiny.SOURCE_PROMPT, "kernel": kernel, "store": Store(place=place)}
-    with pytest.raises(ValueError, match=r"is compiled .*wanted a transformer that is not compiled"):  # noqa: SIM117
+    with pytest.raises(ValueError, match=r"is compiled .*wanted a transformer that is not compiled"):
         with kvlock.attach(pipe, tiny.source_latents(), masks, **options):
             pipe.transformer.compile_repeated_blocks(backend="eager")
             tiny.call(pipe, steps=STEPS)
     assert tiny.leftovers(pipe) == []
-    with pytest.raises(ValueError, match=r"is compiled \(blocks\.0\)"):  # noqa: SIM117
+    with pytest.raises(ValueError, match=r"is compiled \(blocks\.0\)"):
         with kvlock.attach(pipe, tiny.source_latents(), masks, **options):
             pass
     pipe = tiny.pipeline(WanPipeline)
     pipe.transformer = torch.compile(pipe.transformer, backend="eager")
-    with pytest.raises(ValueError, match=r"is compiled, and"):  # noqa: SIM117
+    with pytest.raises(ValueError, match=r"is compiled, and"):
         with kvlock.attach(pipe, tiny.source_latents(), masks, **options):
             pass
 
@@ -219,12 +219,12 @@ def test_a_compiled_transformer_is_refused_with_the_way_out(kernel, place):
 def test_an_edit_that_runs_out_of_memory_is_told_of_the_next_place(pipes, place, hint):
     pipe = pipes["wan"]
     options = {"source_prompt_embeds": tiny.SOURCE_PROMPT, "store": Store(place=place)}
-    with pytest.raises(RuntimeError) as error:  # noqa: SIM117
+    with pytest.raises(RuntimeError) as error:
         with kvlock.attach(pipe, tiny.source_latents(), tiny.masks(pipe), **options):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
     notes = getattr(error.value, "__notes__", [])
     assert notes == ([f"source rows are kept on the {place}; Store(place={hint!r}) has more room"] if hint else [])
-    with pytest.raises(RuntimeError) as error:  # noqa: SIM117
+    with pytest.raises(RuntimeError) as error:
         with kvlock.attach(pipe, tiny.source_latents(), tiny.masks(pipe), **options):
             raise RuntimeError("shapes do not match")
     assert not hasattr(error.value, "__notes__")
@@ -250,7 +250,7 @@ def test_an_error_inside_leaves_no_file(pipes, tmp_path):
 
 def test_a_folder_that_is_not_there_is_named(pipes, tmp_path):
     pipe, store = pipes["wan"], Store(place="disk", folder=tmp_path / "none")
-    with pytest.raises(ValueError, match=r"cannot write source rows to .*none: No such file or directory"):  # noqa: SIM117
+    with pytest.raises(ValueError, match=r"cannot write source rows to .*none: No such file or directory"):
         with kvlock.attach(pipe, tiny.source_latents(), tiny.masks(pipe), store=store):
             pass
     assert tiny.leftovers(pipe) == []

@@ -140,7 +140,7 @@ def test_a_prompt_padded_to_another_length_is_refused(tmp_path):
     found, padded = make(pipe, tmp_path / "source.kvlock"), torch.zeros(1, 2, 32)
     longer = {name: torch.cat([value, padded], dim=1) for name, value in tiny.PROMPT.items()}
     options: dict[str, Any] = {"config": CONFIG, "recording": found}
-    with pytest.raises(ValueError, match=r"recorded with prompt_tokens 8, this edit has 10"):  # noqa: SIM117
+    with pytest.raises(ValueError, match=r"recorded with prompt_tokens 8, this edit has 10"):
         with kvlock.attach(pipe, tiny.source_latents(), tiny.masks(pipe), **options):
             tiny.call(pipe, steps=STEPS, **longer)
 
@@ -200,7 +200,7 @@ def test_the_estimate_foretells_the_size_of_a_recording(tmp_path):
 
 def test_an_edit_from_a_recording_that_runs_out_of_memory_has_no_other_place_to_go(pipe, recording):
     options: dict[str, Any] = {"config": CONFIG, "recording": recording}
-    with pytest.raises(RuntimeError) as error:  # noqa: SIM117
+    with pytest.raises(RuntimeError) as error:
         with kvlock.attach(pipe, tiny.source_latents(), tiny.masks(pipe), **options):
             raise torch.OutOfMemoryError("CUDA out of memory")
     assert not hasattr(error.value, "__notes__")
@@ -322,7 +322,7 @@ def test_noise_that_follows_from_a_rounded_source_is_no_other_seed(tmp_path, rec
 
 
 def test_the_backend_cannot_be_chosen_for_rows_recorded_before_rope(pipe, recording):
-    with pytest.raises(ValueError, match=r"recorded with point before RoPE, this edit has after RoPE"):  # noqa: SIM117
+    with pytest.raises(ValueError, match=r"recorded with point before RoPE, this edit has after RoPE"):
         with kvlock.attach(pipe, tiny.source_latents(), tiny.masks(pipe), config=CONFIG, recording=recording):
             pipe.transformer.set_attention_backend("kvlock")
     assert tiny.leftovers(pipe) == []
@@ -382,11 +382,11 @@ def test_the_manifest_says_what_the_rows_belong_to(recording):
 def test_a_recording_is_made_by_one_call_with_one_schedule(tmp_path):
     pipe = tiny.pipeline(WanPipeline)
     options = {"config": CONFIG, "source_prompt_embeds": tiny.SOURCE_PROMPT}
-    with pytest.raises(ValueError, match=r"step 3 of .* is recorded already; wanted one call of the pipeline"):  # noqa: SIM117
+    with pytest.raises(ValueError, match=r"step 3 of .* is recorded already; wanted one call of the pipeline"):
         with kvlock.record(pipe, tmp_path / "a", tiny.source_latents(), tiny.masks(pipe), **options):
             tiny.call(pipe, steps=STEPS)
             tiny.call(pipe, steps=STEPS)
-    with pytest.raises(ValueError, match=r"is being recorded with steps 6, then with 8; wanted one"):  # noqa: SIM117
+    with pytest.raises(ValueError, match=r"is being recorded with steps 6, then with 8; wanted one"):
         with kvlock.record(pipe, tmp_path / "a", tiny.source_latents(), tiny.masks(pipe), **options):
             tiny.call(pipe, steps=STEPS)
             tiny.call(pipe, steps=8)
@@ -394,10 +394,10 @@ def test_a_recording_is_made_by_one_call_with_one_schedule(tmp_path):
         pipe._interrupt = step == STEPS - 2  # as diffusers has it stopped
         return kwargs
 
-    with pytest.raises(ValueError, match=r"a is not whole: the call of the pipeline did not come to its end"):  # noqa: SIM117
+    with pytest.raises(ValueError, match=r"a is not whole: the call of the pipeline did not come to its end"):
         with kvlock.record(pipe, tmp_path / "a", tiny.source_latents(), tiny.masks(pipe), **options):
             tiny.call(pipe, steps=STEPS, callback_on_step_end=stop)
-    with pytest.raises(ValueError, match=r"nothing was recorded for .*a: no step of a run was locked"):  # noqa: SIM117
+    with pytest.raises(ValueError, match=r"nothing was recorded for .*a: no step of a run was locked"):
         with kvlock.record(pipe, tmp_path / "a", tiny.source_latents(), tiny.masks(pipe), **options):
             pass
     assert list(tmp_path.iterdir()) == [] and tiny.leftovers(pipe) == []
@@ -413,7 +413,7 @@ def test_a_recording_is_made_by_one_call_with_one_schedule(tmp_path):
     ],
 )
 def test_settings_that_record_nothing_are_refused(pipe, tmp_path, options, message):
-    with pytest.raises(ValueError) as error:  # noqa: SIM117
+    with pytest.raises(ValueError) as error:
         with kvlock.record(pipe, tmp_path / "a", tiny.source_latents(), tiny.masks(pipe), **options):
             pass
     assert message in str(error.value)

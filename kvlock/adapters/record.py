@@ -46,8 +46,8 @@ def record(
         The session, whose trace counts the forwards.
 
     Raises:
-        ValueError: as `attach`; there is something at `path`; the settings lock nothing; or no step was recorded, or
-            the disk is full (the message says which file could not be written).
+        ValueError: as `attach`; there is something at `path`; the settings lock nothing; no step was recorded, or the
+            call did not come to its end; or the disk is full (the message says what could not be written).
     """
     config = KVLockConfig() if config is None else config
     store = fitting(store, kernel)
