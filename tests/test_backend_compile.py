@@ -23,8 +23,7 @@ def no_graphs():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("fusion", ["variance", "full"])
-@pytest.mark.parametrize("source, most", [("store", 2), ("batch", 1)])
+@pytest.mark.parametrize("source, most, fusion", [("store", 2, "full"), ("batch", 1, "variance")])
 def test_regional_fullgraph_compile_costs_no_more_graphs_than_the_hooks(source, most, fusion):
     config = KVLockConfig(kappa=2, window=3, tau=0.6, source=source, fusion=fusion)
     expected, _ = tiny.locked_call(tiny.pipeline(WanPipeline, layers=4), config, steps=STEPS)

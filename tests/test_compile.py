@@ -77,7 +77,9 @@ def test_twelve_compiled_blocks_cost_one_graph_more_in_batch_mode_after_a_plain_
     assert again == 0
 
 
-@pytest.mark.parametrize("config, most", [(STORE, 3), (BATCH, 2)], ids=["store", "batch"])
+@pytest.mark.parametrize(
+    ("config", "most"), [(STORE, 3), pytest.param(BATCH, 2, marks=pytest.mark.slow)], ids=["store", "batch"]
+)
 def test_a_first_run_inside_the_block_needs_no_more_graphs(eager, config, most):
     pipe = compiled()
     found, (latents, _) = new_graphs(lambda: tiny.locked_call(pipe, config, steps=STEPS))

@@ -16,7 +16,7 @@ import kvlock
 from kvlock import KVLockConfig, Masks
 
 STEPS, TAU = 6, 0.6
-AMID = {"tau": 0.1}  # among the variances of the runs of Wan below: a partial alpha and a boosted omega both occur
+AMID = {"tau": 0.085}  # among the variances of the runs of Wan below: a partial alpha and a boosted omega both occur
 KINDS = {"wan": WanPipeline, "vace": WanVACEPipeline, "v2v": WanVideoToVideoPipeline}
 WINDOW = {"kappa": 4, "window": 3, "tau": TAU}
 BASE = Recipe(first_locked=2, window=3, tau=TAU)

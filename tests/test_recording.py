@@ -233,10 +233,10 @@ OTHERS = {
         edit={"config": KVLockConfig(kappa=3, window=3, control_blocks=True)},
     ),
     "point": Other("point", "before RoPE", "after RoPE", edit={"kernel": "backend"}),
-    "mask": Other("background_rows", "100", "160", mask={"dilate_tokens": 0},
+    "mask": Other("background_rows", "60", "96", mask={"dilate_tokens": 0},
                   edit={"config": KVLockConfig(kappa=3, window=3, dilate_tokens=0)}),
     "source": Other("source_latents", "", "", edit={"source": tiny.rand(1, *tiny.LATENT, seed=6)}),
-    "size": Other("latents", "[16, 5, 12, 12]", "[16, 5, 12, 14]", edit={"source": tiny.rand(1, 16, 5, 12, 14)}),
+    "size": Other("latents", "[16, 3, 12, 12]", "[16, 3, 12, 14]", edit={"source": tiny.rand(1, 16, 3, 12, 14)}),
     "source-prompt": Other("source_prompt", "", "", edit={"source_prompt_embeds": tiny.SOURCE_PROMPT + 1}),
     "vace-context": Other("control_hidden_states", "", "", edit={"video": torch.zeros(1, tiny.FRAMES, 3, 96, 96)}),
 }  # fmt: skip

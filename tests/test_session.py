@@ -264,8 +264,8 @@ def test_a_run_broken_off_inside_the_block_does_not_disturb_the_next_one(wan):
 
 
 def test_source_latents_of_another_shape_are_refused(wan):
-    wrong = tiny.rand(1, 16, 5, 12, 10)
-    message = r"source_latents has shape \[1, 16, 5, 12, 10\]; wanted \[1, 16, 5, 12, 12\]"
+    wrong = tiny.rand(1, 16, 3, 12, 10)
+    message = r"source_latents has shape \[1, 16, 3, 12, 10\]; wanted \[1, 16, 3, 12, 12\]"
     with pytest.raises(ValueError, match=message):
         tiny.locked_call(wan, MIXING, source=wrong, steps=STEPS)
     assert tiny.leftovers(wan) == []
@@ -275,7 +275,7 @@ def test_masks_of_another_size_are_refused(wan):
     pixels = torch.zeros(tiny.FRAMES, 64, 96, dtype=torch.bool)
     pixels[:, :8, :8] = True
     masks = Masks.from_pixels(pixels, wan)
-    message = r"masks were made for latents of \[T, h, w\] = \[5, 8, 12\]; the edit's latents have \[5, 12, 12\]"
+    message = r"masks were made for latents of \[T, h, w\] = \[3, 8, 12\]; the edit's latents have \[3, 12, 12\]"
     with pytest.raises(ValueError, match=message), attach(wan, masks=masks):
         tiny.call(wan, steps=STEPS)
     assert tiny.leftovers(wan) == []

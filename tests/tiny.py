@@ -1,4 +1,4 @@
-"""Tiny random Wan and VACE pipelines, 96x96 px and 17 frames, built from config."""
+"""Tiny random Wan and VACE pipelines, 96x96 px and 9 frames, built from config."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvlock import KVLockConfig, Masks, Session, attach
 
-SIZE, FRAMES, TEXT = 96, 17, 8
-LATENT = (16, 5, 12, 12)
+SIZE, FRAMES, TEXT = 96, 9, 8
+LATENT = (16, 3, 12, 12)
+TOKENS = 108
 
 
 def transformer(kind: type = WanTransformer3DModel, *, layers: int = 2, seed: int = 0, **extra: Any):

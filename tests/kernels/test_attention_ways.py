@@ -21,7 +21,7 @@ AXES: dict[str, Any] = {
     "queries": (1, 45, 128, 200, 257),
     "tokens": (1, 45, 128, 200, 257),
     "dim": (32, 64, 96, 128),
-    "heads": (1, 3),
+    "heads": (1, 2),
     "ratio": (0.0, 0.3, 1.0),
     "share": (0.0, 0.4, 1.0),
     "dtype": DTYPES,
