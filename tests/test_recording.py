@@ -1,45 +1,21 @@
-"""A recording of the source: the same edit without a source pass, and a refusal where it belongs to something else."""
+"""A recording of the source: the same edit without a source pass."""
 
 from __future__ import annotations
 
 import json
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import tiny
 import torch
 from diffusers import WanPipeline, WanVACEPipeline, WanVideoToVideoPipeline
+from recordings import CONFIG, STEPS, edit, make
 
 import kvlock
 from kvlock import KVLockConfig, Recording, Store
 from kvlock.adapters.kernels import KERNELS
 from kvlock.cost import ModelSizes, estimate
 from kvlock.step_file import HEADER_BYTES
-
-STEPS = 6
-CONFIG = KVLockConfig(kappa=3, window=3, tau=0.6)
-
-
-def edit(pipe: Any, config: KVLockConfig = CONFIG, *, masks: Any = None, source: Any = None, **options: Any):
-    """The final latents of an attached call, and its trace; with `steps` and `seed` of the call among the options."""
-    call = {name: options.pop(name) for name in ("steps", "seed", "video") if name in options}
-    masks = tiny.masks(pipe) if masks is None else masks
-    source = tiny.source_latents() if source is None else source
-    if "recording" not in options:
-        options["source_prompt_embeds"] = tiny.SOURCE_PROMPT
-    with kvlock.attach(pipe, source, masks, config=config, **options) as session:
-        latents = tiny.call(pipe, **({"steps": STEPS} | call))
-    return latents, session.trace.rows()
-
-
-def make(pipe: Any, path: Any, config: KVLockConfig = CONFIG, *, steps: int = STEPS, **options: Any) -> Recording:
-    options = {"source_prompt_embeds": tiny.SOURCE_PROMPT} | options
-    with kvlock.record(pipe, path, tiny.source_latents(), tiny.masks(pipe), config=config, **options) as session:
-        tiny.call(pipe, steps=steps)
-    forwards = [row["forwards"] for row in session.trace.rows()]
-    locked = config.locked_steps(steps, start=steps - len(forwards))
-    assert sum(forwards) == len(locked) and set(forwards) == {0, 1}
-    return Recording(path)
 
 
 @pytest.fixture(scope="module")
@@ -206,143 +182,6 @@ def test_an_edit_from_a_recording_that_runs_out_of_memory_has_no_other_place_to_
     assert not hasattr(error.value, "__notes__")
 
 
-class Other(NamedTuple):
-    """An edit that differs from the recorded one in one field."""
-
-    field: str
-    recorded: str
-    found: str
-    kind: type = WanVACEPipeline
-    schedule: tuple[str, float] = ("euler", 3.0)
-    pipeline: dict[str, Any] = {}  # noqa: RUF012 - never changed
-    edit: dict[str, Any] = {}  # noqa: RUF012
-    mask: dict[str, Any] = {}  # noqa: RUF012
-
-
-OTHERS = {
-    "class": Other("transformers", "['WanVACETransformer3DModel']", "['WanTransformer3DModel']", kind=WanPipeline),
-    "weights": Other("weights", "['", "['", pipeline={"seed": 1}),
-    "scheduler": Other(
-        "scheduler", "FlowMatchEulerDiscreteScheduler", "UniPCMultistepScheduler", schedule=("unipc", 3.0)
-    ),
-    "shift": Other("shift", "3.0", "5.0", schedule=("euler", 5.0)),
-    "steps": Other("steps", "6", "7", edit={"steps": 7}),
-    "window": Other("locked_steps", "[3, 4, 5]", "[2, 3, 4, 5]", edit={"config": KVLockConfig(kappa=4, window=3)}),
-    "layers": Other(
-        "layers", "['0.blocks.0', '0.blocks.1']", "['0.blocks.0', '0.blocks.1', '0.vace_blocks.0', '0.vace_blocks.1']",
-        edit={"config": KVLockConfig(kappa=3, window=3, control_blocks=True)},
-    ),
-    "point": Other("point", "before RoPE", "after RoPE", edit={"kernel": "backend"}),
-    "mask": Other("background_rows", "60", "96", mask={"dilate_tokens": 0},
-                  edit={"config": KVLockConfig(kappa=3, window=3, dilate_tokens=0)}),
-    "source": Other("source_latents", "", "", edit={"source": tiny.rand(1, *tiny.LATENT, seed=6)}),
-    "size": Other("latents", "[16, 3, 12, 12]", "[16, 3, 12, 14]", edit={"source": tiny.rand(1, 16, 3, 12, 14)}),
-    "source-prompt": Other("source_prompt", "", "", edit={"source_prompt_embeds": tiny.SOURCE_PROMPT + 1}),
-    "vace-context": Other("control_hidden_states", "", "", edit={"video": torch.zeros(1, tiny.FRAMES, 3, 96, 96)}),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
-def test_an_edit_that_differs_is_refused_with_the_field_and_both_values(recording, other):
-    pipe = tiny.pipeline(other.kind, **other.pipeline)
-    pipe.scheduler = tiny.scheduler(*other.schedule)
-    masks = tiny.masks(pipe, **other.mask)
-    with pytest.raises(ValueError) as error:
-        edit(pipe, masks=masks, recording=recording, **other.edit)
-    message = str(error.value)
-    assert f"source.kvlock was recorded with {other.field} {other.recorded}" in message
-    assert f", this edit has {other.found}" in message and "; wanted " in message
-    assert tiny.leftovers(pipe) == []
-    if not other.recorded:  # hashes
-        recorded, found = message.split(f"with {other.field} ")[1].split("; wanted")[0].split(", this edit has ")
-        assert len(recorded) == len(found) == 12 and recorded != found
-
-
-def test_a_mask_of_the_same_size_elsewhere_is_another_mask(pipe, recording):
-    moved = kvlock.Masks.from_pixels(tiny.pixel_mask().roll((16, 16), (1, 2)), pipe)
-    assert moved.background_rows == tiny.masks(pipe).background_rows
-    with pytest.raises(ValueError, match=r"recorded with mask [0-9a-f]{12}, this edit has [0-9a-f]{12}; wanted them"):
-        edit(pipe, masks=moved, recording=recording)
-
-
-def test_another_dtype_is_refused_by_name(recording):
-    pipe = tiny.pipeline(WanVACEPipeline)
-    pipe.transformer.bfloat16()
-    wanted = r"recorded with dtypes \['torch.float32'\], this edit has \['torch.bfloat16'\]"
-    with pytest.raises(ValueError, match=wanted):
-        edit(pipe, recording=recording)
-
-
-def scale_a_weight(transformer: Any) -> None:
-    transformer.blocks[1].attn1.to_k.weight.data.mul_(1.001)
-
-
-def put_an_adapter_on(transformer: Any) -> None:
-    projection = transformer.blocks[1].attn1.to_q
-    projection.lora_A = torch.nn.Linear(24, 2, bias=False)  # as peft's layers have them
-
-
-def scale_an_adapter(transformer: Any) -> None:
-    transformer.blocks[1].attn1.to_q.scaling = {"default": 0.5}
-
-
-@pytest.mark.parametrize("change", [scale_a_weight, put_an_adapter_on, scale_an_adapter])
-def test_a_model_changed_afterwards_is_another_one(recording, change):
-    pipe = tiny.pipeline(WanVACEPipeline)
-    edit(pipe, recording=recording)
-    change(pipe.transformer)
-    with pytest.raises(ValueError, match=r"recorded with weights "):
-        edit(pipe, recording=recording)
-
-
-def test_weights_out_of_reach_are_refused(tmp_path):
-    pipe = tiny.pipeline(WanPipeline)
-    pipe.transformer.proj_out.weight = torch.nn.Parameter(pipe.transformer.proj_out.weight.to("meta"))
-    with pytest.raises(ValueError, match=r"has its proj_out.weight offloaded out of reach.*model or group offload"):
-        make(pipe, tmp_path / "source.kvlock")
-    assert list(tmp_path.iterdir()) == [] and tiny.leftovers(pipe) == []
-
-
-@pytest.mark.parametrize(("part", "same"), [(0.009, True), (0.011, False)])
-def test_what_another_machine_rounds_otherwise_is_the_same_source(pipe, recording, part, same):
-    source, change = tiny.source_latents(), tiny.rand(1, *tiny.LATENT, seed=9)
-    rounded = source + part * change * source.norm() / change.norm()
-    if same:
-        edit(pipe, source=rounded, recording=recording)
-        return
-    with pytest.raises(ValueError, match=r"recorded with source_latents "):
-        edit(pipe, source=rounded, recording=recording)
-
-
-def test_noise_that_follows_from_a_rounded_source_is_no_other_seed(tmp_path, recwarn):
-    pipe = tiny.pipeline(WanVideoToVideoPipeline)  # its noise is what the source leaves of its first latents
-    found = make(pipe, tmp_path / "source.kvlock")
-    edit(pipe, source=tiny.source_latents() * (1 + 1e-5), recording=found)
-    assert not [warning for warning in recwarn if "was noised with" in str(warning.message)]
-
-
-def test_the_backend_cannot_be_chosen_for_rows_recorded_before_rope(pipe, recording):
-    with pytest.raises(ValueError, match=r"recorded with point before RoPE, this edit has after RoPE"):
-        with kvlock.attach(pipe, tiny.source_latents(), tiny.masks(pipe), config=CONFIG, recording=recording):
-            pipe.transformer.set_attention_backend("kvlock")
-    assert tiny.leftovers(pipe) == []
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"recording": "source.kvlock"}, "recording is a str; wanted a kvlock.Recording"),
-        ({"store": Store("int8")}, "is for a source pass, and a recording has its rows already; leave it out"),
-        ({"config": KVLockConfig(source="batch")}, 'a recording wants source="store"'),
-    ],
-)
-def test_what_does_not_go_with_a_recording_is_refused(pipe, recording, options, message):
-    with pytest.raises(ValueError) as error:
-        edit(pipe, **({"recording": recording} | options))
-    assert message in str(error.value)
-    assert tiny.leftovers(pipe) == []
-
-
 def test_an_edit_is_that_of_the_recorded_video_and_source_prompt(tmp_path):
     mini = tiny.miniature()
     edits, mask = kvlock.KVLockPipeline(mini, CONFIG), tiny.pixel_mask()
@@ -377,44 +216,3 @@ def test_the_manifest_says_what_the_rows_belong_to(recording):
     assert names <= set(fields)
     assert {path.name for path in recording.path.iterdir()} == {*fields["files"], "manifest.json"}
     assert all(len(entry["sha256"]) == 64 for entry in fields["files"].values())
-
-
-def test_a_recording_is_made_by_one_call_with_one_schedule(tmp_path):
-    pipe = tiny.pipeline(WanPipeline)
-    options = {"config": CONFIG, "source_prompt_embeds": tiny.SOURCE_PROMPT}
-    with pytest.raises(ValueError, match=r"step 3 of .* is recorded already; wanted one call of the pipeline"):
-        with kvlock.record(pipe, tmp_path / "a", tiny.source_latents(), tiny.masks(pipe), **options):
-            tiny.call(pipe, steps=STEPS)
-            tiny.call(pipe, steps=STEPS)
-    with pytest.raises(ValueError, match=r"is being recorded with steps 6, then with 8; wanted one"):
-        with kvlock.record(pipe, tmp_path / "a", tiny.source_latents(), tiny.masks(pipe), **options):
-            tiny.call(pipe, steps=STEPS)
-            tiny.call(pipe, steps=8)
-    def stop(pipe: Any, step: int, timestep: Any, kwargs: dict) -> dict:
-        pipe._interrupt = step == STEPS - 2  # as diffusers has it stopped
-        return kwargs
-
-    with pytest.raises(ValueError, match=r"a is not whole: the call of the pipeline did not come to its end"):
-        with kvlock.record(pipe, tmp_path / "a", tiny.source_latents(), tiny.masks(pipe), **options):
-            tiny.call(pipe, steps=STEPS, callback_on_step_end=stop)
-    with pytest.raises(ValueError, match=r"nothing was recorded for .*a: no step of a run was locked"):
-        with kvlock.record(pipe, tmp_path / "a", tiny.source_latents(), tiny.masks(pipe), **options):
-            pass
-    assert list(tmp_path.iterdir()) == [] and tiny.leftovers(pipe) == []
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"config": kvlock.preset("plain")}, "fusion='off' with source='store' stores no rows"),
-        ({"config": KVLockConfig(source="batch")}, "source='batch' stores no rows"),
-        ({"store": Store(place="host")}, "place='host' of the store: a recording is its own place"),
-        ({"config": 3}, "config is a int; wanted a kvlock.KVLockConfig"),
-    ],
-)
-def test_settings_that_record_nothing_are_refused(pipe, tmp_path, options, message):
-    with pytest.raises(ValueError) as error:
-        with kvlock.record(pipe, tmp_path / "a", tiny.source_latents(), tiny.masks(pipe), **options):
-            pass
-    assert message in str(error.value)
-    assert list(tmp_path.iterdir()) == [] and tiny.leftovers(pipe) == []
