@@ -80,16 +80,21 @@ def flash_attn_2(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
     return flash_attn_func(q, k, v, softmax_scale=scale)
 
 
-def flash_attn_3(**inputs: Any) -> Tensor:
-    from kvlock_kernels._triton import flash_attn
+def flash_attn_3(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+    from flash_attn_interface import flash_attn_func
 
-    return flash_attn.attend(flash_attn.flash_attn_3(), **inputs)
+    return first(flash_attn_func(q, k, v, softmax_scale=scale))
 
 
-def flash_attn_4(**inputs: Any) -> Tensor:
-    from kvlock_kernels._triton import flash_attn
+def flash_attn_4(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+    from flash_attn.cute import flash_attn_func
 
-    return flash_attn.attend(flash_attn.flash_attn_4(), **inputs)
+    return first(flash_attn_func(q, k, v, softmax_scale=scale))
+
+
+def first(result: Any) -> Tensor:
+    """Some versions return the log-sum-exp too."""
+    return result[0] if isinstance(result, tuple) else result
 
 
 PLAIN = (

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kvlock_kernels._triton import flash_attn
 from kvlock_kernels._triton.in_loop import attend_in_loop
 from kvlock_kernels._triton.lerp import kv_lerp_pair_
 
@@ -20,7 +19,7 @@ from kvlock_kernels._triton.lerp import kv_lerp_pair_
 
 # Torch's own attention, the fastest first, by the major number of the compute capability. At 32760 tokens cuDNN reaches
 # 580 TFLOP/s, FLASH 350 and EFFICIENT 180; before Hopper the FLASH backend is FlashAttention-2 itself, which was not
-# measured there. The rest is for what these do not serve, such as fp32.
+# measured there. flash-attn's own packages were not either. The rest is for what these do not serve, such as fp32.
 REST = (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 PLAIN = {8: (SDPBackend.FLASH_ATTENTION, *REST), 9: (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, *REST)}
 
@@ -58,8 +57,6 @@ def plain_attention(
     pays = min(q.shape[1], k.shape[1]) >= OWN.get(k.shape[3], math.inf)
     if (return_lse or pays) and (own := own_kernel(q, k, scale)) is not None:
         return own(q, k, v, scale=scale, return_lse=return_lse)
-    if (library := flash_attn.fastest(q, k)) is not None:
-        return flash_attn.attend(library, q, k, v, scale=scale), q.new_empty(0, dtype=torch.float32)
     wider = torch.promote_types(q.dtype, k.dtype)
     queries, keys, values = (x.to(wider).transpose(1, 2) for x in (q, k, v))
     with sdpa_kernel([*PLAIN[generation(k)]], set_priority=True):

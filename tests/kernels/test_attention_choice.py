@@ -1,8 +1,6 @@
 """Which way a call of kv_lerp_attention goes on which GPU."""
 
 import sys
-from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -47,7 +45,6 @@ def way_of(monkeypatch: pytest.MonkeyPatch) -> Any:
         attend.kv_lerp_attention(*args, **({"scale": 0.1} | options))
         return gone.pop()
 
-    call.noted = noted  # type: ignore[attr-defined]
     return call
 
 
@@ -62,75 +59,6 @@ def test_many_keys_go_to_the_own_kernel_on_the_gpu_it_is_made_for(way_of: Any) -
 def test_torch_is_asked_for_what_is_fastest_on_a_gpu(way_of: Any) -> None:
     assert {way_of(capability, arguments(1000)) for capability in ((8, 0), (8, 9))} == {"torch FLASH_ATTENTION"}
     assert {way_of(capability, arguments(1000)) for capability in ((10, 0), (12, 0))} == {CUDNN}
-
-
-def long(tokens: int, dim: int = 128, dtype: torch.dtype = torch.float16) -> list[torch.Tensor]:
-    """Arguments that take little memory: all queries are one, and all keys."""
-    q, k, v, *rest = arguments(2, dim, dtype)
-    return [*(x[:, :1].expand(1, tokens, 2, dim) for x in (q, k, v)), *rest]
-
-
-@pytest.fixture
-def install(way_of: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Puts a package of FlashAttention where Python finds it; called, it goes the way of its name."""
-    from kvlock_kernels._triton import flash_attn
-
-    def put(module: str) -> None:
-        def attention(q: Any, k: Any, v: Any, *, softmax_scale: float) -> Any:
-            return way_of.noted(module)(q)
-
-        for name in ("flash_attn", module):
-            monkeypatch.setitem(sys.modules, name, SimpleNamespace(flash_attn_func=attention))
-        flash_attn.installed.cache_clear()
-
-    flash_attn.installed.cache_clear()
-    yield put
-    flash_attn.installed.cache_clear()
-
-
-FLASH_ATTN = [((9, 0), "flash_attn_interface", 16384), ((10, 0), "flash_attn.cute", 1)]
-
-
-@pytest.mark.parametrize(("capability", "module", "fewest"), FLASH_ATTN, ids=["flash-attn-3", "flash-attn-4"])
-def test_flash_attention_is_asked_where_it_is_installed_and_published_as_faster(
-    way_of: Any, install: Any, capability: tuple[int, int], module: str, fewest: int
-) -> None:
-    assert way_of(capability, long(fewest)) == CUDNN
-    install(module)
-    assert way_of(capability, long(fewest)) == module
-    assert way_of(capability, long(fewest, dtype=torch.float32)) == CUDNN
-    assert way_of(capability, long(fewest, dim=32), scale=-1.0) == CUDNN
-    q, *rest = long(fewest)
-    assert way_of(capability, [q[:, 1:], *rest]) == CUDNN
-    assert way_of(capability, [q.bfloat16(), *rest]) == CUDNN
-    assert way_of((8, 0), long(fewest)) == "torch FLASH_ATTENTION"
-    assert way_of((12, 0), long(fewest)) == CUDNN
-
-
-def test_many_keys_go_to_the_own_kernel_before_flash_attention(
-    way_of: Any, install: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from kvlock_kernels._triton import attend
-
-    install("flash_attn_interface")
-    monkeypatch.setattr(attend, "OWN", {128: 20000})
-    assert way_of((9, 0), long(19999)) == "flash_attn_interface"
-    assert way_of((9, 0), long(20000)) == "own kernel"
-
-
-@pytest.mark.parametrize("and_lse", [False, True])
-def test_what_flash_attention_returns_is_the_output(monkeypatch: pytest.MonkeyPatch, and_lse: bool) -> None:
-    from kvlock_kernels._triton import flash_attn
-
-    def attention(q: Any, k: Any, v: Any, *, softmax_scale: float) -> Any:
-        out = softmax_scale * q + k - v
-        return (out, None) if and_lse else out
-
-    for name in ("flash_attn", "flash_attn.cute", "flash_attn_interface"):
-        monkeypatch.setitem(sys.modules, name, SimpleNamespace(flash_attn_func=attention))
-    q, k, v, *_ = arguments()
-    for load in (flash_attn.flash_attn_3, flash_attn.flash_attn_4):
-        assert_bit_identical(flash_attn.attend(load(), q, k, v, scale=0.1), 0.1 * q + k - v)
 
 
 @pytest.mark.parametrize("return_lse", [False, True])
