@@ -16,6 +16,7 @@ import kvlock
 from kvlock import KVLockConfig, Store, places
 from kvlock.adapters.kernels import KERNELS
 from kvlock.cost import ModelSizes, estimate
+from kvlock.locked_layers import AFTER_ROPE
 from kvlock.places import Courier
 from kvlock.step_file import Piece
 from kvlock.store import Rows
@@ -188,7 +189,7 @@ def test_rows_of_another_size_get_room_of_their_own():
     for size in (3, 1, 5):
         shelf.turn_to(0)
         for piece in (value, key):
-            shelf.put(piece, Rows(torch.full((1, size, 2), float(size))))
+            shelf.put(piece, Rows(torch.full((1, size, 2), float(size))), AFTER_ROPE)
         shelf.seal()
         assert torch.equal(shelf.get(key).data, torch.full((1, size, 2), float(size)))
         assert shelf.bytes_kept == 2 * 2 * size * 4
