@@ -178,3 +178,10 @@ def test_what_loses_on_a_cpu_is_said() -> None:
 
 def own(rows: dict[tuple[str, str, str], Row], key: tuple[str, str, str]) -> float:
     return float(rows[key[0], key[1], "kvlock"].p50)
+
+
+def test_the_first_page_quotes_rows() -> None:
+    mixing, attention = (row(op, "kvlock", SHAPES[32760], "int8") for op in ("kv_lerp_pair_", "kv_lerp_attention_"))
+    assert mixing is not None and attention is not None
+    quoted = f"takes {float(mixing.p50) / 1000:.2f} ms (rows in int8), the attention {float(attention.p50) / 1000:.1f}."
+    assert quoted in " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
