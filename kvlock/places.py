@@ -58,10 +58,6 @@ class Courier:
             torch.cuda.current_stream(self.device).wait_stream(self.stream)
         self._slots.clear()
 
-    @property
-    def bytes_here(self) -> int:
-        return sum(rows.bytes_kept for slot in self._slots for rows in slot.rows.values())
-
     def _send(self, layer: Layer, source: dict[str, Rows], kept: Layer) -> None:
         """Copy rows into the room of the layer that is not to be kept, or into new room while there are few."""
         taken = next((slot for slot in self._slots if slot.layer != kept), None)

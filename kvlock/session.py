@@ -31,7 +31,7 @@ class Session:
         guide, finish_step                              around scheduler.step
 
     Nothing in this loop reads a device tensor on the host, except once a run the first timestep and, where there is a
-    recording, the conditions and the initial noise.
+    recording, the conditions and the initial noise; and source rows, where they go to the host or the disk.
 
     Attributes:
         config: the settings.
