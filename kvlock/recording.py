@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +12,23 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from kvlock import manifest
+from kvlock import checksums, manifest
+from kvlock.checksums import Verifier
 from kvlock.manifest import TENSORS, hash_of, short, step_name
 from kvlock.places import FileShelf
-from kvlock.step_file import Piece, StepFile, digest
+from kvlock.step_file import Piece, StepFile
 from kvlock.store import Rows
 
 # How far a token may be from the recorded one: the root mean square over its channels, each in units of its own size.
-# The miniature's VAE in bf16 instead of fp32 moves no token by more than 0.02, and another device should move none
-# further; where a video shows something else, tokens move by more than 1.
+# The miniature's VAE in bf16 instead of fp32 moves no token by more than 0.03, and another device should move none
+# further; where a video shows something else, tokens move by half and more.
 TOLERANCE = 0.05
 
 
 class Recording:
-    """A recording on the disk, opened and looked over; its step files are read in the background to compare checksums.
+    """A recording on the disk, opened and looked over; edits compare the checksums of its step files as they go.
 
-    Its files must not change while an edit reads them; any number of edits may.
+    Its files must not change while an edit reads them; any number of edits may, at the same time too.
 
     Attributes:
         path: its folder.
@@ -49,10 +48,8 @@ class Recording:
             if found != entry["bytes"]:
                 is_there = "is missing" if found is None else f"has {found} bytes"
                 raise ValueError(f"{file} {is_there}; wanted the {entry['bytes']} bytes that were recorded")
-        self._checks: dict[str, tuple[Any, Future[None]]] = {}  # with what the system said of the file
-        self._stopped = threading.Event()
-        self._pool = ThreadPoolExecutor(max_workers=4, thread_name_prefix="kvlock-checksum")
-        self._compare(TENSORS)
+        self._verified: dict[str, checksums.State] = {}  # files that were right when they were last looked at
+        checksums.compare(self._folder / TENSORS, self.path / TENSORS, self.fields["files"])
         try:
             self._tensors = load_file(self._folder / TENSORS)
         except (OSError, SafetensorError) as error:
@@ -78,31 +75,24 @@ class Recording:
         """Of all its files but the manifest."""
         return sum(entry["bytes"] for entry in self.fields["files"].values())
 
-    def verify_ahead(self) -> None:
-        """Begin to compare the checksums of all step files, in the order in which a run needs them."""
-        for step in self.steps:
-            self._check(step_name(step))
+    def verifier(self) -> Verifier:
+        """What compares the checksums of step files for one session."""
+        return Verifier(self.path, self._folder, self.fields["files"], self._verified)
 
-    def stop_verifying(self) -> None:
-        """Leave the files that are not through for another time."""
-        self._stopped.set()
-        for _, check in self._checks.values():
-            check.cancel()
-        wait([check for _, check in self._checks.values()])
-        self._stopped.clear()
-        done = {name: (state, check) for name, (state, check) in self._checks.items() if not check.cancelled()}
-        self._checks = {name: entry for name, entry in done.items() if entry[1].exception() is None}
-
-    def step(self, step: int) -> StepFile:
-        """The file of one step, its checksum compared.
+    def step(self, step: int, verifier: Verifier | None = None) -> StepFile:
+        """The file of one step, its checksum compared, by a verifier that may have begun with it.
 
         Raises:
             ValueError: it is not what was recorded, or was not recorded.
         """
         if step not in self.steps:
             raise ValueError(f"{self.path} has no rows of step {step}; wanted one of {short(self.steps)}")
-        self._check(step_name(step)).result()
-        return StepFile(self._folder / step_name(step))
+        file = self._folder / step_name(step)
+        if verifier is None:
+            checksums.compare(file, self.path / file.name, self.fields["files"])
+        else:
+            verifier.require(file.name)
+        return StepFile(file)
 
     def agree(self, **facts: Any) -> None:
         """Facts of an edit.
@@ -144,39 +134,24 @@ class Recording:
         if hash_of(tensor) == self.fields.get(name):
             return True
         recorded = self._tensors.get(name)
-        if recorded is None or recorded.shape != tensor.shape:
+        if recorded is None or recorded.shape != tensor.shape or not _may_be_rounded(tensor, recorded):
             return False
-        tensor, recorded = (torch.atleast_1d(x.detach().cpu().double()) for x in (tensor, recorded))
-        return _farthest(tensor, recorded) <= TOLERANCE
-
-    def _check(self, name: str) -> Future[None]:
-        """Of the file as it is now: one that has changed since the last time is read again."""
-        try:
-            found = (self._folder / name).stat()
-        except OSError as error:
-            raise ValueError(f"{self.path / name} cannot be read: {error.strerror}") from error
-        state = (found.st_size, found.st_mtime_ns, found.st_ino)
-        if self._checks.get(name, (None, None))[0] != state:
-            self._checks[name] = (state, self._pool.submit(self._compare, name))
-        return self._checks[name][1]
-
-    def _compare(self, name: str) -> None:
-        wanted = self.fields["files"].get(name, {}).get("sha256")
-        try:
-            found = digest(self._folder / name, self._stopped)
-        except OSError as error:
-            raise ValueError(f"{self.path / name} cannot be read: {error.strerror}") from error
-        if found != wanted:
-            raise ValueError(f"{self.path / name} has checksum {found[:12]}; wanted {short(wanted)}, as recorded")
+        return _farthest(tensor.detach().cpu().double(), recorded.double()) <= TOLERANCE
 
     def _mismatch(self, name: str, recorded: str, found: str, wanted: str = "them alike") -> ValueError:
         return ValueError(f"{self.path} was recorded with {name} {recorded}, this edit has {found}; wanted {wanted}")
 
 
+def _may_be_rounded(tensor: Tensor, recorded: Tensor) -> bool:
+    """Whether both are numbers that a device computes, latents [B, C, T, h, w] or embeddings [B, L, D]: no settings."""
+    known = all(x.is_floating_point() and x.ndim in (3, 5) and x.numel() > 0 for x in (tensor, recorded))
+    return known and all(bool(x.isfinite().all()) for x in (tensor, recorded))
+
+
 def _farthest(tensor: Tensor, recorded: Tensor) -> float:
     """The largest distance of a token from the recorded one, as `TOLERANCE` counts it."""
-    channels = 1 if recorded.ndim == 5 else -1  # of latents [B, C, T, h, w], or the features of embeddings
-    rest = [axis for axis in range(recorded.ndim) if axis != channels % recorded.ndim]
+    channels = 1 if recorded.ndim == 5 else 2
+    rest = [axis for axis in range(recorded.ndim) if axis != channels]
     size = recorded.square().mean(dim=rest, keepdim=True).sqrt()
     apart = torch.where(tensor == recorded, 0, (tensor - recorded) / size)
     return apart.square().mean(dim=channels).sqrt().max().item()
@@ -188,14 +163,19 @@ class RecordedShelf(FileShelf):
     def __init__(self, recording: Recording) -> None:
         super().__init__()
         self._recording = recording
+        self._verifier = recording.verifier()
+
+    def verify_ahead(self) -> None:
+        """Begin to compare the checksums of all step files, in the order in which a run needs them."""
+        self._verifier.begin(step_name(step) for step in self._recording.steps)
 
     def turn_to(self, step: int) -> None:
         super().turn_to(step)
-        self._open(self._recording.step(step))
+        self._open(self._recording.step(step, self._verifier))
 
     def close(self) -> None:
         super().close()
-        self._recording.stop_verifying()
+        self._verifier.stop()
 
     def _put(self, piece: Piece, rows: Rows) -> None:
         raise ValueError(f"{self._recording.path} is recorded already; wanted no source pass")

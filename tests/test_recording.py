@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from diffusers import WanPipeline, WanVACEPipeline, WanVideoToVideoPipeline
 from recordings import CONFIG, STEPS, edit, make
 
 import kvlock
-from kvlock import KVLockConfig, Recording, Store
+from kvlock import KVLockConfig, Recording, Store, checksums, step_file
 from kvlock.adapters.kernels import KERNELS
 from kvlock.cost import ModelSizes, estimate
 from kvlock.step_file import HEADER_BYTES
@@ -126,8 +127,8 @@ def test_checksums_are_compared_ahead_and_again_where_a_file_has_changed(tmp_pat
     found = make(pipe, tmp_path / "source.kvlock")
     options: dict[str, Any] = {"config": CONFIG, "recording": found}
     with kvlock.attach(pipe, tiny.source_latents(), tiny.masks(pipe), **options):
-        assert len(found._checks) == len(found.steps) == 3
         tiny.call(pipe, steps=STEPS)
+    assert len(found._verified) == len(found.steps) == 3
     file = found.path / "step-0004.safetensors"
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
@@ -136,14 +137,42 @@ def test_checksums_are_compared_ahead_and_again_where_a_file_has_changed(tmp_pat
         edit(pipe, recording=found)
 
 
-def test_verifying_stops_with_the_session(tmp_path):
+def slow_digest(monkeypatch, seconds: float) -> list[str]:
+    """Step files take this long to be read; returns the names of those that have been begun."""
+    begun: list[str] = []
+
+    def digest(path, stopped=None):
+        begun.append(path.name)
+        if stopped is not None and stopped.wait(seconds):
+            return "of its beginning"
+        return step_file.digest(path)
+
+    monkeypatch.setattr(checksums, "digest", digest)
+    return begun
+
+
+def test_verifying_stops_with_the_session_and_begins_again_with_the_next(tmp_path, monkeypatch):
     pipe = tiny.pipeline(WanPipeline)
     found = make(pipe, tmp_path / "source.kvlock")
+    before, begun = threading.active_count(), slow_digest(monkeypatch, 60)
     options: dict[str, Any] = {"config": CONFIG, "recording": found}
     with kvlock.attach(pipe, tiny.source_latents(), tiny.masks(pipe), **options):
         pass
-    assert all(check.done() for _, check in found._checks.values())
+    assert len(begun) <= 3 and found._verified == {} and threading.active_count() == before
+    monkeypatch.undo()
     edit(pipe, recording=found)
+
+
+def test_the_end_of_one_session_stops_no_other_s_checks(tmp_path, monkeypatch):
+    one, other = tiny.pipeline(WanPipeline), tiny.pipeline(WanPipeline)
+    found = make(one, tmp_path / "source.kvlock")
+    expected, _ = edit(one, recording=Recording(found.path))
+    slow_digest(monkeypatch, 0.5)
+    options: dict[str, Any] = {"config": CONFIG, "recording": found}
+    with kvlock.attach(one, tiny.source_latents(), tiny.masks(one), **options):
+        with kvlock.attach(other, tiny.source_latents(), tiny.masks(other), **options):
+            pass
+        assert torch.equal(tiny.call(one, steps=STEPS), expected)
 
 
 def test_a_path_is_where_it_was_when_the_folder_changes(tmp_path, monkeypatch):

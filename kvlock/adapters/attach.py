@@ -97,8 +97,8 @@ def attach(
                 session_type=Session,
             )
         )
-        if recording is not None:
-            recording.verify_ahead()
+        if isinstance(shelf, RecordedShelf):
+            shelf.verify_ahead()
         try:
             yield session
         except (MemoryError, RuntimeError) as error:
