@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ KINDS = {  # of the fields that reading depends on
     "rows": "an object",
     "about": "an object",
 }
+FILE = re.compile(r"step-\d{4,}\.safetensors|tensors\.safetensors")  # no name leads out of the folder
 LONGEST = 200  # characters of a value in an error message
 
 
@@ -65,10 +67,16 @@ def read(folder: Path) -> dict[str, Any]:
         ValueError: there is none, or none that this version wrote; the message names the file.
     """
     file = folder / MANIFEST
-    if not file.is_file():
-        raise ValueError(f"{folder} is no recording: it has no {MANIFEST}")
     try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
+        if not file.is_file():
+            raise ValueError(f"{folder} is no recording: it has no {MANIFEST}")
+        text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not the manifest of a recording: {error}") from error
+    try:
+        fields = json.loads(text)
         whole = fields.pop("sha256") == _hash_of_json(fields)
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(f"{file} is not the manifest of a recording: {type(error).__name__}: {error}") from error
@@ -89,7 +97,7 @@ def _is(value: Any, kind: str) -> bool:
         return all(
             isinstance(entry, dict) and _is(entry.get("bytes"), "a number") and _is_hash(entry.get("sha256"))
             for entry in entries
-        )
+        ) and all(FILE.fullmatch(name) for name in value)
     if kind == "a list of numbers":
         return isinstance(value, list) and all(_is(entry, "a number") for entry in value)
     if kind == "a list of names":

@@ -17,7 +17,7 @@ from kvlock.adapters.kernels import check_kernel
 from kvlock.adapters.record import check_recordable, record
 from kvlock.adapters.vae import repair_stride
 from kvlock.config import KVLockConfig
-from kvlock.job import as_list, prepare, sequence_length
+from kvlock.job import Job, as_list, prepare, sequence_length
 from kvlock.manifest import hash_of, short
 from kvlock.masks import Masks
 from kvlock.recorder import check_path
@@ -103,7 +103,7 @@ class KVLockPipeline:
         asked = (video, mask, source_prompt, reference_images, trim, given, pipeline_arguments)
         job = prepare(self.pipe, *asked, dilate_tokens=config.dilate_tokens)
         if recording is not None and config.locks:
-            agree_on_inputs(recording, source_prompt, job.pixels)
+            agree_on_inputs(recording, source_prompt, job, reference_images)
         embeds = self._source_prompt(source_prompt, pipeline_arguments) if config.locks and recording is None else None
 
         attached = dataclasses.replace(config, composite="none" if config.composite == "pixel" else config.composite)
@@ -143,13 +143,15 @@ class KVLockPipeline:
 
         Returns:
             The recording, whose ``inputs`` are "frames" [F, H, W, 3] as given, "mask" [F, H, W] bool, and a
-            "reference_0" [h, w, 3] uint8 and so on.
+            "reference_0" [h, w, 3] uint8 and so on; its path is absolute.
 
         Raises:
             ValueError: as an edit, or as `kvlock.record`.
         """
         check_recordable(self.config, self.store)
-        check_path(Path(path))
+        path = Path(path)
+        check_path(path)
+        target = path.absolute()  # the current folder may be another one when the recording is whole
         given: dict[str, Any] = {"prompt": source_prompt, "generator": generator}
         given |= {"num_inference_steps": num_inference_steps, "output_type": "latent"}
         given["guidance_scale"] = 5.0  # above 1, so that both branches are asked for
@@ -157,17 +159,16 @@ class KVLockPipeline:
         job = prepare(self.pipe, *asked, dilate_tokens=self.config.dilate_tokens)
         embeds = self._source_prompt(source_prompt, pipeline_arguments)
         inputs = {"frames": video[: len(job.inside)], "mask": job.inside}
-        for i, image in enumerate(as_list(reference_images)):
-            inputs[f"reference_{i}"] = torch.from_numpy(np.array(image.convert("RGB")))
+        inputs |= {f"reference_{i}": pixels for i, pixels in enumerate(pictures(reference_images))}
         seed = generator.initial_seed() if isinstance(generator, torch.Generator) else None
-        own = {"source_prompt": source_prompt, "seed": seed, "kernel": self.kernel, "video": hash_of(job.pixels)}
+        own = {"source_prompt": source_prompt, "seed": seed, "kernel": self.kernel, **hashes(job, reference_images)}
 
         config = dataclasses.replace(self.config, composite="none")
         options: dict[str, Any] = {"config": config, "kernel": self.kernel, "store": self.store}
         with record(self.pipe, path, job.source, job.masks, source_prompt_embeds=embeds, **options) as session:
             session.keep_inputs(inputs, dict(about or {}) | own)
             self.pipe(**_reporting(job.arguments, progress, session.trace))
-        return Recording(path)
+        return Recording(target)
 
     def _source_prompt(self, text: str, pipeline_arguments: dict[str, Any]) -> Tensor:
         """Its embeddings, as long as the pipeline makes those of the prompt."""
@@ -177,9 +178,20 @@ class KVLockPipeline:
         return self.pipe.encode_prompt(text, do_classifier_free_guidance=False, **length)[0]
 
 
-def agree_on_inputs(recording: Recording, source_prompt: str, pixels: Tensor) -> None:
-    """The video of an edit is the recorded one, and so is its source prompt where it has one; raises ValueError."""
-    found = {"video": hash_of(pixels)} | ({"source_prompt": source_prompt} if source_prompt else {})
+def pictures(images: Any) -> list[Tensor]:
+    """The pixels of PIL images, [h, w, 3] uint8."""
+    return [torch.from_numpy(np.array(image.convert("RGB"))) for image in as_list(images)]
+
+
+def hashes(job: Job, reference_images: Any) -> dict[str, Any]:
+    """Of video, mask and references, before anything rounds them."""
+    references = [hash_of(pixels) for pixels in pictures(reference_images)]
+    return {"video": hash_of(job.pixels), "mask": hash_of(job.inside), "references": references}
+
+
+def agree_on_inputs(recording: Recording, source_prompt: str, job: Job, reference_images: Any) -> None:
+    """An edit's video, mask, references and, where it has one, source prompt are the recorded ones; or ValueError."""
+    found = hashes(job, reference_images) | ({"source_prompt": source_prompt} if source_prompt else {})
     for name, value in found.items():
         recorded = recording.about.get(name, value)  # a recording by `kvlock.record` knows latents only
         if recorded != value:

@@ -90,8 +90,8 @@ class Courier:
 def _room_for(rows: Rows, before: Rows | None, device: torch.device, *, pinned: bool = False) -> Rows:
     """Memory for a copy of `rows`: that of `before`, where it fits."""
     kinds = [[part if part is None else (part.shape, part.dtype) for part in parts] for parts in (before or (), rows)]
-    if before is not None and kinds[0] == kinds[1]:
-        return before
+    if before is not None and kinds[0] == kinds[1] and before.data.is_inference() == torch.is_inference_mode_enabled():
+        return before  # torch lets nothing write to tensors of an inference mode that is over
     return rows.each(lambda part: torch.empty(part.shape, dtype=part.dtype, device=device, pin_memory=pinned))
 
 

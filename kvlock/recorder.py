@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -18,7 +19,7 @@ from torch import Tensor
 from kvlock import manifest
 from kvlock.manifest import FORMAT, MANIFEST, TENSORS, hash_of, short, step_name
 from kvlock.places import Layer, Shelf
-from kvlock.step_file import Piece, StepWriter, digest
+from kvlock.step_file import NAMES, Piece, StepWriter, digest
 from kvlock.store import Rows
 
 
@@ -36,9 +37,18 @@ class Recorder(Shelf):
         self.path = Path(path)
         self._target = self.path.absolute()  # the current folder may be another one when the recording is whole
         check_path(self.path)
-        with _named_errors(self.path):
-            self._target.parent.mkdir(parents=True, exist_ok=True)
-            self._folder = Path(tempfile.mkdtemp(prefix=".kvlock-", dir=self._target.parent))
+        parents = [self._target.parent, *self._target.parent.parents]
+        self._made: list[Path] = []  # folders above it that were not there, the deepest first
+        try:
+            with _named_errors(self.path):
+                self._made = [parent for parent in parents if not os.path.lexists(parent)]
+                self._target.parent.mkdir(parents=True, exist_ok=True)
+                self._target.mkdir()  # a name that cannot be given is found now, not when all has run
+                self._target.rmdir()
+                self._folder = Path(tempfile.mkdtemp(prefix=".kvlock-", dir=self._target.parent))
+        except ValueError:
+            self._remove_parents()
+            raise
         self._facts: dict[str, Any] = {"about": {}}
         self._tensors: dict[str, Tensor] = {}
         self._files: dict[str, dict[str, Any]] = {}
@@ -69,7 +79,7 @@ class Recorder(Shelf):
     def agree_on_tensor(self, name: str, tensor: Tensor) -> None:
         """A tensor that an edit must share, but for the rounding of another device; raises as `agree`."""
         self.agree(**{name: hash_of(tensor)})
-        self._tensors[name] = tensor.detach().cpu().clone().contiguous()
+        self._tensors[name] = _copied(tensor)
 
     def agree_on_noise(self, noise: Tensor) -> None:
         """The initial noise, which an edit may replace for itself; raises as `agree`."""
@@ -79,13 +89,18 @@ class Recorder(Shelf):
         """What the caller wants to find again: tensors under names of its own, and JSON types.
 
         Raises:
-            ValueError: something in `about` is no JSON type.
+            ValueError: something in `about` is no JSON type, or in `tensors` no dense tensor of a dtype of files.
         """
+        for name, tensor in tensors.items():
+            if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.dtype not in NAMES:
+                found = f"{tensor.dtype}, {tensor.layout}" if isinstance(tensor, Tensor) else type(tensor).__name__
+                wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in NAMES)
+                raise ValueError(f"input {name} is {found}; wanted a dense tensor of one of {wanted}")
         try:
             known = json.loads(json.dumps(dict(about), allow_nan=False))
         except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"about={dict(about)!r} cannot be written: {error}; wanted JSON types") from error
-        self._tensors |= {f"input.{name}": tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+        self._tensors |= {f"input.{name}": _copied(tensor) for name, tensor in tensors.items()}
         self._facts["about"] = known
 
     def turn_to(self, step: int) -> None:
@@ -130,6 +145,13 @@ class Recorder(Shelf):
         if self._writer is not None:
             self._writer.discard()
         shutil.rmtree(self._folder, ignore_errors=True)
+        if not self._target.exists():
+            self._remove_parents()
+
+    def _remove_parents(self) -> None:
+        with contextlib.suppress(OSError):  # something else is in one
+            for folder in self._made:
+                folder.rmdir()
 
     @property
     def bytes_kept(self) -> int:
@@ -159,6 +181,11 @@ def check_path(path: Path) -> None:
         raise ValueError(f"{path!r} is no text in UTF-8; wanted one that is") from error
 
 
+def _copied(tensor: Tensor) -> Tensor:
+    """Its values now, on the CPU, as a file holds them."""
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+
+
 def _sync(file: Path) -> None:
     """Wait until the disk has it."""
     with file.open("rb") as opened:
@@ -175,5 +202,5 @@ def _umask() -> int:
 def _named_errors(path: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:  # a path with a null byte is no OSError
         raise ValueError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error

@@ -44,7 +44,10 @@ class Recording:
         self.fields = manifest.read(self.path)
         for name, entry in self.fields["files"].items():
             file = self.path / name
-            found = file.stat().st_size if file.is_file() else None
+            try:
+                found = file.stat().st_size if file.is_file() else None
+            except OSError as error:
+                raise ValueError(f"{file} cannot be read: {error.strerror}") from error
             if found != entry["bytes"]:
                 is_there = "is missing" if found is None else f"has {found} bytes"
                 raise ValueError(f"{file} {is_there}; wanted the {entry['bytes']} bytes that were recorded")

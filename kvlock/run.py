@@ -62,6 +62,7 @@ class Run:
         self._source = source_latents.to(device, torch.float32)
         self._starts_from_video = starts_from_video
         self._eps: Tensor | None = None
+        self.noise_dtype: torch.dtype | None = None  # of what the initial noise was taken from
         self._coefficients = flow.coefficients(device)
         self._base_guidance = torch.full((batch,), _base(config, guidance), device=device)
         self._boosted = self._base_guidance.clone()
@@ -128,14 +129,18 @@ class Run:
 
     def noised_source(self, x: Tensor) -> Tensor:
         """The source at this step's noise level, with each sample's own initial noise: [B, C, T, h, w] fp32."""
+        return self.flow.noise(self._source, self.noise_from(x), self.step)
+
+    def noise_from(self, x: Tensor) -> Tensor:
+        """The initial noise of each sample, which the source shares: from the first x [B, C, T, h, w] that asks."""
         if self._eps is None:
-            self._eps = self._initial_noise(x)
-        return self.flow.noise(self._source, self._eps, self.step)
+            self._eps, self.noise_dtype = self._initial_noise(x), x.dtype
+        return self._eps
 
     def guided_velocity(self, sample: Tensor) -> Guided:
         """Combine this step's branches (eqs. 10 and 13); zero-init replaces the velocity, not the clean prediction."""
-        if self._eps is None and self.step == self.flow.start:
-            self._eps = self._initial_noise(sample)  # in the scheduler's precision; the model's input may be coarser
+        if self.step == self.flow.start:
+            self.noise_from(sample)  # in the scheduler's precision; the model's input may be coarser
         cond, uncond = self.outputs[0], self.outputs[1] if len(self.outputs) > 1 else None
         k, c = self.step, self._coefficients
         background = self.config.background_guidance if uncond is not None else None

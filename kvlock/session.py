@@ -111,6 +111,7 @@ class Session:
             self._rows.lerp_batch(run.fusion_ratio, len(source))
             return source
         if isinstance(self._ledger, Recording) and run.recorded_step != run.step:
+            run.noise_from(x)  # as a source that runs would
             self._rows.turn_to(run.step)
             run.recorded_step = run.step
         if run.recorded_step == run.step:
@@ -172,6 +173,8 @@ class Session:
         run = self._require_run()
         guided = run.guided_velocity(sample)
         if self._ledger is not None and run.step == run.flow.start:
+            # A source that runs in the first step has its noise from what the transformer is given, perhaps rounded.
+            self._ledger.agree(noise_dtype=str(run.noise_dtype))
             self._ledger.agree_on_noise(run.initial_noise)
         variances = run.observe(guided)
         guides = len(run.outputs) > 1
@@ -258,7 +261,7 @@ class Session:
             return
         self._ledger.agree(steps=len(run.flow.timesteps), first_step=run.flow.start, sigmas=list(run.flow.sigmas))
         self._ledger.agree_on_part(locked_steps=list(run.window))
-        self._ledger.agree(batch=batch, conditions=sorted(conditions))
+        self._ledger.agree(batch=batch, conditions=sorted(conditions), autocast=_autocast(self._source_latents.device))
         for name, value in conditions.items():
             if isinstance(value, Tensor):
                 self._ledger.agree_on_tensor(name, value)
@@ -277,3 +280,8 @@ class Session:
         if self._run is None:
             raise ValueError("scheduler.step was called before the transformer ran; wanted a whole pipeline call")
         return self._run
+
+
+def _autocast(device: torch.device) -> str | None:
+    """The dtype that torch's autocast computes in there, as a text; None where it is off."""
+    return str(torch.get_autocast_dtype(device.type)) if torch.is_autocast_enabled(device.type) else None

@@ -22,7 +22,8 @@ HEADER_BYTES = 2**17
 BLOCK_BYTES = 2**22  # that are hashed at a time
 ALIGNMENT = 64  # of every tensor, in bytes; the format knows no gaps, so that a tensor of blanks fills each
 NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-         torch.float8_e4m3fn: "F8_E4M3", torch.int8: "I8", torch.uint8: "U8"}  # fmt: skip
+         torch.float8_e4m3fn: "F8_E4M3", torch.int8: "I8", torch.uint8: "U8", torch.int16: "I16", torch.int32: "I32",
+         torch.int64: "I64", torch.bool: "BOOL"}  # fmt: skip
 
 
 class Piece(NamedTuple):

@@ -31,5 +31,5 @@ def make(pipe: Any, path: Any, config: KVLockConfig = CONFIG, *, steps: int = ST
         tiny.call(pipe, steps=steps)
     forwards = [row["forwards"] for row in session.trace.rows()]
     locked = config.locked_steps(steps, start=steps - len(forwards))
-    assert sum(forwards) == len(locked) and set(forwards) == {0, 1}
+    assert sum(forwards) == len(locked) and set(forwards) <= {0, 1}
     return Recording(path)

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import tiny
+import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
@@ -142,3 +143,23 @@ def test_rows_and_place_reach_the_store(kvlock, here, clip, model):
     assert kvlock("record", *where, "--rows", "int8", "--out", "packed.kvlock")[0] == 0
     assert Recording("packed.kvlock").fields["rows"] == {"dtype": "int8", "k_mean": True}
     assert kvlock("edit", "--source", "packed.kvlock", "--prompt", "a red circle")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("about", "message"),
+    [
+        ({"fps": "24"}, "says fps='24', which kvlock record does not write"),
+        ({"fps": 0.0}, "says fps=0.0, which"),
+        ({"dtype": "torch.float32"}, "says dtype='torch.float32', which"),
+        ({"model": 3}, "says model=3, which"),
+        ({}, "has frames of torch.float32; wanted torch.uint8"),
+    ],
+)
+def test_a_recording_of_another_maker_is_one_line(kvlock, here, about, message):
+    edits = package.KVLockPipeline(tiny.miniature(), package.KVLockConfig(kappa=1, fusion=0.5))
+    video = torch.rand(tiny.FRAMES, tiny.SIZE, tiny.SIZE, 3)
+    about = {"fps": 8.0, "dtype": "float32", "model": None} | about
+    call = {"num_inference_steps": 3, "source_prompt": "a star", "generator": torch.Generator().manual_seed(0)}
+    edits.record("other.kvlock", video, tiny.pixel_mask(), about=about, **call)
+    code, out, err = kvlock("edit", "--source", "other.kvlock", "--prompt", "a circle")
+    assert (code, out) == (2, []) and message in err[-1]

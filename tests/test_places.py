@@ -121,6 +121,7 @@ def living_bytes() -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # some modules warn when they are asked what they are
         tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
+        tensors = [tensor for tensor in tensors if tensor.layout == torch.strided]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
 
@@ -370,3 +371,16 @@ def test_on_a_gpu_the_rows_of_two_layers_are_there_and_no_more(tmp_path, place):
     plain, elsewhere = peak(), peak(**options)
     kept = 24 * 2 * masks.background_rows * 24 * 4
     assert plain - elsewhere > kept / 2
+
+
+@pytest.mark.parametrize("place", ["device", *ELSEWHERE])
+def test_a_call_in_inference_mode_and_one_outside_share_a_block(pipes, place):
+    pipe, config = pipes["wan"], KVLockConfig(**WINDOW)
+    options: dict[str, Any] = {"config": config, "store": Store(place=place)}
+    options |= {"source_prompt_embeds": tiny.SOURCE_PROMPT}
+    with kvlock.attach(pipe, tiny.source_latents(), tiny.masks(pipe), **options):
+        with torch.inference_mode():
+            first = tiny.call(pipe, steps=STEPS)
+        assert torch.equal(tiny.call(pipe, steps=STEPS), first)
+        with torch.inference_mode():
+            assert torch.equal(tiny.call(pipe, steps=STEPS), first)

@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 from diffusers import WanPipeline, WanVACEPipeline, WanVideoToVideoPipeline
+from PIL import Image
 from recordings import CONFIG, STEPS, edit, make
 
 import kvlock
@@ -209,6 +210,40 @@ def test_an_edit_from_a_recording_that_runs_out_of_memory_has_no_other_place_to_
         with kvlock.attach(pipe, tiny.source_latents(), tiny.masks(pipe), **options):
             raise torch.OutOfMemoryError("CUDA out of memory")
     assert not hasattr(error.value, "__notes__")
+
+
+def test_an_edit_has_the_recorded_mask_and_references_to_the_pixel(tmp_path):
+    edits = kvlock.KVLockPipeline(tiny.miniature(), CONFIG)
+    video = torch.rand(tiny.FRAMES, 3, tiny.SIZE, tiny.SIZE, generator=torch.Generator().manual_seed(1)).movedim(1, -1)
+    mask, red, other = tiny.pixel_mask(), Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), (254, 0, 0))
+    mask = mask.movedim(0, -1).contiguous().movedim(-1, 0)  # neither the video nor the mask is contiguous
+    call: dict[str, Any] = {"num_inference_steps": 4, "source_prompt": "a star"}
+    found = edits.record(tmp_path / "source", video, mask, reference_images=red, **call)
+    assert torch.equal(found.inputs["frames"], video) and torch.equal(found.inputs["mask"], mask)
+    call |= {"recording": found}
+    with pytest.raises(ValueError, match=r"was recorded with references \['[0-9a-f]{12}'\], this edit has \['"):
+        edits(video, mask, "a circle", reference_images=other, **call)
+    smaller = mask.clone()
+    smaller[0, 36, 36] = False
+    with pytest.raises(ValueError, match=r"was recorded with mask [0-9a-f]{12}, this edit has [0-9a-f]{12}; wanted"):
+        edits(video, smaller, "a circle", reference_images=red, **call)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "found"),
+    [
+        ([1, 2], "list"),
+        (torch.eye(2).to_sparse(), "torch.float32, torch.sparse_coo"),
+        (torch.zeros(2, dtype=torch.complex64), "torch.complex64, torch.strided"),
+    ],
+    ids=["list", "sparse", "complex"],
+)
+def test_inputs_that_a_file_does_not_hold_are_refused_before_the_run(pipe, tmp_path, tensor, found):
+    options: dict[str, Any] = {"config": CONFIG, "source_prompt_embeds": tiny.SOURCE_PROMPT}
+    with pytest.raises(ValueError, match=rf"input mine is {found}; wanted a dense tensor of one of float64, "):
+        with kvlock.record(pipe, tmp_path / "x", tiny.source_latents(), tiny.masks(pipe), **options) as session:
+            session.keep_inputs({"mine": tensor}, {})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_edit_is_that_of_the_recorded_video_and_source_prompt(tmp_path):

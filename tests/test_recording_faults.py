@@ -339,3 +339,35 @@ def test_a_file_of_something_else_holds_no_rows(tmp_path):
     save_file({"x.data": torch.zeros(1)}, tmp_path / "foreign")
     with pytest.raises(ValueError, match=r"foreign holds no source rows"):
         StepFile(tmp_path / "foreign")
+
+
+@pytest.mark.parametrize("name", ["x" * 256, "a\0b", "p/q/" + "x" * 256], ids=["long", "null", "long-in-new-folders"])
+def test_a_name_that_cannot_be_given_is_found_before_the_run(pipe, tmp_path, name):
+    calls = []
+    hook = pipe.transformer.register_forward_pre_hook(lambda *_: calls.append(1))
+    with pytest.raises(ValueError, match=r"cannot write .*(File name too long|null byte)"):
+        record(pipe, tmp_path / name)
+    hook.remove()
+    assert calls == [] and list(tmp_path.iterdir()) == [] and tiny.leftovers(pipe) == []
+
+
+def test_folders_that_were_made_for_a_recording_that_failed_go_with_it(pipe, tmp_path):
+    (tmp_path / "there").mkdir()
+    with pytest.raises(RuntimeError, match="stop"):
+        with kvlock.record(
+            pipe, tmp_path / "there/p/q/source.kvlock", tiny.source_latents(), tiny.masks(pipe), config=CONFIG,
+            source_prompt_embeds=tiny.SOURCE_PROMPT,
+        ):
+            raise RuntimeError("stop")
+    assert [path.name for path in tmp_path.rglob("*")] == ["there"]
+
+
+def test_a_name_in_the_manifest_leads_nowhere_else(copy):
+    rewritten(copy, files={"../step-0003.safetensors": {"bytes": 1, "sha256": "0" * 64}})
+    with pytest.raises(ValueError, match=r"manifest.json has files=.*; wanted files with bytes and sha256"):
+        Recording(copy)
+
+
+def test_a_path_that_the_system_refuses_is_one_error():
+    with pytest.raises(ValueError, match=r"x/manifest.json cannot be read: File name too long"):
+        Recording("x" * 300)

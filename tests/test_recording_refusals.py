@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -12,7 +13,8 @@ from diffusers import WanPipeline, WanVACEPipeline, WanVideoToVideoPipeline
 from recordings import CONFIG, STEPS, edit, make
 
 import kvlock
-from kvlock import KVLockConfig, Store
+from kvlock import KVLockConfig, Recording, Store
+from kvlock.manifest import hash_of
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +94,64 @@ def test_a_source_that_shows_something_else_in_one_token_is_another_source(pipe,
         edit(pipe, recording=recording, source=source)
 
 
+def test_rows_of_another_kernel_are_refused(tmp_path):
+    """In half precision a source that runs through the fused pass has other keys than one that does not."""
+    pipe = tiny.pipeline(WanPipeline)
+    found = make(pipe, tmp_path / "source.kvlock")
+    with pytest.raises(ValueError, match=r"recorded with kernel hooks, this edit has fused; wanted them alike"):
+        edit(pipe, recording=found, kernel="fused")
+    fused = make(pipe, tmp_path / "fused.kvlock", kernel="fused")
+    fewer = KVLockConfig(kappa=3, window=3, tau=0.6, layers=(1,))
+    with pytest.raises(ValueError, match=r"recorded with layers \['0.blocks.0', '0.blocks.1'\], this edit has \['0.bl"):
+        edit(pipe, fewer, recording=fused, kernel="fused")
+
+
+def test_noise_that_was_rounded_is_refused_where_the_edit_has_it_whole(tmp_path):
+    pipe = tiny.pipeline(WanPipeline)
+    pipe.transformer.bfloat16()
+    always, later = (KVLockConfig(fusion=0.5, kappa=kappa, window=3) for kappa in (1.0, 2))
+    found = make(pipe, tmp_path / "source.kvlock", always)
+    assert torch.equal(edit(pipe, always, recording=found)[0], edit(pipe, always)[0])
+    with pytest.raises(ValueError, match=r"recorded with noise_dtype torch.bfloat16, this edit has torch.float32"):
+        edit(pipe, later, recording=found)
+
+
+def test_autocast_is_part_of_the_model(pipe, recording):
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(ValueError, match=r"recorded with autocast None, this edit has torch.bfloat16; wanted them"):
+            edit(pipe, recording=recording)
+
+
+def test_a_setting_among_the_conditions_is_no_matter_of_rounding(pipe, recording):
+    options: dict[str, Any] = {"config": CONFIG, "recording": recording}
+    with pytest.raises(ValueError, match=r"recorded with control_hidden_states_scale [0-9a-f]{12}, this edit has "):
+        with kvlock.attach(pipe, tiny.source_latents(), tiny.masks(pipe), **options):
+            tiny.call(pipe, steps=STEPS, conditioning_scale=1.01)
+
+
+LATENTS = torch.ones(1, 2, 3, 4, 5)
+ODD = {
+    "complex": (LATENTS + 0j, LATENTS + 1j),
+    "bool": (torch.zeros(1, 2, 500, dtype=torch.bool), torch.arange(1000).view(1, 2, 500) == 7),
+    "integers": (100 * LATENTS.int(), 101 * LATENTS.int()),
+    "one-number": (torch.tensor(100.0), torch.tensor(101.0)),
+    "a-vector": (torch.ones(15), torch.ones(15) * 1.01),
+    "infinite": (LATENTS * torch.inf, LATENTS),
+    "infinite-in-a-channel": tuple(x * LATENTS.index_fill(2, torch.tensor(0), torch.inf) for x in (1, 9)),
+    "no-numbers": (LATENTS, LATENTS * torch.nan),
+    "empty-of-another-dtype": (torch.empty(1, 2, 0, 4, 5), torch.empty(1, 2, 0, 4, 5, dtype=torch.float64)),
+}
+
+
+@pytest.mark.parametrize(("recorded", "found"), ODD.values(), ids=ODD)
+def test_what_is_not_computed_is_compared_exactly(recorded, found):
+    noted = Recording.__new__(Recording)
+    noted.path, noted.fields, noted._tensors = Path("source.kvlock"), {"x": hash_of(recorded)}, {"x": recorded}
+    noted.agree_on_tensor("x", recorded.clone())
+    with pytest.raises(ValueError, match=r"source.kvlock was recorded with x "):
+        noted.agree_on_tensor("x", found)
+
+
 def test_another_dtype_is_refused_by_name(recording):
     pipe = tiny.pipeline(WanVACEPipeline)
     pipe.transformer.bfloat16()
@@ -109,11 +169,15 @@ def put_an_adapter_on(transformer: Any) -> None:
     projection.lora_A = torch.nn.Linear(24, 2, bias=False)  # as peft's layers have them
 
 
+def change_a_setting(transformer: Any) -> None:
+    transformer.register_to_config(eps=0.5)
+
+
 def scale_an_adapter(transformer: Any) -> None:
     transformer.blocks[1].attn1.to_q.scaling = {"default": 0.5}
 
 
-@pytest.mark.parametrize("change", [scale_a_weight, put_an_adapter_on, scale_an_adapter])
+@pytest.mark.parametrize("change", [scale_a_weight, put_an_adapter_on, scale_an_adapter, change_a_setting])
 def test_a_model_changed_afterwards_is_another_one(recording, change):
     pipe = tiny.pipeline(WanVACEPipeline)
     edit(pipe, recording=recording)

@@ -155,7 +155,7 @@ def on_pipeline(
     state = LockState(masks.index, masks.num_tokens, full=config.fusion == "full", store=store, shelf=shelf)
     lock = Lock(kernel, state, experts, config)
     if ledger is not None:
-        agree_on_model(ledger, pipe, [module for _, module in experts], point_of(kernel), config)
+        agree_on_model(ledger, pipe, [module for _, module in experts], kernel, point_of(kernel), config)
         agree_on_source(ledger, source_latents, masks, source_prompt_embeds)
     session = session_type(
         config,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,9 +23,17 @@ ADAPTER = ("scaling", "active_adapters", "disable_adapters", "merged_adapters") 
 
 
 def agree_on_model(
-    ledger: Recorder | Recording, pipe: Any, transformers: Sequence[nn.Module], point: str, config: KVLockConfig
+    ledger: Recorder | Recording,
+    pipe: Any,
+    transformers: Sequence[nn.Module],
+    kernel: str,
+    point: str,
+    config: KVLockConfig,
 ) -> None:
-    """Transformers, layers, where in them rows are taken, and the scheduler.
+    """Transformers, layers, where in them rows are taken and by which kernel, and the scheduler.
+
+    A layer that the fused pass serves rounds otherwise than one it does not, also while the source runs: its layers are
+    all the recorded ones, where other kernels may lock fewer.
 
     Raises:
         ValueError: they are not those of the recording, or weights are out of reach.
@@ -36,7 +46,12 @@ def agree_on_model(
         point=point,
     )
     keys = [(i, key) for i, module in enumerate(transformers) for key, _ in locked_attentions(module, config)]
-    ledger.agree_on_part(layers=[f"{i}.{key.stack}.{key.block}" for i, key in keys])
+    layers = [f"{i}.{key.stack}.{key.block}" for i, key in keys]
+    ledger.agree(kernel=kernel)
+    if kernel == "fused":
+        ledger.agree(layers=layers)
+    else:
+        ledger.agree_on_part(layers=layers)
     shift = getattr(scheduler.config, "flow_shift", None) or getattr(scheduler.config, "shift", None)
     ledger.agree(scheduler=type(scheduler).__name__, shift=shift)
     ledger.agree(boundary_ratio=getattr(pipe.config, "boundary_ratio", None))
@@ -60,7 +75,7 @@ def agree_on_source(
 
 @torch.no_grad()
 def fingerprint(module: nn.Module) -> str:
-    """A hash of the names, shapes and dtypes of a module's parameters, of a few values of each, and of its adapters.
+    """A hash of a module's config, of its parameters' names, shapes, dtypes and a few values each, and of its adapters.
 
     Another checkpoint or a merged adapter differs in nearly every value, and an adapter that is put on adds names;
     reading all values would take as long as loading the model. What hooks do is not seen.
@@ -68,8 +83,9 @@ def fingerprint(module: nn.Module) -> str:
     Raises:
         ValueError: a parameter has no values, because they are offloaded one module at a time.
     """
-    state = hashlib.sha256()
-    samples: dict[torch.device, list[Tensor]] = {}
+    config = {name: value for name, value in dict(getattr(module, "config", {})).items() if not name.startswith("_")}
+    state = hashlib.sha256(json.dumps(config, sort_keys=True, default=repr).encode())
+    samples: list[Tensor] = []
     for name, weight in module.named_parameters():
         if weight.is_meta:
             raise ValueError(
@@ -78,9 +94,9 @@ def fingerprint(module: nn.Module) -> str:
             )
         state.update(f"{name} {list(weight.shape)} {weight.dtype}\n".encode())
         flat = weight.detach().reshape(-1)
-        samples.setdefault(flat.device, []).append(flat[:: max(1, len(flat) // SAMPLES)][:SAMPLES].float())
-    for parts in samples.values():
-        state.update(torch.cat(parts).cpu().numpy().tobytes())
+        samples.append(flat[:: max(1, len(flat) // SAMPLES)][:SAMPLES].float())
+    for _, parts in itertools.groupby(samples, key=lambda part: part.device):  # a device is waited for once, in order
+        state.update(torch.cat(list(parts)).cpu().numpy().tobytes())
     for name, part in module.named_modules():
         settings = [(key, getattr(part, key, None)) for key in ADAPTER]
         settings = [(key, value) for key, value in settings if value is not None and not callable(value)]

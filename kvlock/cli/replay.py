@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from typing import TYPE_CHECKING, Any
 
 from kvlock.cli import inputs, runs
@@ -13,6 +14,10 @@ if TYPE_CHECKING:
 # Options that say what a recording says, and those of which one may be given that agrees with it.
 DECIDED = ("video", "mask", "mask_box", "example", "reference", "source_prompt", "trim", "rows", "place")
 FILLED_IN = ("model", "steps", "seed", "kernel", "dtype")
+DTYPES = ("float32", "bfloat16", "float16")
+# What kvlock record writes about an edit.
+KINDS: dict[str, tuple[type, ...]] = {"model": (str, type(None)), "dtype": (str,), "seed": (int, type(None)),
+                                      "kernel": (str,), "fps": (int, float), "source_prompt": (str,)}  # fmt: skip
 
 
 def leave_open(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +40,8 @@ def task(args: argparse.Namespace, config: KVLockConfig) -> runs.Task:
         ValueError: the recording is not whole, has no video, or was made with another setting than `args` has; or an
             option says what the recording does.
     """
+    import torch
+
     from kvlock.recording import Recording
 
     for option in DECIDED:
@@ -45,9 +52,14 @@ def task(args: argparse.Namespace, config: KVLockConfig) -> runs.Task:
         raise ValueError("no prompt; wanted --prompt TEXT")
     recording = Recording(args.source)
     about, found = recording.about, recording.inputs
-    wanted = {"model", "dtype", "seed", "kernel", "fps", "source_prompt"}
-    if not wanted <= set(about) or not {"frames", "mask"} <= set(found):
+    if not set(KINDS) <= set(about) or not {"frames", "mask"} <= set(found):
         raise ValueError(f"{args.source} was not made by kvlock record, and does not hold all that an edit needs")
+    wrong = [name for name, kinds in KINDS.items() if not isinstance(about[name], kinds)]
+    wrong = wrong or ["fps"] * (not 0 < about["fps"] < math.inf) + ["dtype"] * (about["dtype"] not in DTYPES)
+    if wrong:
+        raise ValueError(f"{args.source} says {wrong[0]}={about[wrong[0]]!r}, which kvlock record does not write")
+    if found["frames"].dtype is not torch.uint8:
+        raise ValueError(f"{args.source} has frames of {found['frames'].dtype}; wanted torch.uint8, as videos have")
     if args.steps is not None and config.locks:
         recording.agree(steps=args.steps)
     recorded = about | {"steps": recording.fields["steps"]}
