@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import kvlock
+from benchmarks._edit_rows import MEASURED, EditRow
 from benchmarks._edits import SHAPES, Edit, miniature, wan
 from benchmarks._harness import Machine, Results
 from kvlock import KVLockConfig, Store
@@ -57,39 +58,6 @@ MODES = {
     "recording, hooks": Mode(recorded=True, target=1.03),
     "recording int8, hooks": Mode(store=Store("int8"), recorded=True, target=1.03),
 }
-
-
-class EditRow(NamedTuple):
-    """One line of results; text, because what was not measured stays blank."""
-
-    model: str
-    mode: str
-    dtype: str
-    tokens: str
-    background: str  # tokens
-    step_s: str  # median of the steps without a lock
-    locked_step_s: str  # median of those with one; blank where there is none
-    locked_ratio: str  # to a step of the plain pipeline
-    edit_ratio: str  # of an edit with KAPPA of its steps locked, from the two medians
-    forwards: str  # of the last step
-    source_gib: str  # keys and values that it keeps
-    moved_gib: str  # of them to and from the host or the disk, in a locked step
-    peak_gib: str  # device memory of the run
-    host_gib: str  # memory of the process, at its highest in the run
-    difference: str  # largest, of the final latents, to those of the hooks, or of preset plain to the plain pipeline
-    note: str = ""  # where a target was missed: what a step spends its time on
-    gpu: str = ""
-    driver: str = ""
-    sm_mhz: str = ""
-    memory_mhz: str = ""
-    power_w: str = ""
-    torch: str = ""
-    triton: str = ""
-    commit: str = ""
-    date: str = ""
-
-
-MEASURED = EditRow._fields.index("note")  # columns that say what was measured, and not on what
 
 
 class Steps(NamedTuple):

@@ -12,8 +12,9 @@ from torch.nn.attention import SDPBackend
 
 from benchmarks import __main__ as runner
 from benchmarks import _harness, _machine, _model, attention, plain_attention
-from benchmarks._case import RATES, SHAPES, TINY, Case, Provider, Traffic
+from benchmarks._case import RATES, SHAPES, TINY, Case, Provider, Shape, Traffic
 from benchmarks._harness import Ceilings, Results, Row
+from kvlock_kernels._triton import attend
 
 README = (Path(__file__).parents[1] / "benchmarks" / "README.md").read_text(encoding="utf-8")
 SOURCES = ("bf16", "e4m3", "int8")
@@ -138,6 +139,27 @@ def test_a_row_of_attention_is_set_against_the_matmul_and_against_plain_attentio
         rate = float(row.work) / float(row.p50) * 1e6
         assert float(row.share_of_matmul) == pytest.approx(rate / ceiling, rel=0.01, abs=1e-3)
         assert row.share_of_copy == ""
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, *attention.LENGTHS], ids=lambda shape: shape.name)
+def test_locked_attention_is_set_against_the_kernel_that_serves_it(
+    shape: Shape, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class OwnKernel(Exception):
+        pass
+
+    def own(*args, **options):
+        raise OwnKernel
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(attend, "own_kernel", lambda *args: own)
+    q, k, v = (torch.empty(1, shape.tokens, shape.heads, shape.dim, device="meta") for _ in "qkv")
+    served = "SDPA cuDNN"
+    try:
+        attend.plain_attention(q, k, v, 1.0)
+    except OwnKernel:
+        served = "kvlock sm_90"
+    assert attention.case(shape, torch.int8).providers[0].over == served
 
 
 @pytest.mark.parametrize(
