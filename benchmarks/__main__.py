@@ -58,7 +58,7 @@ def describe(case: Case) -> str:
 def measure(cases: list[Case], out: Path, commit: str | None) -> None:
     """Measures, writes and draws the cases; what a cut run has measured stays."""
     machine = Machine(commit)
-    path = out / f"{'-'.join(machine.gpu.lower().split())}.csv"
+    path = out / machine.file
     with Results(path) as results:
         row, copy = copy_row(machine)
         results.write(row)

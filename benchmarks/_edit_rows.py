@@ -22,11 +22,11 @@ class EditRow(NamedTuple):
     edit_ratio: str  # of an edit with KAPPA of its steps locked, from the two medians
     forwards: str  # of the last step
     source_gib: str  # keys and values that it keeps
-    moved_gib: str  # of them to and from the host or the disk, in a locked step
+    moved_gib: str  # of them to and from the host or the disk, counted in the last step
     peak_gib: str  # device memory of the run
     host_gib: str  # memory of the process, at its highest in the run
     difference: str  # largest, of the final latents, to those of the hooks, or of preset plain to the plain pipeline
-    note: str = ""  # where a target was missed: what a step spends its time on
+    note: str = ""  # where a target was missed what a step spends its time on, or why a mode failed
     gpu: str = ""
     driver: str = ""
     sm_mhz: str = ""

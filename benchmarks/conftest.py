@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks._harness import Results, Row
-from benchmarks._machine import checkout
+from benchmarks._machine import checkout, processor
 
 COPY_BYTES = 2**25
 COPIES = 20
@@ -70,12 +70,3 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         with Results(path) as results:
             for row in rows:
                 results.write(row._replace(**config.stash[MACHINE]))
-
-
-def processor() -> str:
-    """The processor's name for itself, where Linux tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return "unknown processor"
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown processor")

@@ -41,7 +41,7 @@ def figure(lines: list[Line], edits: Sequence[EditRow], gpu: Rates, name: str) -
 
 
 def over_tokens(axes: Axes, lines: list[Line], gpu: Rates) -> None:
-    """Locked attention over plain attention by cuDNN."""
+    """Locked attention over plain attention by the kernel that serves it."""
     for source, colour in STORED.items():
         times = []
         for n in TOKENS:
@@ -55,7 +55,7 @@ def over_tokens(axes: Axes, lines: list[Line], gpu: Rates) -> None:
             case_ = roofline.BY_KEY.get((line.op, line.shape, line.source, line.setting))
             if case_ is None or line[:2] != ("kv_lerp_attention_", "kvlock") or line.source != NAMES[source]:
                 continue
-            alone = roofline.beside(lines, line, "attention", "SDPA cuDNN", "", "no rows")
+            alone = roofline.beside(lines, line, "attention", attention.serving(case_.shape), "", "no rows")
             if alone is not None:
                 points.append((case_.shape.tokens, (line.measured or 0) / (alone.measured or 1)))
         _points(axes, points, colour, f"measured, {NAMES[source]}")
@@ -64,7 +64,7 @@ def over_tokens(axes: Axes, lines: list[Line], gpu: Rates) -> None:
     axes.set_xticks(TOKENS, [str(n) for n in TOKENS], fontsize=7)
     axes.minorticks_off()
     axes.set_xlabel("tokens")
-    axes.set_ylabel("attention, locked / plain cuDNN")
+    axes.set_ylabel("attention, locked / plain, same kernel")
 
 
 def over_share(axes: Axes, lines: list[Line], gpu: Rates) -> None:

@@ -71,7 +71,7 @@ def test_a_run_on_a_gpu_writes_the_ceilings_and_the_rows_and_draws_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy, first, *_ = read(H100)
-    monkeypatch.setattr(runner, "Machine", lambda commit: SimpleNamespace(gpu="NVIDIA H100 PCIe"))
+    monkeypatch.setattr(runner, "Machine", lambda commit: SimpleNamespace(file="nvidia-h100-pcie.csv"))
     monkeypatch.setattr(runner, "copy_row", lambda machine: (copy, 3e12))
     monkeypatch.setattr(runner, "matmul_row", lambda machine: (copy._replace(op="matmul"), 7e14))
     ceilings = []
