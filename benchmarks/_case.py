@@ -184,26 +184,32 @@ def ours(op: str) -> Provider:
     return Provider("kvlock", lambda inputs: outputs(function(**inputs)), library="kvlock")
 
 
-def served_by_triton(op: str) -> Provider:
-    """The operator's Triton kernel, whatever else serves the operator."""
+def served_by_triton(op: str, *changed: str) -> Provider:
+    """The operator's Triton kernel, whatever else serves the operator; `changed` as in `formula`."""
 
     def run(inputs: Inputs) -> Outputs:
-        return outputs(_cuda.launchers()[op](**inputs))
+        return outputs(_cuda.launchers()[op](**inputs)) + tuple(inputs[name] for name in changed)
 
     return Provider("Triton", run, needs_gpu=True)
 
 
-def served_by_extension(op: str) -> Provider:
-    """The operator, where the extension has code for it on this GPU; an error elsewhere."""
-    function = getattr(kvlock_kernels, op)
+def served_by_extension(op: str, *changed: str) -> Provider:
+    """The operator without the checks of its public face, where the extension has code for it on this GPU.
+
+    Elsewhere `prepare`, which is not timed, raises.
+    """
+    function = getattr(torch.ops.kvlock_kernels, op)
+
+    def served(inputs: Inputs) -> Inputs:
+        by = info.on_cuda(op, 0)
+        if not by.startswith("extension"):
+            raise RuntimeError(f"not served by the extension: {by}")
+        return inputs
 
     def run(inputs: Inputs) -> Outputs:
-        served = info.on_cuda(op, 0)
-        if not served.startswith("extension"):
-            raise RuntimeError(f"not served by the extension: {served}")
-        return outputs(function(**inputs))
+        return outputs(function(**inputs)) + tuple(inputs[name] for name in changed)
 
-    return Provider("C++", run, needs_gpu=True)
+    return Provider("C++", run, prepare=served, needs_gpu=True)
 
 
 def formula(function: Callable[..., Any], *changed: str) -> tuple[Provider, Provider]:

@@ -11,9 +11,10 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from benchmarks import __main__ as runner
-from benchmarks import _harness, _machine, _model, attention, plain_attention
+from benchmarks import _case, _harness, _machine, _model, attention, plain_attention
 from benchmarks._case import RATES, SHAPES, TINY, Case, Provider, Shape, Traffic
 from benchmarks._harness import Ceilings, Results, Row
+from kvlock_kernels import reference
 from kvlock_kernels._triton import attend
 
 README = (Path(__file__).parents[1] / "benchmarks" / "README.md").read_text(encoding="utf-8")
@@ -139,6 +140,32 @@ def test_a_row_of_attention_is_set_against_the_matmul_and_against_plain_attentio
         rate = float(row.work) / float(row.p50) * 1e6
         assert float(row.share_of_matmul) == pytest.approx(rate / ceiling, rel=0.01, abs=1e-3)
         assert row.share_of_copy == ""
+
+
+@pytest.mark.parametrize("name", ["pack_kv-int8-share-0.8", "unpack_kv-int8-share-0.8", LERP])
+def test_the_extension_is_asked_for_before_it_is_timed_and_then_called_directly(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, asked = TINY_CASES[name], []
+    (provider,) = case.by("C++").providers
+    monkeypatch.setattr(_case.info, "on_cuda", lambda op, device: asked.append(op) or served)
+    served = "Triton: a kernel serves"
+    with pytest.raises(RuntimeError, match="not served by the extension: Triton"):
+        _harness.gate(case, provider, "cpu")
+    served = "extension: it has code for this GPU"
+    assert _harness.gate(case, provider, "cpu").passed and asked == [case.op] * 2
+    inputs = provider.prepare(case.make(case.shape, "cpu", 0))
+    monkeypatch.setattr(_case.kvlock_kernels, case.op, None)
+    provider.run(inputs)
+    assert asked == [case.op] * 3
+
+
+@pytest.mark.parametrize("name", ["pack_kv-int8-share-0.8", "unpack_kv-int8-share-0.8", LERP])
+def test_a_launcher_that_is_called_directly_passes_the_check(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = TINY_CASES[name]
+    launchers = {case.op: getattr(reference, case.op)}  # which returns as a launcher does
+    monkeypatch.setattr(_case._cuda, "launchers", lambda: launchers)
+    assert _harness.gate(case, case.by("Triton").providers[0], "cpu").passed
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, *attention.LENGTHS], ids=lambda shape: shape.name)
