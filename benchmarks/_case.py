@@ -155,7 +155,7 @@ class Case:
     check: Callable[[Inputs, Outputs], Check]  # from untouched inputs and the result for them
     providers: tuple[Provider, ...]
     first: Callable[[Shape], Traffic] | None = None  # what moves before the products of `work`
-    core: tuple[str, ...] = ()  # its providers in the short run
+    core: tuple[str, ...] = ()  # its providers in the core
     offline: bool = False  # of the table of compiled kernels
     archs: tuple[int, ...] = (80, 89, 90)  # what it is compiled for there
     wide: bool = True  # its threads load and store 128 bits; not a few numbers, nor by the tensor memory accelerator
@@ -170,7 +170,7 @@ class Case:
         return dataclasses.replace(self, providers=tuple(p for p in self.providers if name in p.name))
 
     def short(self) -> "Case":
-        """The case with its providers in the short run."""
+        """The case with its providers in the core."""
         return dataclasses.replace(self, providers=tuple(p for p in self.providers if p.name in self.core))
 
     @property

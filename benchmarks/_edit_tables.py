@@ -16,7 +16,7 @@ MODEL = "wan-1.3b, random"
 SHORTEST, USUAL, BESIDE = "store, fused", "store, hooks", "batch, hooks"
 LINK = 50e9  # bytes a second, what pinned copies over PCIe 5 with 16 lanes reach
 COPY = 10e9  # bytes a second, what one core is assumed to copy out of the cache of files
-EDIT, OPERATOR = "python -m benchmarks.edit --gpu --out benchmarks/results --only", "python -m benchmarks --gpu --core"
+EDIT, OPERATOR = "python -m benchmarks.edit --gpu --only", "python -m benchmarks --gpu --core --only"
 
 
 def edits_of(path: Path) -> dict[str, Edited]:
@@ -35,7 +35,7 @@ def cost(path: Path) -> str:
     alone = found.beside(locked, PASS, "kvlock", "bf16", "without the lock")
     lines.append(
         ("one pass of QK norm and RoPE", milliseconds(alone), milliseconds(locked), f"**{times(locked, alone)}**", "",
-         f"`{OPERATOR} --only {PASS}`")
+         f"`{OPERATOR} {PASS}`")
     )  # fmt: skip
     table = markdown(["what runs", "plain", "locked", "over plain", "more memory", "command"], lines)
     return f"{_sentence(edits)}\n\n{table}"
@@ -77,7 +77,7 @@ def _attention(found: Measured, name: str, shape: Shape) -> tuple[str, ...]:
         plain += f"; cuDNN {milliseconds(cudnn)}"
         over += f"; over cuDNN {times(locked, cudnn)}"
     title = f"one attention of {name}, rows in int8"
-    return title, plain, milliseconds(locked), over, "", f"`{OPERATOR} --only attention`"
+    return title, plain, milliseconds(locked), over, "", f"`{OPERATOR} attention`"
 
 
 def edits(path: Path) -> str:

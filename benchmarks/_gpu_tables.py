@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks import figures, roofline
+from benchmarks.__main__ import CASES
 from benchmarks._case import SHAPES, WAN_1_3B_480P, Case, Shape, rates
 from benchmarks._harness import read
 from benchmarks._model import predict
@@ -176,3 +177,21 @@ def misses(path: Path) -> str:
 def _range(values: list[float]) -> str:
     least, most = f"{min(values):.2f}", f"{max(values):.2f}"
     return least if least == most else f"{least} to {most}"
+
+
+def unmeasured(path: Path) -> str:
+    """What the runner lists and no row of this file has, by operator: shapes, rows, settings and providers."""
+    seen = {line[:5] for line in roofline.measured(path)}
+    listed: dict[str, list[tuple[str, ...]]] = {}
+    for case in CASES:
+        for provider in case.providers:
+            key = (case.op, provider.name, case.shape.name, case.source, case.setting)
+            listed.setdefault(case.op, []).append(key)
+    lines = []
+    for op, keys in listed.items():
+        done = [key for key in keys if key in seen]
+        missing = [dict.fromkeys(key[part] for key in keys if key[part] not in {one[part] for one in done})
+                   for part in (2, 3, 4, 1)]  # fmt: skip
+        cells = [", ".join(names) for names in missing] if done else ["all"] * 4
+        lines.append((f"`{op}`", f"{len(done)} of {len(keys)}", *(cell.replace(", ratio", " ratio") for cell in cells)))
+    return markdown(["operator", "rows measured", "no row of: shapes", "rows in", "settings", "providers"], lines)

@@ -20,7 +20,7 @@ CPU_TARGETS = {("pack_kv", "bf16"): 0.5, ("pack_kv", "e4m3"): 0.25, ("pack_kv", 
 ON_A_GPU: dict[str, Callable[[Path], str]] = {
     "cost": _edit_tables.cost, "operators": _gpu_tables.operators, "rates": _gpu_tables.rate_table,
     "models": _gpu_tables.models, "edits": _edit_tables.edits, "places": _edit_tables.places,
-    "misses": _gpu_tables.misses,
+    "misses": _gpu_tables.misses, "unmeasured": _gpu_tables.unmeasured,
 }  # fmt: skip
 
 

@@ -273,7 +273,7 @@ def test_the_bytes_of_a_lerp_are_those_of_x_source_and_result() -> None:
     assert traffic.amount == 26216 * 12 * (128 * 5 + 4)
 
 
-def test_the_short_run_is_short_and_serves_every_target() -> None:
+def test_the_core_is_small_and_serves_every_target() -> None:
     core = [case for case in runner.CASES if case.core]
     assert all(set(case.core) <= {provider.name for provider in case.providers} for case in core)
     assert sum(len(case.short().providers) for case in core) <= 45
@@ -302,7 +302,7 @@ def test_providers_can_be_chosen_by_name(capsys: pytest.CaptureFixture[str]) -> 
     assert "no provider of these cases has 'nobody'" in capsys.readouterr().err
 
 
-def test_the_short_run_has_the_marked_providers_only(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_core_has_the_marked_providers_only(capsys: pytest.CaptureFixture[str]) -> None:
     assert runner.main(["--core", "--only", "guided_velocity"]) == 0
     (line,) = capsys.readouterr().out.splitlines()
     assert line.split("; ")[1] == "kvlock*, torch.compile*"

@@ -12,6 +12,7 @@ from benchmarks import _gpu_tables, accuracy, report, roofline
 from benchmarks._case import RATES, WAN_1_3B_480P
 from benchmarks._case import SHAPES as SHAPES_OF_MODELS
 from benchmarks._harness import Row, read
+from benchmarks._model import predict
 from benchmarks.figures import OURS
 from kvlock_kernels._triton import attend
 
@@ -158,6 +159,62 @@ def test_what_loses_on_a_cpu_is_said() -> None:
     assert "The three targets of `pack_kv` are met." in README
     faster = {key[0] for key, r in rows.items() if key[2] == "torch.compile" and float(r.p50) < own(rows, key)}
     assert "kv_lerp_pair_" in faster and "kv_lerp_" not in faster
+
+
+def text(*wanted: str) -> None:
+    """Wants each in the README, wherever its lines break."""
+    flat = " ".join(README.split())
+    assert [each for each in wanted if each not in flat] == []
+
+
+def test_what_the_text_says_of_attention_is_what_the_rows_say() -> None:
+    us = lambda *names: float(found.p50) if (found := row(*names)) is not None else float("nan")
+    wan, small = "wan-1.3b-480p", "small-h12"
+    op, one, lone = "kv_lerp_attention_", "one launch", "one launch, no rows"
+    alone = [us("attention", lone, shape) for shape in (wan, small)]
+    text(
+        f"32760 that lerp takes {us('kv_lerp_pair_', 'kvlock', wan, 'int8') / 1e3:.2f} ms; the medians of plain and "
+        f"locked attention lie {(us(op, 'kvlock', wan, 'int8') - us('attention', 'kvlock sm_90', wan)) / 1e3:.2f} ms",
+        f"takes {us(op, one, wan, 'int8') / alone[0]:.3f} times its own plain time at 32760 tokens (target 1.01; "
+        f"{us(op, one, small, 'int8') / alone[1]:.2f} at 4096)",
+        f"takes {us(op, 'in loop', small, 'bf16') / us(op, 'kvlock', small, 'bf16'):.0f} (bf16 rows) to "
+        f"{us(op, 'in loop', small, 'int8') / us(op, 'kvlock', small, 'int8'):.0f} times (int8)",
+    )
+    names = "kvlock sm_90", "SDPA cuDNN"
+    own, cudnn = ([us("attention", name, shape) for shape in SHAPES.values()] for name in names)
+    slower = [ours / theirs for ours, theirs in zip(own, cudnn, strict=True)]
+    text(f"takes {slower[0]:.2f} and {slower[1]:.2f} times cuDNN's time at 4096 and 8192 tokens and the same at 16384;")
+    assert f"{slower[2]:.2f}" == "1.00"
+
+
+def test_what_the_text_says_of_predictions_is_what_was_and_is_predicted() -> None:
+    case = roofline.BY_KEY["kv_lerp_attention_", "wan-1.3b-480p", "int8", _gpu_tables.LOCK]
+    small = roofline.BY_KEY["kv_lerp_attention_", "small-h12", "int8", _gpu_tables.LOCK]
+    us = lambda case, name: predict(case, name, RATES["NVIDIA H100"]).us
+    then = row("kv_lerp_attention_", "in loop", "wan-1.3b-480p", "int8")
+    assert then is not None
+    text(
+        f"it had given them FLOP at cuDNN's rate, {float(then.predicted_us):.1f} us",
+        f"now it gives {us(case, 'in loop'):.1f} us to mixing in the loop and {us(case, 'one launch'):.1f} us to",
+        f"where the cost model says {us(small, 'in loop') / us(small, 'kvlock'):.1f}:",
+    )
+
+
+def test_the_rows_of_another_procedure_are_counted_and_the_others_have_percentiles() -> None:
+    numbers = {18: "Eighteen"}
+    others = [r for r in ROWS if r.note.startswith("short run")]
+    text(f"{numbers[len(others)]} of its rows were taken by another procedure")
+    assert not any(r.p20 or r.p80 or r.power_w for r in others)
+    assert all(r.p20 and r.p80 for r in ROWS if r.status == "ok" and r not in others)
+
+
+def test_the_noise_of_a_cpu_is_said() -> None:
+    found = read(report.CPU)
+    rows = {(r.op, r.source, r.setting, r.provider): r for r in found if r.date == found[-1].date}
+    same = [float(rows[*key[:3], "eager"].p50) / float(r.p50) for key, r in rows.items() if r.library == "reference"]
+    text(f"its distance from 1 is the noise of the run, {min(same):.2f} to {max(same):.2f} here")
+    times = {r.provider: float(r.p50) for r in rows.values() if (r.op, r.source) == ("kv_lerp_", "bf16")}
+    text(f"which takes {times['torch.lerp'] / times['kvlock']:.2f} times as long")
 
 
 def own(rows: dict[tuple[str, str, str], Row], key: tuple[str, str, str]) -> float:
