@@ -12,11 +12,11 @@ from benchmarks import _edit_tables, _gpu_tables
 from benchmarks._gpu_tables import markdown
 from benchmarks._harness import Row, read
 from benchmarks.offline import END, README
+from benchmarks.packing import CPU_TARGETS
 from benchmarks.roofline import RESULTS
 
 H100 = RESULTS / "nvidia-h100-80gb-hbm3.csv"
 CPU = RESULTS / "cpu-amd-epyc.csv"
-CPU_TARGETS = {("pack_kv", "bf16"): 0.5, ("pack_kv", "e4m3"): 0.25, ("pack_kv", "int8"): 0.25}
 ON_A_GPU: dict[str, Callable[[Path], str]] = {
     "cost": _edit_tables.cost, "operators": _gpu_tables.operators, "rates": _gpu_tables.rate_table,
     "models": _gpu_tables.models, "edits": _edit_tables.edits, "places": _edit_tables.places,

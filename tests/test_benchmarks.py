@@ -124,6 +124,16 @@ def test_a_row_that_passes_has_a_time_and_the_rate_that_follows_from_it() -> Non
 
 
 @pytest.mark.usefixtures("clock")
+@pytest.mark.parametrize("ceiling", [_harness.copy_row, _harness.matmul_row])
+def test_the_memory_of_a_ceiling_is_given_back(ceiling, monkeypatch: pytest.MonkeyPatch) -> None:
+    given, measure, emptied = [], _harness.measure, []
+    monkeypatch.setattr(_harness, "measure", lambda call, sets: given.append(sets) or measure(call, sets))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(len(given[0])))
+    ceiling(NoMachine(), "cpu")
+    assert emptied == [0]
+
+
+@pytest.mark.usefixtures("clock")
 def test_a_row_of_attention_is_set_against_the_matmul_and_against_plain_attention_of_the_same_run() -> None:
     plain, locked = TINY_CASES["attention-bf16-no-rows"], TINY_CASES["kv_lerp_attention_-int8-share-0.8,-ratio-0.3"]
     yardstick = Provider("SDPA cuDNN", plain_attention.forced(SDPBackend.MATH))
