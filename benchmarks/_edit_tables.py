@@ -101,6 +101,22 @@ def edits(path: Path) -> str:
     return markdown(header, lines)
 
 
+def miniature(path: Path) -> str:
+    """Whole edits of the miniature on a CPU, in milliseconds."""
+    found = [edited.row for edited in _edit_rows.latest(path) if edited.row.model == "miniature"]
+    ms = lambda seconds: f"{1e3 * float(seconds):.0f} ms" if seconds else ""
+    lines = [
+        (row.mode, ms(row.step_s), ms(row.locked_step_s), f"{float(row.edit_ratio):.2f}", f"{_mib(row.moved_gib)} MiB")
+        for row in found
+    ]
+    table = markdown(["mode", "a step", "a locked step", "an edit over plain", "moved in a locked step"], lines)
+    return f"{found[-1].gpu}; torch {found[-1].torch}.\n\n{table}"
+
+
+def _mib(gib: str) -> str:
+    return f"{1024 * float(gib):.2g}"
+
+
 def outside(name: str) -> bool:
     """Whether a mode keeps rows in 8 bits, in another place, or from a recording."""
     return MODES[name].store != Store() or MODES[name].recorded

@@ -17,6 +17,7 @@ from benchmarks.roofline import RESULTS
 
 H100 = RESULTS / "nvidia-h100-80gb-hbm3.csv"
 CPU = RESULTS / "cpu-amd-epyc.csv"
+EDITS_ON_CPU = RESULTS / "edit-amd-epyc.csv"
 ON_A_GPU: dict[str, Callable[[Path], str]] = {
     "cost": _edit_tables.cost, "operators": _gpu_tables.operators, "rates": _gpu_tables.rate_table,
     "models": _gpu_tables.models, "edits": _edit_tables.edits, "places": _edit_tables.places,
@@ -55,6 +56,7 @@ def _over(row: Row, other: Row | None) -> str:
 
 BLOCKS: dict[str, Callable[[], str]] = {
     **{name: functools.partial(table, H100) for name, table in ON_A_GPU.items()},
+    "miniature": functools.partial(_edit_tables.miniature, EDITS_ON_CPU),
     "cpu": cpu,
 }
 

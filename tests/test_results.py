@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as runner
-from benchmarks import _gpu_tables, accuracy, report, roofline
+from benchmarks import _edit_rows, _gpu_tables, accuracy, edit, report, roofline
 from benchmarks._case import RATES, WAN_1_3B_480P
 from benchmarks._case import SHAPES as SHAPES_OF_MODELS
 from benchmarks._harness import Row, read
@@ -149,6 +149,13 @@ def test_every_picture_of_the_readme_is_there() -> None:
 def test_rows_of_a_cpu_say_what_they_were_measured_on() -> None:
     rows = read(report.CPU)
     assert all(r.gpu.endswith("one core") and "changes" not in r.commit for r in rows)
+
+
+def test_every_mode_of_an_edit_was_measured_on_a_cpu_in_one_run_of_a_commit() -> None:
+    found = _edit_rows.latest(report.EDITS_ON_CPU)
+    assert [one.row.mode for one in found] == ["pipeline", *edit.MODES]
+    assert len({(one.plain, one.row.gpu, one.row.torch, one.row.commit) for one in found}) == 1
+    assert "changes" not in found[0].row.commit and found[0].row.gpu.endswith("one thread")
 
 
 def test_what_loses_on_a_cpu_is_said() -> None:
