@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 from kvlock.config import KVLockConfig
 from kvlock.store import LAYERS_ON_DEVICE, Store
 
+KERNELS = ("hooks", "fused", "backend")  # as `kvlock.attach` knows them
+
 
 class ModelSizes(NamedTuple):
     """The sizes of a transformer that decide the memory of its keys and values, and of its predictions."""
@@ -56,7 +58,7 @@ class Cost(NamedTuple):
     forwards: int  # the same with the source
     bytes_full: int  # of all tokens
     bytes_background: int  # of background rows
-    bytes_kept: int  # what the run holds, wherever: bytes_background, or 0 where nothing is stored
+    bytes_kept: int  # what the run holds, wherever: bytes_background at most times, 0 where nothing is stored
     bytes_device: int  # of these on the device: all, or two layers of a store in another place
     bytes_host: int  # in host memory, where the device is not the host: all, or two layers on their way from the disk
     bytes_disk: int
@@ -78,6 +80,7 @@ def estimate(
     guidance_scale: float = 5.0,
     bytes_per_value: int = 2,
     store: Store | None = None,
+    kernel: str = "hooks",
 ) -> Cost:
     """The cost of one edit, for a pipeline that runs the guidance branches one after the other.
 
@@ -101,13 +104,17 @@ def estimate(
         guidance_scale: the pipeline's own; at most 1 means that there is no unconditional branch.
         bytes_per_value: 2 for bfloat16 and float16, 4 for float32.
         store: how and where source rows are kept; None is on the device, in the dtype of the model.
+        kernel: where the lock acts, as for `kvlock.attach`: a full lock by the backend keeps room on the device for the
+            foreground rows too, where the rows have the dtype of the model.
 
     Raises:
-        ValueError: the rows exceed the tokens, the guidance scale is not finite, the run has no step, the config locks
-            blocks that are not there, or as `KVLockConfig.locked_steps`.
+        ValueError: the kernel is not known, the rows exceed the tokens, the guidance scale is not finite, the run has
+            no step, the config locks blocks that are not there, or as `KVLockConfig.locked_steps`.
     """
     if not 0 <= background_rows <= tokens:
         raise ValueError(f"background_rows={background_rows} is out of range; wanted 0 to {tokens}, the tokens")
+    if kernel not in KERNELS:
+        raise ValueError(f"kernel={kernel!r} is not known; wanted one of {', '.join(map(repr, KERNELS))}")
     if not math.isfinite(guidance_scale):
         raise ValueError(f"guidance_scale={guidance_scale} is not allowed; wanted a finite number")
     beyond = [layer for layer in config.layers or () if layer >= model.layers]
@@ -128,11 +135,14 @@ def estimate(
         layers * store.bytes_of(rows, model.heads, model.head_dim, bytes_per_value)
         for rows in (tokens, background_rows)
     )
-    kept = background if config.source == "store" and locked > 0 else 0
-    passing = kept * min(LAYERS_ON_DEVICE, layers) // layers
+    stores = config.source == "store" and locked > 0
     elsewhere = store.place != "device"
+    with_room = kernel == "backend" and config.fusion == "full" and not elsewhere and not store.packs
+    kept = (full if with_room else background) if stores else 0
+    passing = kept * min(LAYERS_ON_DEVICE, layers) // layers
     # Every branch needs every layer, and after the last one the first sets off once more; two layers just stay.
-    read = kept * (locked_branches * layers + 1 if layers > LAYERS_ON_DEVICE else layers) // layers
+    passes = locked_branches * layers + 1 if layers > LAYERS_ON_DEVICE else layers
+    recorded = background if stores else 0
     return Cost(
         tokens=tokens,
         background_rows=background_rows,
@@ -146,9 +156,9 @@ def estimate(
         bytes_device=passing if elsewhere else kept,
         bytes_host={"device": 0, "host": kept, "disk": passing}[store.place],
         bytes_disk=kept if store.place == "disk" else 0,
-        bytes_moved=kept + read if elsewhere else 0,
-        bytes_recording=kept * locked,
-        bytes_moved_replay=read,
+        bytes_moved=kept + kept * passes // layers if elsewhere else 0,
+        bytes_recording=recorded * locked,
+        bytes_moved_replay=recorded * passes // layers,
         bytes_predictions=2 * config.window_steps(num_steps) * tokens * model.token_values * 4,
     )
 

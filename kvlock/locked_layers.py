@@ -33,18 +33,18 @@ class Recorded(NamedTuple):
     rows: Rows
     point: str  # BEFORE_ROPE or AFTER_ROPE
 
-    def at(self, point: str, key: LayerKey) -> Rows:
-        """The rows, for a layer that mixes at `point`.
 
-        Raises:
-            ValueError: they were recorded at the other one, where a key has other numbers.
-        """
-        if self.point != point:
-            raise ValueError(
-                f"{key.stack}[{key.block}] has source rows recorded {self.point} and mixes {point}; "
-                "wanted rows recorded by the same kernel"
-            )
-        return self.rows
+def check_point(key: LayerKey, taken: str, wanted: str) -> None:
+    """Wants rows that were taken at the point where the layer mixes them in.
+
+    Raises:
+        ValueError: they were taken at the other one, where a key has other numbers.
+    """
+    if taken != wanted:
+        raise ValueError(
+            f"{key.stack}[{key.block}] has source rows recorded {taken} and mixes {wanted}; "
+            "wanted rows recorded by the same kernel"
+        )
 
 
 class LockState:
@@ -88,7 +88,7 @@ class Holder:
         """Keep rows of "k" or "v", taken at `point`: here, or on the shelf."""
         shelf = self.shared.shelf
         if shelf is not None:
-            shelf.put(self.piece(tensor), rows)
+            shelf.put(self.piece(tensor), rows, point)
         elif tensor == "k":
             self.k_source = Recorded(rows, point)
         else:
@@ -98,15 +98,18 @@ class Holder:
         """The rows of "k" or "v", for a layer that mixes at `point`.
 
         Raises:
-            ValueError: there are none, or those that stayed with the layer were taken at the other point.
+            ValueError: there are none, or they were taken at the other point.
         """
         shelf = self.shared.shelf
         if shelf is not None:
-            return shelf.get(self.piece(tensor))
+            piece = self.piece(tensor)
+            check_point(self.key, shelf.points.get(piece, point), point)  # attach has compared a recording's
+            return shelf.get(piece)
         kept = self.k_source if tensor == "k" else self.v_source
         if kept is None:
             raise ValueError(f"{self.name} has no source rows for {tensor}; record them first")
-        return kept.at(point, self.key)
+        check_point(self.key, kept.point, point)
+        return kept.rows
 
     def piece(self, tensor: str) -> Piece:
         """What the shelf calls its "k" or "v"."""

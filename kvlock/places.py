@@ -106,9 +106,14 @@ def _copy(rows: Rows, room: Rows, *, non_blocking: bool) -> None:
 
 
 class Shelf(ABC):
-    """Source rows of one step, put by the source's forward layer by layer and got by the edit's forwards."""
+    """Source rows of one step, put by the source's forward layer by layer and got by the edit's forwards.
+
+    Attributes:
+        points: where in their attention the rows were taken that have been put.
+    """
 
     def __init__(self) -> None:
+        self.points: dict[Piece, str] = {}
         self._courier: Courier | None = None
         self._order: list[Layer] = []  # in which layers are used
 
@@ -128,10 +133,11 @@ class Shelf(ABC):
         assert self._courier is not None
         return self._courier.fetch(piece, self._order, self._load)
 
-    def put(self, piece: Piece, rows: Rows) -> None:
-        """Keep rows that the current stream has been told to compute."""
+    def put(self, piece: Piece, rows: Rows, point: str) -> None:
+        """Keep rows, taken at `point`, that the current stream has been told to compute."""
         if piece.layer not in self._order:
             self._order.append(piece.layer)
+        self.points[piece] = point
         self._put(piece, rows)
 
     def turn_to(self, step: int) -> None:
@@ -144,6 +150,7 @@ class Shelf(ABC):
     def clear(self) -> None:
         """Forget the step's rows."""
         self._order.clear()
+        self.points.clear()
         if self._courier is not None:
             self._courier.forget()
 

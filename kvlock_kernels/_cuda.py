@@ -40,7 +40,7 @@ def launchers() -> dict[str, Launcher]:
         "kv_lerp_": lerp.kv_lerp_,
         "kv_lerp_pair_": lerp.kv_lerp_pair_,
         "kv_lerp_attention": attend.kv_lerp_attention,
-        "kv_lerp_attention_": attend.lerp_then_attend_,
+        "kv_lerp_attention_": attend.kv_lerp_attention_,
         "windowed_variance_": variance.windowed_variance_,
         "lock_schedule": variance.lock_schedule,
         "guided_velocity": guidance.guided_velocity,

@@ -47,7 +47,8 @@ def kv_lerp_attention(
 
     The mixed rows are rounded to k's dtype first, so that the result is that of `kv_lerp_` on copies followed by
     attention, whose sums are in fp32. M may differ from N. No queries or no samples give an empty out and lse; no keys
-    is an error. On CUDA the log-sum-exp of heads larger than 128 comes from plain PyTorch, which holds all scores.
+    is an error. On CUDA plain PyTorch, which holds all scores, gives the log-sum-exp of heads larger than 128, of
+    queries and keys of two dtypes, and with a scale that is not positive.
     """
     _check_queries_and_keys(q, k, v)
     check_rows(("k", "k_source", "k_scale", "k_mean"), k, k_source, index, ratio, k_scale, k_mean)

@@ -5,6 +5,8 @@ import torch
 from kvlock_kernels import _cuda, _extension
 from kvlock_kernels._ops import NAMESPACE
 
+WITHOUT_HEADS = ("windowed_variance_", "lock_schedule", "guided_velocity")  # they take samples of any shape
+
 
 def on_cpu(name: str) -> str:
     """What serves operator `name` on the CPU."""
@@ -21,7 +23,8 @@ def on_cuda(name: str, device: int) -> str:
             return "extension: it has code for this GPU"
         within = f"; the extension has code for {', '.join(_extension.architectures())} only"
     reason = _cuda.why_not(torch.device("cuda", device))
-    return f"reference: {reason}" if reason else f"Triton: a kernel serves head dimensions up to 256{within}"
+    heads = "" if name in WITHOUT_HEADS else " serves head dimensions up to 256"
+    return f"reference: {reason}" if reason else f"Triton: a kernel{heads}{within}"
 
 
 def built() -> str:

@@ -11,7 +11,7 @@ from diffusers import LTXVideoTransformer3DModel, WanPipeline
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
-from kvlock import KVLockConfig
+from kvlock import KVLockConfig, Store
 from kvlock.adapters import backend_registry
 from kvlock.adapters.backend import BackendLayers
 from kvlock.adapters.families import locked_attentions, tapped_modules
@@ -19,6 +19,7 @@ from kvlock.adapters.fused import FusedLayers
 from kvlock.adapters.kernels import listen
 from kvlock.adapters.taps import Taps
 from kvlock.locked_layers import AFTER_ROPE, BEFORE_ROPE, LayerKey, LockState, Recorded
+from kvlock.places import shelf_of
 
 STEPS = 5
 WINDOW: dict[str, Any] = {"kappa": 3, "window": 3, "tau": 0.6}
@@ -217,21 +218,34 @@ def test_a_layer_without_source_rows_says_so():
     ],
     ids=["hooks", "fused", "backend"],
 )
-def test_source_rows_of_the_other_point_are_refused_by_name(kind, parts_of, mixes, other):
+@pytest.mark.parametrize("place", ["device", "host", "disk"])
+def test_source_rows_of_the_other_point_are_refused_by_name(kind, parts_of, mixes, other, place):
     pipe = tiny.pipeline(WanPipeline)
     masks = tiny.masks(pipe)
-    layers = kind(LockState(masks.index, masks.num_tokens))
+    shelf = shelf_of(Store(place=place))
+    layers = kind(LockState(masks.index, masks.num_tokens, shelf=shelf))
     layers.install(parts_of(pipe.transformer, KVLockConfig()))
     layers.record()
+    if shelf is not None:
+        shelf.serve(torch.device("cpu"), [(0, "blocks", 0), (0, "blocks", 1)])
+        shelf.turn_to(0)
     tiny.call(pipe, steps=1, guidance_scale=1.0)
+    if shelf is not None:
+        shelf.seal()
     layers.lerp(torch.full((1,), 0.5))
     tiny.call(pipe, steps=1, guidance_scale=1.0)  # its own rows serve
-    for holder in layers.holders():
-        for name in ("k_source", "v_source"):
-            own = getattr(holder, name)
-            if own is not None:
-                assert own.point == mixes
-                setattr(holder, name, Recorded(own.rows, other))
+    if shelf is None:
+        for holder in layers.holders():
+            for name in ("k_source", "v_source"):
+                own = getattr(holder, name)
+                if own is not None:
+                    assert own.point == mixes
+                    setattr(holder, name, Recorded(own.rows, other))
+    else:
+        assert set(shelf.points.values()) == {mixes} and len(shelf.points) == 4
+        shelf.points.update(dict.fromkeys(shelf.points, other))
     with pytest.raises(ValueError, match=rf"blocks\[0\] has source rows recorded {other} and mixes {mixes}"):
         tiny.call(pipe, steps=1)
     layers.remove()
+    if shelf is not None:
+        shelf.close()

@@ -143,3 +143,12 @@ def test_an_estimate_covers_every_place_and_a_recording(kvlock, model):
     at = next(i for i, line in enumerate(out) if line.startswith("memory"))
     assert [line.strip() for line in out[at + 1 : at + 5]] == lines
     assert "in 8 bits (--rows int8 or fp8)" in out[at + 5] and len(out) == at + 12
+
+
+def test_an_estimate_knows_that_a_full_lock_by_the_backend_keeps_room_for_all_rows(kvlock, model):
+    sizes = ("--frames", 81, "--height", 480, "--width", 832, "--model", model, "--mask-share", 0.25)
+    where = (*sizes, "--dtype", "bfloat16", "--preset", "full-lock")
+    first = lambda *more: next(line for line in kvlock("estimate", *where, *more)[1] if "--place device" in line)
+    one_row = 3 * 2 * 24 * 2 / 2**20
+    assert f" {24570 * one_row:.1f} MiB on the device" in first()
+    assert f" {32760 * one_row:.1f} MiB on the device" in first("--kernel", "backend")

@@ -30,6 +30,11 @@ def test_bytes_follow_the_formula():
     assert cost(bytes_per_value=4).bytes_background == 2 * cost().bytes_background
 
 
+def test_an_unknown_kernel_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"kernel='taps' is not known; wanted one of 'hooks', 'fused', 'backend'"):
+        cost(kernel="taps")
+
+
 def test_chosen_layers_and_control_blocks_change_the_bytes():
     some = KVLockConfig(layers=(0, 4, 7))
     assert cost(some).bytes_full * 10 == cost().bytes_full

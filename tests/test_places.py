@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import threading
+import warnings
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ import kvlock
 from kvlock import KVLockConfig, Store, places
 from kvlock.adapters.kernels import KERNELS
 from kvlock.cost import ModelSizes, estimate
+from kvlock.locked_layers import AFTER_ROPE
 from kvlock.places import Courier
 from kvlock.step_file import Piece
 from kvlock.store import Rows
@@ -109,6 +111,35 @@ class Watch:
         monkeypatch.setattr(Courier, "_send", counted)
 
 
+def living_bytes() -> int:
+    """Bytes of the storages of all tensors there are."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some modules warn when they are asked what they are
+        tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize(("kernel", "fusion"), [*((kernel, 0.5) for kernel in KERNELS), ("backend", "full")])
+def test_rows_on_the_device_take_the_bytes_of_the_estimate(kernel, fusion):
+    def most(layers: tuple[int, ...]) -> int:
+        """Bytes of all tensors there are, at their most, in a run that locks these layers."""
+        seen: list[int] = []
+        hook = pipe.transformer.blocks[-1].register_forward_hook(lambda *_: seen.append(living_bytes()))
+        locked(pipe, KVLockConfig(kappa=1, window=3, fusion=fusion, layers=layers), kernel=kernel)
+        hook.remove()
+        return max(seen)
+
+    pipe = tiny.pipeline(WanPipeline, layers=4)
+    most((0,))  # what a first run leaves behind
+    few, all_ = most((0,)), most((0, 1, 2, 3))
+    masks, config = tiny.masks(pipe), KVLockConfig(fusion=fusion, layers=(1, 2, 3))
+    rows = {"tokens": masks.num_tokens, "background_rows": masks.background_rows}
+    sizes = ModelSizes.of(pipe.transformer.config)
+    more = estimate(sizes, config, **rows, num_steps=STEPS, bytes_per_value=4, kernel=kernel).bytes_device
+    assert abs(all_ - few - more) <= 0.1 * more
+
+
 @pytest.mark.parametrize(
     ("place", "store"), [("device", Store()), ("host", Store("int8")), ("disk", Store()), ("disk", Store("fp8"))]
 )
@@ -188,7 +219,7 @@ def test_rows_of_another_size_get_room_of_their_own():
     for size in (3, 1, 5):
         shelf.turn_to(0)
         for piece in (value, key):
-            shelf.put(piece, Rows(torch.full((1, size, 2), float(size))))
+            shelf.put(piece, Rows(torch.full((1, size, 2), float(size))), AFTER_ROPE)
         shelf.seal()
         assert torch.equal(shelf.get(key).data, torch.full((1, size, 2), float(size)))
         assert shelf.bytes_kept == 2 * 2 * size * 4

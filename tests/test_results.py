@@ -99,14 +99,23 @@ def test_the_8_bit_scheme_that_the_readme_names_wins_in_every_edit() -> None:
             assert sorted(order, key=lambda rows: -float(getattr(runs[rows], side))) == order
 
 
-@pytest.mark.parametrize("dim", attend.OWN)
-def test_the_own_kernel_is_chosen_only_where_a_row_shows_it_right_and_faster(dim: int) -> None:
-    chosen = [shape for tokens, shape in SHAPES.items() if tokens >= attend.OWN[dim]]
-    assert dim == WAN_1_3B_480P.dim and chosen  # all of these shapes have heads of 128
+def test_the_own_kernel_is_chosen_only_where_a_row_shows_it_right_and_faster() -> None:
+    (line,) = [line for line in attend.TABLE if attend.OWN in line.plain]
+    chosen = [shape for tokens, shape in SHAPES.items() if tokens >= line.tokens]
+    assert (line.capability, line.dim) == (9, WAN_1_3B_480P.dim) and chosen  # all of these shapes have heads of 128
     for shape in chosen:
         own, plain = row("attention", "kvlock sm_90", shape), row("attention", "SDPA cuDNN", shape)
         assert own is not None and plain is not None
         assert float(own.max_error) < 0.01 and float(own.p50) < float(plain.p50)
+
+
+def test_mixing_first_is_chosen_where_rows_show_it_faster_than_the_other_ways() -> None:
+    assert {line.way for line in attend.TABLE} == {attend.LERP_FIRST}
+    for shape in (SHAPES[4096], SHAPES[32760]):
+        ways = ("kvlock", "in loop", "one launch")
+        first, *others = (row("kv_lerp_attention_", way, shape, "int8") for way in ways)
+        assert first is not None
+        assert all(other is not None and float(first.p50) < float(other.p50) for other in others)
 
 
 def test_every_row_says_what_it_was_measured_on() -> None:
@@ -226,3 +235,10 @@ def test_the_noise_of_a_cpu_is_said() -> None:
 
 def own(rows: dict[tuple[str, str, str], Row], key: tuple[str, str, str]) -> float:
     return float(rows[key[0], key[1], "kvlock"].p50)
+
+
+def test_the_first_page_quotes_rows() -> None:
+    mixing, attention = (row(op, "kvlock", SHAPES[32760], "int8") for op in ("kv_lerp_pair_", "kv_lerp_attention_"))
+    assert mixing is not None and attention is not None
+    quoted = f"takes {float(mixing.p50) / 1000:.2f} ms (rows in int8), the attention {float(attention.p50) / 1000:.1f}."
+    assert quoted in " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())

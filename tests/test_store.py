@@ -102,16 +102,21 @@ def test_a_full_lock_by_the_backend_decodes_them(pipes, as_given, store):
     assert 0 < (latents - expected).abs().max() < (expected - plain).abs().max() / 20
 
 
-@pytest.mark.parametrize(("kernel", "store"), [("hooks", Store()), *BOTH], ids=str)
-def test_the_bytes_of_a_step_are_those_of_the_estimate(pipes, kernel, store):
-    config, masks = KVLockConfig(**WINDOW), tiny.masks(pipes["wan"])
+@pytest.mark.parametrize("fusion", ["variance", "full"])
+@pytest.mark.parametrize(("kernel", "store"), [("hooks", Store()), ("backend", Store()), *BOTH], ids=str)
+def test_the_bytes_of_a_step_are_those_of_the_estimate(pipes, kernel, store, fusion):
+    config, masks = KVLockConfig(**WINDOW, fusion=fusion), tiny.masks(pipes["wan"])
     _, trace = locked(pipes["wan"], config, store, kernel)
     sizes = ModelSizes(LAYERS, HEADS, HEAD_DIM, 64)
     rows = {"tokens": masks.num_tokens, "background_rows": masks.background_rows}
-    cost = estimate(sizes, config, **rows, num_steps=STEPS, bytes_per_value=4, store=store)
+    options: dict[str, Any] = {"num_steps": STEPS, "bytes_per_value": 4, "kernel": kernel}
+    cost = estimate(sizes, config, **rows, **options, store=store)
     assert {row["source_bytes"] for row in trace if row["locked"]} == {cost.bytes_kept}
-    full = estimate(sizes, config, **rows, num_steps=STEPS, bytes_per_value=4).bytes_kept
-    assert store == Store() or cost.bytes_kept < full / 2
+    given = estimate(sizes, config, **rows, **options)
+    assert store == Store() or cost.bytes_kept < given.bytes_kept / 2
+    with_room = (kernel, fusion) == ("backend", "full")
+    assert given.bytes_kept == (given.bytes_full if with_room else given.bytes_background)
+    assert given.bytes_recording == given.locked_steps * given.bytes_background
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -120,7 +125,7 @@ def test_packed_rows_go_through_a_regional_fullgraph_compile(kernel):
     expected, _ = locked(tiny.pipeline(WanPipeline), config, store, kernel)
     pipe = tiny.pipeline(WanPipeline)
     torch.compiler.reset()
-    pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
+    pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
     latents, _ = locked(pipe, config, store, kernel)
     torch.testing.assert_close(latents, expected, rtol=1e-5, atol=1e-5)
 

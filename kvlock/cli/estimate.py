@@ -31,6 +31,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     inputs.add_preset_option(parser)
     inputs.add_steps_option(parser)
     inputs.add_guidance_option(parser)
+    inputs.add_kernel_option(parser)
     parser.add_argument("--dtype", choices=("auto", *BYTES), default="auto", help="of the transformer (%(default)s)")
     parser.add_argument("--device", default="auto", help="torch device the edit will run on (%(default)s)")
 
@@ -51,6 +52,7 @@ def run(args: argparse.Namespace) -> None:
     start = model.first_step(args.steps)
     video, tokens, rows = _sizes(args, model, config.dilate_tokens)
     dtype = models.resolve_dtype(args.dtype, args.model, models.resolve_device(args.device).type)
+
     def cost_of(store: Store | None, source: str = "store") -> Cost:
         return estimate(
             model.sizes,
@@ -62,6 +64,7 @@ def run(args: argparse.Namespace) -> None:
             guidance_scale=args.guidance_scale,
             bytes_per_value=BYTES[dtype],
             store=store,
+            kernel=args.kernel,
         )
 
     stored, beside = cost_of(None), cost_of(None, "batch")

@@ -81,7 +81,12 @@ def add_store_options(parser: argparse.ArgumentParser) -> None:
     """The options that say how the source's keys and values are kept, and where the lock acts."""
     rows = ("model", "fp8", "int8")
     parser.add_argument("--rows", choices=rows, default="model", help="dtype of the source's rows (model)")
-    kernels = ("hooks", "fused", "backend")
+    add_kernel_option(parser)
+
+
+def add_kernel_option(parser: argparse.ArgumentParser) -> None:
+    """The option that says where the lock acts."""
+    kernels = ("hooks", "fused", "backend")  # named here, because the others import torch
     parser.add_argument("--kernel", choices=kernels, default="hooks", help="where the lock acts (hooks)")
 
 

@@ -34,31 +34,49 @@ def way_of(monkeypatch: pytest.MonkeyPatch) -> Any:
         gone.append(f"torch {allowed[0].name}")
         return q
 
+    own, rest = attend.TABLE[0]._replace(dim=32, tokens=1000), attend.TABLE[1:]
+    monkeypatch.setattr(attend, "TABLE", (own, *rest))
     monkeypatch.setattr(attend, "attend_in_loop", noted("in loop"))
+    monkeypatch.setattr(attend, "attend_persistently_", lambda q, *args, **options: noted("one launch")(q)[1])
     monkeypatch.setattr(attend, "kv_lerp_pair_", lambda *args, **options: None)
-    monkeypatch.setattr(attend, "OWN", {32: 1000})
     monkeypatch.setattr(hopper, "attention", noted("own kernel"))
     monkeypatch.setattr(attend.F, "scaled_dot_product_attention", torch_attention)
 
-    def call(capability: tuple[int, int], args: list[torch.Tensor], **options: Any) -> str:
+    def call(capability: tuple[int, int], args: list[torch.Tensor], *, inplace: bool = False, **options: Any) -> str:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-        attend.kv_lerp_attention(*args, **({"scale": 0.1} | options))
+        function = attend.kv_lerp_attention_ if inplace else attend.kv_lerp_attention
+        function(*args, **({"scale": 0.1} | options))
+        assert len(gone) == 1
         return gone.pop()
 
     return call
 
 
-def test_many_keys_go_to_the_own_kernel_on_the_gpu_it_is_made_for(way_of: Any) -> None:
+@pytest.mark.parametrize("inplace", [False, True])
+def test_many_keys_go_to_the_own_kernel_on_the_gpu_it_is_made_for(way_of: Any, inplace: bool) -> None:
     q, *rest = arguments(1000)
-    assert way_of((9, 0), [q, *rest]) == "own kernel"
-    assert way_of((9, 0), [q[:, :999], *rest]) == CUDNN
-    assert way_of((9, 0), arguments(999)) == CUDNN
-    assert way_of((9, 0), arguments(1000, dim=64)) == CUDNN
+    assert way_of((9, 0), [q, *rest], inplace=inplace) == "own kernel"
+    assert way_of((9, 0), [q[:, :999], *rest], inplace=inplace) == CUDNN
+    assert way_of((9, 0), arguments(999), inplace=inplace) == CUDNN
+    assert way_of((9, 0), arguments(1000, dim=64), inplace=inplace) == CUDNN
 
 
 def test_torch_is_asked_for_what_is_fastest_on_a_gpu(way_of: Any) -> None:
     assert {way_of(capability, arguments(1000)) for capability in ((8, 0), (8, 9))} == {"torch FLASH_ATTENTION"}
     assert {way_of(capability, arguments(1000)) for capability in ((10, 0), (12, 0))} == {CUDNN}
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_line_of_the_table_sends_a_call_any_way(
+    way_of: Any, monkeypatch: pytest.MonkeyPatch, inplace: bool
+) -> None:
+    from kvlock_kernels._triton import attend
+
+    few = [attend.Choice(8, 32, 0, attend.ONE_LAUNCH, ()), attend.Choice(8, 64, 0, attend.IN_LOOP, ())]
+    monkeypatch.setattr(attend, "TABLE", (*few, *attend.TABLE))
+    assert way_of((8, 0), arguments(dim=32), inplace=inplace) == "one launch"
+    assert way_of((8, 0), arguments(dim=64), inplace=inplace) == "in loop"
+    assert way_of((8, 0), arguments(dim=128), inplace=inplace) == "torch FLASH_ATTENTION"
 
 
 @pytest.mark.parametrize("return_lse", [False, True])
@@ -82,14 +100,34 @@ def test_the_log_sum_exp_comes_from_a_kernel_that_gives_it(way_of: Any) -> None:
 
 
 @pytest.mark.parametrize("implementation", ["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
+@pytest.mark.parametrize("scale", [-3.0, 0.0])
+def test_torch_is_asked_with_a_scale_that_all_its_kernels_take(monkeypatch: pytest.MonkeyPatch, scale: float) -> None:
+    """One that takes the maximum of what it has not yet multiplied would overflow with a negative one."""
+    from kvlock_kernels._triton import attend
+
+    attention = attend.F.scaled_dot_product_attention
+
+    def checked(*args: Any, scale: float) -> torch.Tensor:
+        assert scale >= 0
+        return attention(*args, scale=scale)
+
+    monkeypatch.setattr(attend.F, "scaled_dot_product_attention", checked)
+    args = [x * 4 if x.is_floating_point() and x.ndim == 4 else x for x in arguments()]
+    exact, _ = reference.kv_lerp_attention(*(x.float() if x.is_floating_point() else x for x in args), scale=scale)
+    native, _ = reference.kv_lerp_attention(*args, scale=scale)
+    assert_as_accurate_as_torch(kv_lerp_attention(*args, scale=scale).out, native, exact.double())
+
+
+@pytest.mark.parametrize("implementation", ["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
 @pytest.mark.parametrize("return_lse", [False, True], ids=["out", "lse"])
-@pytest.mark.parametrize("own", [{}, {32: 1}], ids=["torch", "own-kernel"])
+@pytest.mark.parametrize("tokens", [1000, 1], ids=["torch", "own-kernel"])
 def test_keys_and_values_stay_as_they_are(
-    own: dict[int, int], return_lse: bool, monkeypatch: pytest.MonkeyPatch
+    tokens: int, return_lse: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from kvlock_kernels._triton import attend
 
-    monkeypatch.setattr(attend, "OWN", own)
+    line = attend.TABLE[0]._replace(dim=32, tokens=tokens)
+    monkeypatch.setattr(attend, "TABLE", (line, *attend.TABLE[1:]))
     args = arguments()
     before = [arg.clone() for arg in args]
     out = kv_lerp_attention(*args, return_lse=return_lse).out

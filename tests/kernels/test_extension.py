@@ -211,3 +211,15 @@ def test_more_samples_than_a_grid_has_rows_are_served(d: int) -> None:
         expected, source, ratio = x.clone(), normal(70000, 1, 1, d, seed=1), torch.full((70000,), 0.3)
         reference.kv_lerp_(expected, source, index, ratio)
         assert_same(kv_lerp_(x, source, index, ratio), expected)
+
+
+@pytest.mark.parametrize("dtype", STORAGE, ids=str)
+def test_several_threads_give_the_bits_of_one(dtype: torch.dtype) -> None:
+    """Enough tokens for each of four threads, and not the same number for all."""
+    x, index = normal(2, 4001, 12, 16), scattered(4001, 3001)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        assert_packs_as_the_reference(x, index, dtype, None)
+    finally:
+        torch.set_num_threads(before)

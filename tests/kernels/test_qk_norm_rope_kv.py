@@ -21,7 +21,7 @@ from kvlock_kernels import kv_lerp_, pack_kv, qk_norm_rope_kv_lerp_, qk_norm_rop
 EACH_IMPLEMENTATION = True
 
 EPS = 1e-6
-REGIMES = STREAMING | {"dim": (24, 32, 64, 128), "heads": (1, 2)}  # three heads, and their odd width, further down
+REGIMES = STREAMING | {"dim": (24, 32, 64, 128), "heads": (1, 2)}  # odd widths and wide heads come further down
 RECORDED = {name: REGIMES[name] for name in ("tokens", "dim", "heads", "share", "dtype")}
 RECORDED |= {"source": [kind for kind in STREAMING["source"] if not kind[1]], "samples": ((1, 1), (2, 2))}
 INT8, FP8 = torch.int8, torch.float8_e4m3fn
@@ -35,6 +35,7 @@ SHAPES = {
     "B2-N130-H3-D24-odd-heads-D-below-64": (2, 2, 130, 130, 3, 24),
     "B2-N1-H4-D64-one-token": (2, 1, 1, 1, 4, 64),
     "B1-N3-H40-D128-sixteen-warps": (1, 1, 3, 2, 40, 128),
+    "B1-N5-H3-D256-the-largest-heads": (1, 1, 5, 3, 3, 256),
 }
 each_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 
