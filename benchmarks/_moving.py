@@ -20,9 +20,9 @@ def counted() -> Iterator[Moved]:
     """Inside, whatever is put on a shelf, or sent from one to the device, is counted."""
     moved, put, send = Moved(), Shelf.put, Courier._send
 
-    def counted_put(shelf: Shelf, piece: Any, rows: Rows) -> None:
+    def counted_put(shelf: Shelf, piece: Any, rows: Rows, *more: Any) -> None:
         moved.bytes += rows.bytes_kept
-        put(shelf, piece, rows)
+        put(shelf, piece, rows, *more)
 
     def counted_send(courier: Courier, layer: Any, source: dict[str, Rows], kept: Any) -> None:
         moved.bytes += sum(rows.bytes_kept for rows in source.values())
