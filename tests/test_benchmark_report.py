@@ -1,13 +1,16 @@
 """The tables of measurements, on files of rows with more runs or another GPU than those committed."""
 
 import csv
+import shlex
 from pathlib import Path
 
 import pytest
 
+from benchmarks import __main__ as runner
 from benchmarks import _edit_rows, _gpu_tables, report, roofline
 from benchmarks._edit_rows import EditRow
 from benchmarks._harness import Results, Row, read
+from benchmarks.edit import MODES
 
 ROWS = read(report.H100)
 with _edit_rows.beside(report.H100).open(newline="", encoding="utf-8") as _file:
@@ -59,6 +62,25 @@ def test_a_second_run_takes_the_place_of_the_first_with_its_own_plain_row(tmp_pa
     assert "a whole edit: store, fused | 1.28 s a step" in after["cost"]  # of the first run, both
     assert "5.19 ms; cuDNN 5.63 ms | 10.47 ms | **2.02**; over cuDNN 1.86" in after["cost"]
     assert "1.16 (`fused`) to 1.50 (`hooks`)" in after["cost"]
+
+
+def test_each_command_of_the_first_table_measures_its_rows_and_little_else() -> None:
+    lines = [line.split(" | ") for line in report.ON_A_GPU["cost"](report.H100).splitlines() if "`python" in line]
+    assert len(lines) == 6
+    for title, *_, command in lines:
+        words = shlex.split(command.split("`")[1])
+        only = words[words.index("--only") + 1]
+        if "benchmarks.edit" in words:
+            assert [f"| a whole edit: {mode}" for mode in MODES if only in mode] == [title]
+            continue
+        cases = [case.short() for case in runner.CASES if only in case.label and case.core]
+        rows = {(case.op, case.shape.name, p.name) for case in cases for p in case.providers}
+        wanted = {(_gpu_tables.PASS, "wan-1.3b-480p", "kvlock")}
+        if "attention" in title:
+            shape = "wan-1.3b-480p" if "32760" in title else "small-h12"
+            names = {"SDPA cuDNN", "kvlock sm_90"}
+            wanted = {("kv_lerp_attention_", shape, "kvlock"), *(("attention", shape, name) for name in names)}
+        assert wanted <= rows and sum(len(case.providers) for case in cases) <= 20
 
 
 def test_no_ratio_is_made_of_two_runs(tmp_path: Path, core: list[Row]) -> None:
