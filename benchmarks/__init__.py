@@ -1,1 +1,1 @@
-"""Benchmarks of the operators on a GPU, one file per operator, and what their kernels compile to without one."""
+"""Benchmarks of the operators on a GPU and on one core of a CPU, of whole edits, and of what kernels compile to."""

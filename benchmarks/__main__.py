@@ -18,7 +18,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code: 2 where a GPU is asked for and there is none."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--gpu", action="store_true", help="measure on the first CUDA GPU")
-    parser.add_argument("--core", action="store_true", help="the short run, of about 40 rows, marked in the list")
+    parser.add_argument("--core", action="store_true", help="the core, about 40 rows, marked in the list")
     parser.add_argument("--only", metavar="NAME", default="", help="cases whose line in the list has NAME in it")
     parser.add_argument("--by", metavar="NAME", default="", help="providers whose name has NAME in it")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", metavar="DIR")
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
 def describe(case: Case) -> str:
     """One line: the case, its bytes or FLOP, the prediction for the GPU of the targets and who computes it.
 
-    A star marks who belongs to the short run.
+    A star marks who belongs to the core.
     """
     work = case.work(case.shape)
     providers = ", ".join(provider.name + "*" * (provider.name in case.core) for provider in case.providers)
@@ -58,7 +58,7 @@ def describe(case: Case) -> str:
 def measure(cases: list[Case], out: Path, commit: str | None) -> None:
     """Measures, writes and draws the cases; what a cut run has measured stays."""
     machine = Machine(commit)
-    path = out / f"{'-'.join(machine.gpu.lower().split())}.csv"
+    path = out / machine.file
     with Results(path) as results:
         row, copy = copy_row(machine)
         results.write(row)

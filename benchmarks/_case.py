@@ -155,7 +155,7 @@ class Case:
     check: Callable[[Inputs, Outputs], Check]  # from untouched inputs and the result for them
     providers: tuple[Provider, ...]
     first: Callable[[Shape], Traffic] | None = None  # what moves before the products of `work`
-    core: tuple[str, ...] = ()  # its providers in the short run
+    core: tuple[str, ...] = ()  # its providers in the core
     offline: bool = False  # of the table of compiled kernels
     archs: tuple[int, ...] = (80, 89, 90)  # what it is compiled for there
     wide: bool = True  # its threads load and store 128 bits; not a few numbers, nor by the tensor memory accelerator
@@ -170,7 +170,7 @@ class Case:
         return dataclasses.replace(self, providers=tuple(p for p in self.providers if name in p.name))
 
     def short(self) -> "Case":
-        """The case with its providers in the short run."""
+        """The case with its providers in the core."""
         return dataclasses.replace(self, providers=tuple(p for p in self.providers if p.name in self.core))
 
     @property
@@ -184,26 +184,32 @@ def ours(op: str) -> Provider:
     return Provider("kvlock", lambda inputs: outputs(function(**inputs)), library="kvlock")
 
 
-def served_by_triton(op: str) -> Provider:
-    """The operator's Triton kernel, whatever else serves the operator."""
+def served_by_triton(op: str, *changed: str) -> Provider:
+    """The operator's Triton kernel, whatever else serves the operator; `changed` as in `formula`."""
 
     def run(inputs: Inputs) -> Outputs:
-        return outputs(_cuda.launchers()[op](**inputs))
+        return outputs(_cuda.launchers()[op](**inputs)) + tuple(inputs[name] for name in changed)
 
     return Provider("Triton", run, needs_gpu=True)
 
 
-def served_by_extension(op: str) -> Provider:
-    """The operator, where the extension has code for it on this GPU; an error elsewhere."""
-    function = getattr(kvlock_kernels, op)
+def served_by_extension(op: str, *changed: str) -> Provider:
+    """The operator without the checks of its public face, where the extension has code for it on this GPU.
+
+    Elsewhere `prepare`, which is not timed, raises.
+    """
+    function = getattr(torch.ops.kvlock_kernels, op)
+
+    def served(inputs: Inputs) -> Inputs:
+        by = info.on_cuda(op, 0)
+        if not by.startswith("extension"):
+            raise RuntimeError(f"not served by the extension: {by}")
+        return inputs
 
     def run(inputs: Inputs) -> Outputs:
-        served = info.on_cuda(op, 0)
-        if not served.startswith("extension"):
-            raise RuntimeError(f"not served by the extension: {served}")
-        return outputs(function(**inputs))
+        return outputs(function(**inputs)) + tuple(inputs[name] for name in changed)
 
-    return Provider("C++", run, needs_gpu=True)
+    return Provider("C++", run, prepare=served, needs_gpu=True)
 
 
 def formula(function: Callable[..., Any], *changed: str) -> tuple[Provider, Provider]:

@@ -165,10 +165,11 @@ def copy_row(machine: Machine, device: str = "cuda") -> tuple[Row, float]:
     for buffers in sets:
         buffers["from"] = torch.randint_like(buffers["to"], 256)
     timing = measure(lambda buffers: buffers["to"].copy_(buffers["from"]), sets)
+    memory = _given_back(machine, sets)
     rate = 2 * COPY_BYTES / timing.p50 * 1e6
     work = Traffic(COPY_BYTES, ((1, "read"), (1, "written")))
     row = Row("copy", "torch", f"{COPY_BYTES} bytes", "uint8", "", "", "ok", **_timed(timing, work, Ceilings(rate)))
-    return row._replace(work_formula=work.formula, **machine.memory(), **machine.now()), rate
+    return row._replace(work_formula=work.formula, **memory, **machine.now()), rate
 
 
 def matmul_row(machine: Machine, device: str = "cuda") -> tuple[Row, float]:
@@ -176,11 +177,20 @@ def matmul_row(machine: Machine, device: str = "cuda") -> tuple[Row, float]:
     n = MATMUL_SIDE
     sets = [{f"{i}": normal(n, n, device=device, seed=2 * seed + i) for i in range(2)} for seed in range(3)]
     timing = measure(lambda matrices: matrices["0"] @ matrices["1"], sets)
+    memory = _given_back(machine, sets)
     work = Products(2.0 * n**3, "2 N^3")
     rate = work.amount / timing.p50 * 1e6
     columns = _timed(timing, work, Ceilings(math.nan, rate))
     row = Row("matmul", "torch", f"{n} x {n} x {n}", "bf16", "", "", "ok", **columns)
-    return row._replace(work_formula=work.formula, **machine.memory(), **machine.now()), rate
+    return row._replace(work_formula=work.formula, **memory, **machine.now()), rate
+
+
+def _given_back(machine: Machine, sets: list[Inputs]) -> dict[str, str]:
+    """The column of device memory with these inputs; then they are gone, also from the allocator's cache."""
+    memory = machine.memory()
+    sets.clear()
+    torch.cuda.empty_cache()
+    return memory
 
 
 def rows(cases: Iterable[Case], machine: Machine, ceilings: Ceilings, device: str = "cuda") -> Iterator[Row]:

@@ -1,6 +1,7 @@
-"""The GPU of a row and the software on it, as its columns say them."""
+"""The GPU of a row, or the processor, and the software on it, as its columns say them."""
 
 import datetime
+import re
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -12,14 +13,20 @@ from kvlock_kernels import info
 
 
 class Machine:
-    """What a row says of the GPU and of the software; nvidia-ml-py adds driver, clocks and power."""
+    """What a row says of the device and of the software; nvidia-ml-py adds a GPU's driver, clocks and power."""
 
-    def __init__(self, commit: str | None) -> None:
+    def __init__(self, commit: str | None, device: str = "cuda") -> None:
+        self._versions = {"torch": torch.__version__, "commit": commit or checkout()}
+        self._nvml, self._handle = None, None
+        if device == "cpu":
+            threads = torch.get_num_threads()
+            self.name, cores = processor(), "one thread" if threads == 1 else f"{threads} threads"
+            self.gpu = f"{self.name}, {cores}"
+            return
         import triton
 
-        self.gpu = torch.cuda.get_device_name(0)
-        self._versions = {"torch": torch.__version__, "triton": triton.__version__, "commit": commit or checkout()}
-        self._nvml, self._handle = None, None
+        self.name = self.gpu = torch.cuda.get_device_name(0)
+        self._versions["triton"] = triton.__version__
         try:
             import pynvml
 
@@ -28,6 +35,11 @@ class Machine:
             self._nvml = pynvml
         except Exception:  # not installed, or no such library on this machine: its columns stay blank
             pass
+
+    @property
+    def file(self) -> str:
+        """The name of its file of results."""
+        return "-".join(re.findall(r"[a-z0-9]+", self.name.lower())) + ".csv"
 
     def memory(self) -> dict[str, str]:
         """The column of device memory: what all processes use now, the cache of torch's allocator included."""
@@ -67,6 +79,15 @@ def checkout() -> str:
         return git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
         return ""
+
+
+def processor() -> str:
+    """The processor's name for itself, where Linux tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return "unknown processor"
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown processor")
 
 
 def library(case: Case, provider: Provider) -> str:

@@ -226,7 +226,7 @@ def read(path: Path) -> list[AccuracyRow]:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__)
     parser.add_argument("--edits", type=int, default=8)
-    parser.add_argument("--bfloat16", type=int, default=2, help="how many of them in bfloat16 too, which is slow")
+    parser.add_argument("--bfloat16", type=int, default=3, help="how many of them in bfloat16 too, which is slow")
     parser.add_argument("--first", type=int, default=scenes.HELD_OUT, help="seed of the first edit")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--out", type=Path, metavar="DIR", help="add to DIR/accuracy-miniature.csv")

@@ -1,6 +1,7 @@
 """Attention to mixed keys and values, each way of it, beside plain attention."""
 
 import functools
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -36,6 +37,7 @@ SHORT = (SMALL_H12, WAN_1_3B_480P)
 CORE = {(shape, torch.int8): ("kvlock", "kv_lerp_pair_ + cuDNN", "torch.compile + cuDNN") for shape in SHORT} | {
     (WAN_1_3B_480P, torch.bfloat16): ("kvlock", "torch.lerp + cuDNN")
 }
+OWN_FROM = {128: 32760}  # tokens from which the operator takes the kernel of this package on sm_90, by D
 CHECKED = 64  # queries of each head that are checked: fp64 scores of all of them do not fit a GPU
 
 
@@ -97,8 +99,12 @@ def persistent(**inputs: Any) -> Tensor:
     return attend_persistently_(**inputs)
 
 
+def serving(shape: Shape) -> str:
+    """The provider of plain attention whose kernel the operator calls on sm_90."""
+    return "kvlock sm_90" if shape.tokens >= OWN_FROM.get(shape.dim, math.inf) else FORCED
+
+
 WAYS = (
-    ours("kv_lerp_attention_")._replace(over=FORCED),
     launcher("in loop", in_loop, over="kvlock in loop, no rows"),
     launcher("one launch", persistent, over="one launch, no rows"),
 )
@@ -156,7 +162,8 @@ def plain_case(shape: Shape) -> Case:
 
 def case(shape: Shape, source: torch.dtype, share: float = SHARE, ratio: float = RATIO) -> Case:
     setting: dict[str, Any] = {"source": source, "share": share, "ratio": ratio}
-    providers = [*WAYS, by_operator(), by_compiled_formula()]
+    own = ours("kv_lerp_attention_")._replace(over=serving(shape))
+    providers = [own, *WAYS, by_operator(), by_compiled_formula()]
     if source == torch.bfloat16 and 0 < ratio < 1:  # torch.lerp does not know the ends
         providers.append(by_torch_lerp(ratio))
     short = shape in SHORT and (share, ratio) == (SHARE, RATIO)

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from benchmarks._harness import Results, Row
-from benchmarks._machine import checkout
+from benchmarks._machine import checkout, processor
+from benchmarks.packing import CPU_TARGETS
 
 COPY_BYTES = 2**25
 COPIES = 20
@@ -65,17 +66,16 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         name = " ".join(filter(None, (row.op, row.source, row.setting, row.provider)))
         share = f", {row.share_of_copy} of memcpy" if row.share_of_copy else ""
         served = f" ({row.library})" if row.library else ""
-        terminalreporter.write_line(f"{name}{served}: {row.rate} {row.rate_unit}{share}")
+        terminalreporter.write_line(f"{name}{served}: {row.rate} {row.rate_unit}{share}{against_target(row)}")
     if path := config.getoption("--csv"):
         with Results(path) as results:
             for row in rows:
                 results.write(row._replace(**config.stash[MACHINE]))
 
 
-def processor() -> str:
-    """The processor's name for itself, where Linux tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return "unknown processor"
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown processor")
+def against_target(row: Row) -> str:
+    """Whether a row of this package meets the target of its operator, where there is one."""
+    target = CPU_TARGETS.get((row.op, row.source))
+    if target is None or row.provider != "kvlock":
+        return ""
+    return f", target {target:g}: {'met' if float(row.share_of_copy) >= target else 'missed'}"

@@ -7,13 +7,15 @@ rows in bf16 on the device, needs some 60 GB there.
 
 import argparse
 import contextlib
+import csv
+import gc
 import itertools
 import math
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +24,11 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import kvlock
+from benchmarks._edit_rows import MEASURED, PIPELINE, EditRow
 from benchmarks._edits import SHAPES, Edit, miniature, wan
-from benchmarks._harness import Machine, Results
+from benchmarks._harness import Results
+from benchmarks._machine import Machine
+from benchmarks._moving import counted
 from kvlock import KVLockConfig, Store
 
 STEPS, LOCKED = 5, 3  # the first of each kind warms up
@@ -59,70 +64,40 @@ MODES = {
 }
 
 
-class EditRow(NamedTuple):
-    """One line of results; text, because what was not measured stays blank."""
-
-    model: str
-    mode: str
-    dtype: str
-    tokens: str
-    background: str  # tokens
-    step_s: str  # median of the steps without a lock
-    locked_step_s: str  # median of those with one; blank where there is none
-    locked_ratio: str  # to a step of the plain pipeline
-    edit_ratio: str  # of an edit with KAPPA of its steps locked, from the two medians
-    forwards: str  # of the last step
-    source_gib: str  # keys and values that it keeps
-    moved_gib: str  # of them to and from the host or the disk, in a locked step
-    peak_gib: str  # device memory of the run
-    host_gib: str  # memory of the process, at its highest in the run
-    difference: str  # largest, of the final latents, to those of the hooks, or of preset plain to the plain pipeline
-    note: str = ""  # where a target was missed: what a step spends its time on
-    gpu: str = ""
-    driver: str = ""
-    sm_mhz: str = ""
-    memory_mhz: str = ""
-    power_w: str = ""
-    torch: str = ""
-    triton: str = ""
-    commit: str = ""
-    date: str = ""
-
-
-MEASURED = EditRow._fields.index("note")  # columns that say what was measured, and not on what
-
-
 class Steps(NamedTuple):
     """What one run of the pipeline took and gave."""
 
     seconds: list[float]
     latents: Tensor
-    peak: int  # bytes
+    peak: int  # bytes on a GPU, or 0 without one
     host: int  # bytes, or 0 where the system does not say
+    moved: int  # bytes of source rows in the last step, to their place and from it
 
 
 def run(edit: Edit, device: str) -> Steps:
     """One edit; the host waits after each step, which the pipeline alone would not do."""
     on_gpu = device.startswith("cuda")
     synchronize: Callable[[], None] = torch.cuda.synchronize if on_gpu else lambda: None
-    ends = []
+    ends, moved_by = [], []
 
     def step_end(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         synchronize()
         ends.append(time.perf_counter())
+        moved_by.append(moved.bytes)
         return {}
 
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     _forget_host_peak()
     edit.pipe.set_progress_bar_config(disable=True)
-    latents = edit.pipe(
-        **edit.arguments, num_inference_steps=STEPS, guidance_scale=5.0, output_type="latent",
-        generator=torch.Generator(device).manual_seed(0), callback_on_step_end=step_end,
-    ).frames  # fmt: skip
+    with counted() as moved:
+        latents = edit.pipe(
+            **edit.arguments, num_inference_steps=STEPS, guidance_scale=5.0, output_type="latent",
+            generator=torch.Generator(device).manual_seed(0), callback_on_step_end=step_end,
+        ).frames  # fmt: skip
     seconds = [end - start for start, end in itertools.pairwise(ends)]  # without the first step
     peak = torch.cuda.max_memory_allocated() if on_gpu else 0
-    return Steps(seconds, latents.float().cpu(), peak, _host_peak())
+    return Steps(seconds, latents.float().cpu(), peak, _host_peak(), moved_by[-1] - moved_by[-2])
 
 
 def _forget_host_peak() -> None:
@@ -139,24 +114,40 @@ def _host_peak() -> int:
     return next((1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")), 0)
 
 
-def measure(edit: Edit, device: str, modes: dict[str, Mode]) -> list[EditRow]:
-    """The plain pipeline, then every mode."""
+def measure(edit: Edit, device: str, modes: dict[str, Mode], machine: Machine) -> Iterator[EditRow]:
+    """The plain pipeline, then every mode, each as soon as it is measured; one that fails does not end the run."""
     plain = run(edit, device)
     step = statistics.median(plain.seconds)
-    rows = [_row(edit, "pipeline", Mode(kvlock.preset("plain")), plain, step, None, None)]
+    yield _row(edit, PIPELINE, Mode(kvlock.preset("plain")), plain, step, None, None)._replace(**machine.now())
     hooks: Tensor | None = None
     for name, mode in modes.items():
-        steps, trace = locked(edit, device, mode)
-        if name == "store, hooks":
-            hooks = steps.latents
-        other = plain.latents if name == "preset plain" else None if "full" in name else hooks
-        difference = None if other is None else (steps.latents - other).abs().max().item()
-        row = _row(edit, name, mode, steps, step, difference, trace)
-        if float(row.edit_ratio) > mode.target:
-            row = row._replace(note=f"target {mode.target}; {profiled(edit, device, mode)}")
-        rows.append(row)
-        print(*rows[-1][:MEASURED], sep=", ", flush=True)
-    return rows
+        try:
+            steps, trace = locked(edit, device, mode)
+        except Exception as error:
+            row = _blank(edit, name)._replace(note=f"failed: {_said(error)}", **machine.now())
+        else:
+            if name == "store, hooks":
+                hooks = steps.latents
+            other = plain.latents if name == "preset plain" else None if "full" in name else hooks
+            difference = None if other is None else (steps.latents - other).abs().max().item()
+            row = _row(edit, name, mode, steps, step, difference, trace)._replace(**machine.now())
+            if float(row.edit_ratio) > mode.target:
+                row = row._replace(note=f"target {mode.target}; {_profile(edit, device, mode)}")
+        yield row
+        gc.collect()  # what an error has left
+        if device.startswith("cuda"):
+            torch.cuda.empty_cache()
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _profile(edit: Edit, device: str, mode: Mode) -> str:
+    try:
+        return profiled(edit, device, mode)
+    except Exception as error:  # the times are measured all the same
+        return f"not profiled: {_said(error)}"
 
 
 def locked(edit: Edit, device: str, mode: Mode) -> tuple[Steps, list[dict[str, Any]]]:
@@ -187,6 +178,14 @@ def profiled(edit: Edit, device: str, mode: Mode) -> str:
     return ", ".join(f"{key[:60]} {spent[key] / whole:.0%}" for key in largest)
 
 
+def _blank(edit: Edit, name: str) -> EditRow:
+    """What is known without a measurement."""
+    return EditRow(
+        edit.model, name, str(edit.pipe.transformer.dtype).removeprefix("torch."), str(edit.masks.num_tokens),
+        str(len(edit.masks.index)), *[""] * (MEASURED - 5),
+    )  # fmt: skip
+
+
 def _row(
     edit: Edit,
     name: str,
@@ -197,14 +196,12 @@ def _row(
     trace: list[dict[str, Any]] | None,
 ) -> EditRow:
     """`step`: seconds of a step of the plain pipeline, which has no trace."""
-    last = trace[-1] if trace else {"forwards": 2, "source_bytes": 0, "locked": False}
+    last = trace[-1] if trace else {"forwards": 2, "source_bytes": 0}
     locks = bool(trace) and mode.config.locks
-    transits = 2 if mode.recorded else 3 if mode.store.place != "device" else 0  # read for each branch, written once
-    row = EditRow(
-        edit.model, name, str(edit.pipe.transformer.dtype).removeprefix("torch."), str(edit.masks.num_tokens),
-        str(len(edit.masks.index)), "", "", "", "", str(last["forwards"]), f"{last['source_bytes'] / 2**30:.3f}",
-        f"{transits * last['source_bytes'] / 2**30:.3f}", f"{steps.peak / 2**30:.2f}", f"{steps.host / 2**30:.2f}",
-        "" if difference is None else f"{difference:.3g}",
+    row = _blank(edit, name)._replace(
+        forwards=str(last["forwards"]), source_gib=_gib(last["source_bytes"]), moved_gib=_gib(steps.moved),
+        peak_gib=_gib(steps.peak) if steps.peak else "", host_gib=_gib(steps.host) if steps.host else "",
+        difference="" if difference is None else f"{difference:.3g}",
     )  # fmt: skip
     if not locks:
         each = statistics.median(steps.seconds)
@@ -217,30 +214,41 @@ def _row(
     )  # fmt: skip
 
 
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.4g}"
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 2 where a GPU is asked for and there is none."""
+    """Returns the exit code: 1 where a mode failed, 2 where a GPU is asked for and there is none."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.edit", description=__doc__)
     parser.add_argument("--gpu", action="store_true", help="Wan's shape on the first CUDA GPU")
     parser.add_argument("--shape", choices=SHAPES, default="1.3b", help="with --gpu (%(default)s)")
     parser.add_argument("--only", metavar="NAME", default="", help="modes that have NAME in them")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write DIR/edit-<gpu>.csv")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="add to DIR/edit-<gpu or processor>.csv")
     parser.add_argument("--commit", help="what was measured, where this is no git checkout")
     options = parser.parse_args(arguments)
+    modes = {name: mode for name, mode in MODES.items() if options.only in name}
+    if not modes:
+        parser.error(f"no mode has {options.only!r} in its name; there are {'; '.join(MODES)}")
     if options.gpu and not torch.cuda.is_available():
         print("python -m benchmarks.edit --gpu needs a CUDA GPU, and torch sees none", file=sys.stderr)
         return 2
     device = "cuda" if options.gpu else "cpu"
-    with torch.no_grad():
+    machine, said, failed = Machine(options.commit, device), csv.writer(sys.stdout), False
+    said.writerow(EditRow._fields[: MEASURED + 1])  # with the note
+    with contextlib.ExitStack() as files:
+        results: Results | None = None
+        if options.out:
+            results = files.enter_context(Results(options.out / f"edit-{machine.file}", EditRow._fields))
+        files.enter_context(torch.no_grad())
         edit = wan(device, options.shape) if options.gpu else miniature(device)
-        rows = measure(edit, device, {name: mode for name, mode in MODES.items() if options.only in name})
-    print(*EditRow._fields[:MEASURED], sep=", ")
-    print(*(", ".join(row[:MEASURED]) for row in rows), sep="\n")
-    if options.out:
-        machine = Machine(options.commit)
-        with Results(options.out / f"edit-{'-'.join(machine.gpu.lower().split())}.csv", EditRow._fields) as results:
-            for row in rows:
-                results.write(row._replace(**machine.now()))
-    return 0
+        for row in measure(edit, device, modes, machine):
+            if results:
+                results.write(row)
+            said.writerow(row[: MEASURED + 1])
+            sys.stdout.flush()
+            failed |= not row.step_s
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from benchmarks import growth, roofline
+from benchmarks import _edit_rows, growth, roofline
 from benchmarks._case import RATES, WAN_1_3B_480P, Rates, rates
 from benchmarks._harness import read
 from benchmarks._model import predict
@@ -25,21 +25,19 @@ def draw(path: Path) -> list[Path]:
     gpu = next((name for row in read(path) if rates(name := row.gpu)), None)
     if gpu is None:
         return []
-    assumed, lines = RATES[next(name for name in RATES if gpu.startswith(name))], latest(roofline.measured(path))
+    assumed = RATES[next(name for name in RATES if gpu.startswith(name))]
+    measured = roofline.measured(path)
+    lines = roofline.latest(measured)
+    edits = [edited.row for edited in _edit_rows.latest(_edit_rows.beside(path))]
     figures = {
         "limit": limit(lines, assumed, gpu),
         "attention": attention(lines, assumed, gpu),
-        "growth": growth.figure(lines, growth.edits(path), assumed, gpu),
+        "growth": growth.figure(measured, edits, assumed, gpu),
     }
     pictures = {path.with_name(f"{path.stem}-{name}.png"): figure for name, figure in figures.items()}
     for picture, figure in pictures.items():
         figure.savefig(picture, dpi=100)
     return [*pictures]
-
-
-def latest(lines: list[Line]) -> list[Line]:
-    """The last measurement of each row, in the order of the first."""
-    return [*{line[:5]: line for line in lines}.values()]
 
 
 def limit(lines: list[Line], gpu: Rates, name: str) -> Figure:
@@ -55,13 +53,12 @@ def limit(lines: list[Line], gpu: Rates, name: str) -> Figure:
     colours = [ORANGE if line.provider in OURS else BLUE for line, _ in bars]
     axes.barh(range(len(bars)), [100 * least / (line.measured or 1) for line, least in bars], color=colours)
     predicted = [100 * least / line.prediction.us for line, least in bars]
-    axes.plot(predicted, range(len(bars)), "|", color="black", markersize=8, label="predicted")
+    axes.plot(predicted, range(len(bars)), "|", color="black", markersize=8)
     axes.set_yticks(range(len(bars)), [label(line) for line, _ in bars], fontsize=6)
     axes.set_ylim(len(bars) - 0.4, -0.6)
     axes.set_xlim(0, 105)
     axes.set_xlabel(f"limit over time (%): {gpu.bandwidth / 1e12:g} TB/s, {gpu.products / 1e12:g} TFLOP/s")
-    axes.set_title(f"{WAN_1_3B_480P.name}, {name}; orange: this package", fontsize=9, loc="left")
-    axes.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2)
+    axes.set_title(f"{WAN_1_3B_480P.name}, {name}; orange: this package; |: predicted", fontsize=9, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 

@@ -1,15 +1,14 @@
 """How the cost of the lock grows with tokens, layers, background and kappa: predicted lines, and what was measured."""
 
-import csv
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks import attention, roofline
-from benchmarks._case import NAMES, WAN_1_3B_480P, Rates, Shape
+from benchmarks._case import NAMES, WAN_1_3B_480P, Rates, Shape, background_rows
+from benchmarks._edit_rows import EditRow
 from benchmarks._model import predict
 from benchmarks.lerp import RATIO, SHARE, traffic
 from benchmarks.roofline import Line
@@ -24,20 +23,9 @@ TOKENS = [2048 * 2**step for step in range(6)]
 SHARES = [step / 20 for step in range(1, 21)]
 KAPPAS = [step / 10 for step in range(1, 11)]
 
-Edits = Sequence[dict[str, str]]  # rows of whole edits
-
-
-def edits(path: Path) -> Edits:
-    """The edits measured on the GPU of this file of results, if there are any."""
-    other = path.with_name(f"edit-{path.name}")
-    if not other.exists():
-        return ()
-    with other.open(newline="", encoding="utf-8") as file:
-        return [*csv.DictReader(file)]
-
-
-def figure(lines: list[Line], rows: Edits, gpu: Rates, name: str) -> Figure:
+def figure(lines: list[Line], edits: Sequence[EditRow], gpu: Rates, name: str) -> Figure:
     """Four panels, each with the rest as it is for Wan2.1-1.3B at 832x480 and 81 frames."""
+    rows = [edit for edit in edits if edit.model == "wan-1.3b, random"]
     drawing = Figure(figsize=(9, 6.4), layout="constrained")
     drawing.suptitle(f"Lines are predicted; points are measured on {name}", fontsize=9)
     tokens, share, layers, kappa = drawing.subplots(2, 2).flat
@@ -53,7 +41,7 @@ def figure(lines: list[Line], rows: Edits, gpu: Rates, name: str) -> Figure:
 
 
 def over_tokens(axes: Axes, lines: list[Line], gpu: Rates) -> None:
-    """Locked attention over plain attention by cuDNN."""
+    """Locked attention over plain attention by the kernel that serves it."""
     for source, colour in STORED.items():
         times = []
         for n in TOKENS:
@@ -61,21 +49,22 @@ def over_tokens(axes: Axes, lines: list[Line], gpu: Rates) -> None:
             case, plain = attention.case(shape, source), attention.plain_case(shape)
             times.append(predict(case, "kvlock", gpu).us / predict(plain, "SDPA cuDNN", gpu).us)
         axes.plot(TOKENS, times, color=colour, linewidth=1.2, label=f"predicted, rows in {NAMES[source]}")
-    plain_times = {line.shape: line.measured for line in lines if line[:2] == ("attention", "SDPA cuDNN")}
     for source, colour in STORED.items():
         points = []
-        for line in lines:
+        for line in roofline.latest(lines):
             case_ = roofline.BY_KEY.get((line.op, line.shape, line.source, line.setting))
-            named = line[:2] == ("kv_lerp_attention_", "kvlock") and line.source == NAMES[source]
-            if case_ is not None and named and plain_times.get(line.shape):
-                points.append((case_.shape.tokens, (line.measured or 0) / (plain_times[line.shape] or 1)))
+            if case_ is None or line[:2] != ("kv_lerp_attention_", "kvlock") or line.source != NAMES[source]:
+                continue
+            alone = roofline.beside(lines, line, "attention", attention.serving(case_.shape), "", "no rows")
+            if alone is not None:
+                points.append((case_.shape.tokens, (line.measured or 0) / (alone.measured or 1)))
         _points(axes, points, colour, f"measured, {NAMES[source]}")
     axes.axhline(1, color=GREY, linewidth=0.8)
     axes.set_xscale("log")
     axes.set_xticks(TOKENS, [str(n) for n in TOKENS], fontsize=7)
     axes.minorticks_off()
     axes.set_xlabel("tokens")
-    axes.set_ylabel("attention, locked / plain cuDNN")
+    axes.set_ylabel("attention, locked / plain, same kernel")
 
 
 def over_share(axes: Axes, lines: list[Line], gpu: Rates) -> None:
@@ -87,48 +76,51 @@ def over_share(axes: Axes, lines: list[Line], gpu: Rates) -> None:
         ]
         axes.plot(SHARES, times, color=colour, linewidth=1.2, label=f"predicted, rows in {NAMES[source]}")
         wanted = ("kv_lerp_pair_", "kvlock", WAN_1_3B_480P.name, NAMES[source])
-        points = [(SHARE, line.measured or 0) for line in lines if line[:4] == wanted]
+        points = [(SHARE, line.measured or 0) for line in roofline.latest(lines) if line[:4] == wanted]
         _points(axes, points, colour, f"measured, {NAMES[source]}")
     axes.set_ylim(bottom=0)
     axes.set_xlabel("background share")
     axes.set_ylabel("kv_lerp_pair_, one layer (us)")
 
 
-def over_layers(axes: Axes, rows: Edits) -> None:
+def over_layers(axes: Axes, rows: Sequence[EditRow]) -> None:
     """Keys and values that an edit keeps."""
-    background, tokens = 25515, WAN_1_3B_480P.tokens
+    tokens, background = sizes(rows)
     counts = range(1, WAN_1_3B.layers + 1)
     for name, store, colour in (("bf16", Store(), BLUE), ("int8", Store("int8"), ORANGE)):
         kept = [
             cost(KVLockConfig(layers=tuple(range(n))), tokens, background, store).bytes_kept / 2**30 for n in counts
         ]
         axes.plot(counts, kept, color=colour, linewidth=1.2, label=f"predicted, rows in {name}")
-    points = [
-        (WAN_1_3B.layers, float(row["source_gib"]))
-        for row in rows
-        if row["mode"] == "store, hooks" and row["background"] == str(background)
-    ]
+    points = [(WAN_1_3B.layers, float(row.source_gib)) for row in rows if row.mode == "store, hooks"]
     _points(axes, points, BLUE, "measured, bf16")
     axes.set_ylim(bottom=0)
     axes.set_xlabel("locked layers")
     axes.set_ylabel("source rows kept (GiB)")
 
 
-def over_kappa(axes: Axes, rows: Edits) -> None:
+def over_kappa(axes: Axes, rows: Sequence[EditRow]) -> None:
     """A whole edit over the plain pipeline, by forwards through the transformer."""
-    background, tokens = 25515, WAN_1_3B_480P.tokens
+    tokens, background = sizes(rows)
     for source, colour in (("store", BLUE), ("batch", DARK_RED)):
         costs = [cost(KVLockConfig(kappa=kappa, source=source), tokens, background, Store()) for kappa in KAPPAS]
         ratios = [each.forwards / each.forwards_plain for each in costs]
         axes.plot([0, *KAPPAS], [1, *ratios], color=colour, linewidth=1.2, label=f"predicted, {source}")
         points = [
-            (DEFAULT_KAPPA, float(row["edit_ratio"]))
+            (DEFAULT_KAPPA, float(row.edit_ratio))
             for row in rows
-            if row["mode"].startswith(source) and row["locked_ratio"]
+            if row.mode.startswith(source) and row.locked_ratio
         ]
         _points(axes, points, colour, f"measured, {source}")
     axes.set_xlabel("kappa, the share of locked steps")
     axes.set_ylabel("edit / plain pipeline")
+
+
+def sizes(rows: Sequence[EditRow]) -> tuple[int, int]:
+    """Tokens and background of the edits measured; before that, of the share of the operators' rows."""
+    if rows:
+        return int(rows[0].tokens), int(rows[0].background)
+    return WAN_1_3B_480P.tokens, background_rows(WAN_1_3B_480P, SHARE)
 
 
 def cost(config: KVLockConfig, tokens: int, background: int, store: Store) -> Cost:

@@ -109,7 +109,7 @@ def torch_lerp(ratio: float) -> Provider:
 
 def case(shape: Shape, share: float, source: torch.dtype, ratio: float) -> Case:
     setting: dict[str, Any] = {"share": share, "source": source, "ratio": ratio}
-    providers = [ours("kv_lerp_"), served_by_triton("kv_lerp_"), served_by_extension("kv_lerp_")]
+    providers = [ours("kv_lerp_"), served_by_triton("kv_lerp_", "x"), served_by_extension("kv_lerp_", "x")]
     if 0 < ratio < 1:  # the others do not know the ends
         providers += [torch_lerp(ratio)] if source == torch.bfloat16 else []
         providers += formula(reference.kv_lerp_, "x")

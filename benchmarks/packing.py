@@ -32,6 +32,7 @@ PACKED = (torch.float8_e4m3fn, torch.int8)
 SHARE = 0.8
 SHARES = (0.25, 0.5, 0.8, 1.0)
 CORE = {torch.float8_e4m3fn: ("kvlock",), torch.int8: ("kvlock", "Triton", "C++", "torch.compile")}
+CPU_TARGETS = {("pack_kv", "bf16"): 0.5, ("pack_kv", "e4m3"): 0.25, ("pack_kv", "int8"): 0.25}  # of memcpy, one core
 LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
 

@@ -30,6 +30,8 @@ class Line(NamedTuple):
     setting: str
     prediction: Prediction
     measured: float | None
+    row: Row | None = None  # as it was written
+    run: tuple[int, str] = (0, "")  # what it shares with the rows of its run: how many came before, and the commit
 
     @property
     def missed(self) -> float:
@@ -47,13 +49,27 @@ def micro_results() -> list[Path]:
 
 
 def measured(path: Path) -> list[Line]:
-    """Every timed row of a file with the prediction for its GPU."""
-    found = []
+    """Every timed row of a file with the prediction for its GPU. A run begins with the row of the copy."""
+    found, runs = [], 0
     for row in read(path):
         gpu = rates(row.gpu)
+        runs += row.op == "copy"
         if row.status == "ok" and gpu is not None:
-            found.append(Line(*key(row), _prediction(row, gpu), float(row.p50)))
+            found.append(Line(*key(row), _prediction(row, gpu), float(row.p50), row, (runs, row.commit)))
     return found
+
+
+def latest(lines: list[Line]) -> list[Line]:
+    """The last measurement of each row, in the order of the first."""
+    return [*{line[:5]: line for line in lines}.values()]
+
+
+def beside(lines: list[Line], line: Line | None, op: str, provider: str, source: str, setting: str) -> Line | None:
+    """Another row at the shape of `line`, from the same run; the last one, where there are several."""
+    if line is None:
+        return None
+    wanted = (op, provider, line.shape, source, setting)
+    return next((other for other in reversed(lines) if other[:5] == wanted and other.run == line.run), None)
 
 
 def key(row: Row) -> tuple[str, str, str, str, str]:

@@ -11,9 +11,11 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from benchmarks import __main__ as runner
-from benchmarks import _harness, _machine, _model, attention, plain_attention
-from benchmarks._case import RATES, SHAPES, TINY, Case, Provider, Traffic
+from benchmarks import _case, _harness, _machine, _model, attention, plain_attention
+from benchmarks._case import RATES, SHAPES, TINY, Case, Provider, Shape, Traffic
 from benchmarks._harness import Ceilings, Results, Row
+from kvlock_kernels import reference
+from kvlock_kernels._triton import attend
 
 README = (Path(__file__).parents[1] / "benchmarks" / "README.md").read_text(encoding="utf-8")
 SOURCES = ("bf16", "e4m3", "int8")
@@ -122,6 +124,16 @@ def test_a_row_that_passes_has_a_time_and_the_rate_that_follows_from_it() -> Non
 
 
 @pytest.mark.usefixtures("clock")
+@pytest.mark.parametrize("ceiling", [_harness.copy_row, _harness.matmul_row])
+def test_the_memory_of_a_ceiling_is_given_back(ceiling, monkeypatch: pytest.MonkeyPatch) -> None:
+    given, measure, emptied = [], _harness.measure, []
+    monkeypatch.setattr(_harness, "measure", lambda call, sets: given.append(sets) or measure(call, sets))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(len(given[0])))
+    ceiling(NoMachine(), "cpu")
+    assert emptied == [0]
+
+
+@pytest.mark.usefixtures("clock")
 def test_a_row_of_attention_is_set_against_the_matmul_and_against_plain_attention_of_the_same_run() -> None:
     plain, locked = TINY_CASES["attention-bf16-no-rows"], TINY_CASES["kv_lerp_attention_-int8-share-0.8,-ratio-0.3"]
     yardstick = Provider("SDPA cuDNN", plain_attention.forced(SDPBackend.MATH))
@@ -138,6 +150,53 @@ def test_a_row_of_attention_is_set_against_the_matmul_and_against_plain_attentio
         rate = float(row.work) / float(row.p50) * 1e6
         assert float(row.share_of_matmul) == pytest.approx(rate / ceiling, rel=0.01, abs=1e-3)
         assert row.share_of_copy == ""
+
+
+@pytest.mark.parametrize("name", ["pack_kv-int8-share-0.8", "unpack_kv-int8-share-0.8", LERP])
+def test_the_extension_is_asked_for_before_it_is_timed_and_then_called_directly(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, asked = TINY_CASES[name], []
+    (provider,) = case.by("C++").providers
+    monkeypatch.setattr(_case.info, "on_cuda", lambda op, device: asked.append(op) or served)
+    served = "Triton: a kernel serves"
+    with pytest.raises(RuntimeError, match="not served by the extension: Triton"):
+        _harness.gate(case, provider, "cpu")
+    served = "extension: it has code for this GPU"
+    assert _harness.gate(case, provider, "cpu").passed and asked == [case.op] * 2
+    inputs = provider.prepare(case.make(case.shape, "cpu", 0))
+    monkeypatch.setattr(_case.kvlock_kernels, case.op, None)
+    provider.run(inputs)
+    assert asked == [case.op] * 3
+
+
+@pytest.mark.parametrize("name", ["pack_kv-int8-share-0.8", "unpack_kv-int8-share-0.8", LERP])
+def test_a_launcher_that_is_called_directly_passes_the_check(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = TINY_CASES[name]
+    launchers = {case.op: getattr(reference, case.op)}  # which returns as a launcher does
+    monkeypatch.setattr(_case._cuda, "launchers", lambda: launchers)
+    assert _harness.gate(case, case.by("Triton").providers[0], "cpu").passed
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, *attention.LENGTHS], ids=lambda shape: shape.name)
+def test_locked_attention_is_set_against_the_kernel_that_serves_it(
+    shape: Shape, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class OwnKernel(Exception):
+        pass
+
+    def own(*args, **options):
+        raise OwnKernel
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(attend, "own_kernel", lambda *args: own)
+    q, k, v = (torch.empty(1, shape.tokens, shape.heads, shape.dim, device="meta") for _ in "qkv")
+    served = "SDPA cuDNN"
+    try:
+        attend.plain_attention(q, k, v, 1.0)
+    except OwnKernel:
+        served = "kvlock sm_90"
+    assert attention.case(shape, torch.int8).providers[0].over == served
 
 
 @pytest.mark.parametrize(
@@ -224,7 +283,7 @@ def test_the_bytes_of_a_lerp_are_those_of_x_source_and_result() -> None:
     assert traffic.amount == 26216 * 12 * (128 * 5 + 4)
 
 
-def test_the_short_run_is_short_and_serves_every_target() -> None:
+def test_the_core_is_small_and_serves_every_target() -> None:
     core = [case for case in runner.CASES if case.core]
     assert all(set(case.core) <= {provider.name for provider in case.providers} for case in core)
     assert sum(len(case.short().providers) for case in core) <= 45
@@ -253,7 +312,7 @@ def test_providers_can_be_chosen_by_name(capsys: pytest.CaptureFixture[str]) -> 
     assert "no provider of these cases has 'nobody'" in capsys.readouterr().err
 
 
-def test_the_short_run_has_the_marked_providers_only(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_core_has_the_marked_providers_only(capsys: pytest.CaptureFixture[str]) -> None:
     assert runner.main(["--core", "--only", "guided_velocity"]) == 0
     (line,) = capsys.readouterr().out.splitlines()
     assert line.split("; ")[1] == "kvlock*, torch.compile*"

@@ -45,6 +45,15 @@ def test_rows_that_were_kept_are_said_and_written_with_the_machine(tmp_path: Pat
     assert len(said) == 1 and f"{row.rate} GB/s, {row.share_of_copy} of memcpy" in said[0]
 
 
+@pytest.mark.parametrize(("share", "said"), [("0.500", "met"), ("0.499", "missed")])
+def test_a_target_is_said_to_be_met_or_missed(share: str, said: str) -> None:
+    case = next(case for case in cpu.ON_CPU if (case.op, case.source) == ("pack_kv", "bf16"))
+    row = cpu.measured(case, case.providers[0], [0.002], memcpy=40e9)._replace(share_of_copy=share)
+    assert conftest.against_target(row) == f", target 0.5: {said}"
+    others = row._replace(provider="eager"), row._replace(op="unpack_kv")
+    assert [conftest.against_target(other) for other in others] == ["", ""]
+
+
 def test_a_rate_is_bytes_over_the_median_and_its_share_that_of_the_copy() -> None:
     case = next(case for case in cpu.ON_CPU if (case.op, case.source) == ("pack_kv", "bf16"))
     row = cpu.measured(case, case.providers[0], [0.001, 0.002, 0.003], memcpy=40e9)

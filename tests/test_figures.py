@@ -6,17 +6,18 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks import __main__ as runner
-from benchmarks import figures, growth, roofline
+from benchmarks import _edit_rows, figures, growth, roofline
 from benchmarks._case import RATES
 from benchmarks._harness import Results, Row, read
 from benchmarks.report import H100
 
 GPU = RATES["NVIDIA H100"]
+EDITS = [edited.row for edited in _edit_rows.latest(_edit_rows.beside(H100))]
 
 
 @pytest.fixture(scope="module")
 def lines() -> list[roofline.Line]:
-    return figures.latest(roofline.measured(H100))
+    return roofline.latest(roofline.measured(H100))
 
 
 def test_every_measured_row_of_the_headline_shape_is_a_bar(lines: list[roofline.Line]) -> None:
@@ -37,16 +38,24 @@ def test_attention_is_drawn_over_its_tokens(lines: list[roofline.Line]) -> None:
 
 
 def test_growth_has_a_predicted_line_and_only_measured_points(lines: list[roofline.Line]) -> None:
-    tokens, share, layers, kappa = growth.figure(lines, growth.edits(H100), GPU, "H100").axes
+    tokens, share, layers, kappa = growth.figure(lines, EDITS, GPU, "H100").axes
     points = lambda axes, name: [
         (x, y) for line in axes.get_lines() if line.get_label() == name for x, y in line.get_xydata()
     ]
-    assert [x for x, _ in points(tokens, "measured, int8")] == [32760, 4096]
+    over = dict(points(tokens, "measured, int8"))
+    assert over == pytest.approx({32760: 10471.10 / 10371.81, 4096: 181.28 / 163.78})
     assert points(share, "measured, bf16") == [(0.8, 163.04)]
     assert points(layers, "measured, bf16") == [(30, 4.38)]
     assert [y for _, y in points(kappa, "measured, batch")] == [1.4132]
     assert dict(points(kappa, "predicted, store"))[0.4] == pytest.approx(1.2)
     assert dict(points(layers, "predicted, rows in bf16"))[30] == pytest.approx(4.38, abs=0.001)
+
+
+def test_edits_of_another_model_are_no_points_of_this_one(lines: list[roofline.Line]) -> None:
+    larger = [row._replace(model="wan-14b, random", background="1", tokens="2", edit_ratio="9") for row in EDITS]
+    pictures = [growth.figure(lines, rows, GPU, "H100").axes for rows in (EDITS, [*larger, *EDITS])]
+    drawn = [[line.get_xydata().tolist() for axes in picture for line in axes.get_lines()] for picture in pictures]
+    assert drawn[0] == drawn[1]
 
 
 def test_pictures_are_written_beside_the_results_and_none_for_an_unknown_gpu(tmp_path: Path) -> None:
@@ -63,7 +72,7 @@ def test_a_run_on_a_gpu_writes_the_ceilings_and_the_rows_and_draws_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy, first, *_ = read(H100)
-    monkeypatch.setattr(runner, "Machine", lambda commit: SimpleNamespace(gpu="NVIDIA H100 PCIe"))
+    monkeypatch.setattr(runner, "Machine", lambda commit: SimpleNamespace(file="nvidia-h100-pcie.csv"))
     monkeypatch.setattr(runner, "copy_row", lambda machine: (copy, 3e12))
     monkeypatch.setattr(runner, "matmul_row", lambda machine: (copy._replace(op="matmul"), 7e14))
     ceilings = []

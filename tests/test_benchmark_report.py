@@ -1,0 +1,135 @@
+"""The tables of measurements, on files of rows with more runs or another GPU than those committed."""
+
+import csv
+import shlex
+from pathlib import Path
+
+import pytest
+
+from benchmarks import __main__ as runner
+from benchmarks import _edit_rows, _gpu_tables, report, roofline
+from benchmarks._edit_rows import EditRow
+from benchmarks._harness import Results, Row, read
+from benchmarks.edit import MODES
+
+ROWS = read(report.H100)
+with _edit_rows.beside(report.H100).open(newline="", encoding="utf-8") as _file:
+    EDITS = [EditRow(**line) for line in csv.DictReader(_file)]
+
+
+def written(folder: Path, rows: list[Row], edits: list[EditRow]) -> Path:
+    """Files with these rows."""
+    path = folder / "gpu.csv"
+    for each, columns, lines in (
+        (path, Row._fields, rows), (_edit_rows.beside(path), EditRow._fields, edits),
+    ):  # fmt: skip
+        with Results(each, columns) as results:
+            for line in lines:
+                results.write(line)
+    return path
+
+
+def slower(row: EditRow, times: float) -> EditRow:
+    return row._replace(
+        step_s=f"{times * float(row.step_s):.4f}",
+        locked_step_s=row.locked_step_s and f"{times * float(row.locked_step_s):.4f}",
+    )  # fmt: skip
+
+
+@pytest.fixture
+def core() -> list[Row]:
+    """A second run of what the first table shows, at half the time and twice the ratio."""
+    copy = next(row for row in ROWS if row.op == "copy")
+    names = ("attention", "kv_lerp_attention_", _gpu_tables.PASS)
+    again = [row for row in ROWS if row.op in names and row.status == "ok" and not row.note]
+    return [row._replace(p50=f"{factor(row) * float(row.p50):.2f}", commit="1234567") for row in (copy, *again)]
+
+
+def factor(row: Row) -> float:
+    return 1.0 if row.setting == _gpu_tables.LOCK else 0.5
+
+
+def test_a_second_run_takes_the_place_of_the_first_with_its_own_plain_row(tmp_path: Path, core: list[Row]) -> None:
+    again = [slower(row, 2) for row in EDITS[:3]]
+    again[2] = again[2]._replace(edit_ratio="1.5")
+    path = written(tmp_path, [*ROWS, *core], [*EDITS, *again])
+    after = {name: table(path) for name, table in report.ON_A_GPU.items()}
+    for table in after.values():
+        names = [line.split("|")[1:4] for line in table.splitlines() if line.startswith("|")]
+        assert all(names.count(name) == 1 for name in names)
+    assert after["edits"].count("\n") == report.ON_A_GPU["edits"](report.H100).count("\n")
+    assert "a whole edit: store, hooks | 2.57 s a step | 2.57 s, locked 3.88 s | **1.50**" in after["cost"]
+    assert "a whole edit: store, fused | 1.28 s a step" in after["cost"]  # of the first run, both
+    assert "5.19 ms; cuDNN 5.63 ms | 10.47 ms | **2.02**; over cuDNN 1.86" in after["cost"]
+    assert "1.16 (`fused`) to 1.50 (`hooks`)" in after["cost"]
+
+
+def test_each_command_of_the_first_table_measures_its_rows_and_little_else() -> None:
+    lines = [line.split(" | ") for line in report.ON_A_GPU["cost"](report.H100).splitlines() if "`python" in line]
+    assert len(lines) == 6
+    for title, *_, command in lines:
+        words = shlex.split(command.split("`")[1])
+        only = words[words.index("--only") + 1]
+        if "benchmarks.edit" in words:
+            assert [f"| a whole edit: {mode}" for mode in MODES if only in mode] == [title]
+            continue
+        cases = [case.short() for case in runner.CASES if only in case.label and case.core]
+        rows = {(case.op, case.shape.name, p.name) for case in cases for p in case.providers}
+        wanted = {(_gpu_tables.PASS, "wan-1.3b-480p", "kvlock")}
+        if "attention" in title:
+            shape = "wan-1.3b-480p" if "32760" in title else "small-h12"
+            names = {"SDPA cuDNN", "kvlock sm_90"}
+            wanted = {("kv_lerp_attention_", shape, "kvlock"), *(("attention", shape, name) for name in names)}
+        assert wanted <= rows and sum(len(case.providers) for case in cases) <= 20
+
+
+def test_no_ratio_is_made_of_two_runs(tmp_path: Path, core: list[Row]) -> None:
+    alone = [row for row in core if row.op in ("copy", "kv_lerp_attention_")]
+    locked, plain, cudnn = _gpu_tables.Measured(written(tmp_path, [*ROWS, *alone], [])).locked_and_plain(
+        _gpu_tables.WAN_1_3B_480P
+    )
+    assert locked is not None and locked.row is not None and locked.row.commit == "1234567"
+    assert (plain, cudnn, _gpu_tables.times(locked, plain)) == (None, None, _gpu_tables.NOT_YET)
+
+
+def test_rows_that_were_measured_otherwise_are_no_part_of_a_run() -> None:
+    lines = roofline.measured(report.H100)
+    others = {line.run for line in lines if line.row is not None and line.row.note}
+    assert others and not others & {line.run for line in lines if line.row is not None and not line.row.note}
+
+
+def test_a_miss_without_a_cause_is_not_profiled(tmp_path: Path) -> None:
+    row = next(row for row in ROWS if row.op == "kv_lerp_pair_" and row.provider == "kvlock")
+    path = written(tmp_path, [*ROWS, row._replace(p50=f"{2 * float(row.p50):.2f}")], EDITS)
+    (line,) = [line for line in report.ON_A_GPU["misses"](path).splitlines() if "kv_lerp_pair_" in line]
+    assert line.endswith("| 2.02 | not profiled |")
+
+
+def test_an_edit_that_failed_is_no_measurement(tmp_path: Path) -> None:
+    failed = EDITS[2]._replace(step_s="", locked_step_s="", locked_ratio="", edit_ratio="", note="OutOfMemoryError: no")
+    path = written(tmp_path, ROWS, [*EDITS, EDITS[0], failed])
+    assert report.ON_A_GPU["edits"](path) == report.ON_A_GPU["edits"](report.H100)
+
+
+def test_another_gpu_gets_the_same_tables_from_its_own_rows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [row._replace(gpu="NVIDIA H200") for row in ROWS[:10]]
+    path = written(tmp_path, rows, [])
+    report.main([str(path)])
+    out = capsys.readouterr().out
+    assert "What an edit takes on this GPU is not yet measured." in out and "| 56.2 us | 84.3 us |" in out
+    with pytest.raises(SystemExit):
+        report.main([str(path), "--write"])
+    path.write_text(path.read_text(encoding="utf-8").replace("NVIDIA H200", "NVIDIA GeForce"), encoding="utf-8")
+    with pytest.raises(SystemExit):
+        report.main([str(path)])
+    assert "no rates are known of its GPU" in capsys.readouterr().err
+
+
+def test_a_second_run_on_a_cpu_takes_the_place_of_the_first(tmp_path: Path) -> None:
+    path, rows = tmp_path / "cpu.csv", read(report.CPU)
+    with Results(path) as results:
+        for row in (*rows, *(row._replace(p50="1", date="later") for row in rows[:6])):
+            results.write(row)
+    assert len(report.cpu(path).splitlines()) < len(report.cpu().splitlines())
