@@ -261,6 +261,8 @@ class Session:
             return
         self._ledger.agree(steps=len(run.flow.timesteps), first_step=run.flow.start, sigmas=list(run.flow.sigmas))
         self._ledger.agree_on_part(locked_steps=list(run.window))
+        if isinstance(self._ledger, Recording) and self.config.fusion != "variance":
+            self._ledger.agree_on_part(recorded_steps=list(run.window))  # a variance skips some that have no ratio yet
         self._ledger.agree(batch=batch, conditions=sorted(conditions), autocast=_autocast(self._source_latents.device))
         for name, value in conditions.items():
             if isinstance(value, Tensor):

@@ -116,6 +116,19 @@ def test_noise_that_was_rounded_is_refused_where_the_edit_has_it_whole(tmp_path)
         edit(pipe, later, recording=found)
 
 
+def test_steps_that_the_recording_skipped_are_refused_at_the_first_call(tmp_path):
+    pipe = tiny.pipeline(WanPipeline)
+    pipe.register_modules(transformer_2=tiny.transformer(seed=9))
+    pipe.register_to_config(boundary_ratio=0.6)
+    found = make(pipe, tmp_path / "source.kvlock", KVLockConfig(kappa=4, window=3, tau=0.6), counted=False)
+    assert found.steps == [2, 3] and found.fields["locked_steps"] == [2, 3, 4, 5]  # another transformer, another window
+    calls: list[int] = []
+    pipe.transformer.register_forward_pre_hook(lambda *_: calls.append(1))
+    with pytest.raises(ValueError, match=r"recorded_steps \[2, 3\], this edit has \[2, 3, 4, 5\]; wanted no more than"):
+        edit(pipe, KVLockConfig(kappa=4, window=3, fusion=0.5), recording=found)
+    assert len(calls) == 1
+
+
 def test_autocast_is_part_of_the_model(pipe, recording):
     with torch.autocast("cpu", torch.bfloat16):
         with pytest.raises(ValueError, match=r"recorded with autocast None, this edit has torch.bfloat16; wanted them"):
