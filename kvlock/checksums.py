@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, MutableMapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +46,7 @@ class Verifier:
     def stop(self) -> None:
         """Leave the files that are not through."""
         self._stopped.set()
-        for _, check in self._pending.values():
-            check.cancel()
-        wait([check for _, check in self._pending.values()])
-        self._pool.shutdown()
+        self._pool.shutdown(cancel_futures=True)
 
     def _check(self, name: str) -> Future[None] | None:
         """Of the file as it is now; None where it has been found right since it last changed."""

@@ -22,7 +22,7 @@ KINDS = {  # of the fields that reading depends on
     "rows": "an object",
     "about": "an object",
 }
-FILE = re.compile(r"step-\d{4,}\.safetensors|tensors\.safetensors")  # no name leads out of the folder
+FILE = re.compile(r"step-[0-9]{4,}\.safetensors|tensors\.safetensors")  # no name leads out of the folder
 LONGEST = 200  # characters of a value in an error message
 
 

@@ -40,12 +40,15 @@ class Recorder(Shelf):
         parents = [self._target.parent, *self._target.parent.parents]
         self._made: list[Path] = []  # folders above it that were not there, the deepest first
         try:
-            with _named_errors(self.path):
+            with _named_errors(self.path), contextlib.ExitStack() as undo:
                 self._made = [parent for parent in parents if not os.path.lexists(parent)]
                 self._target.parent.mkdir(parents=True, exist_ok=True)
-                self._target.mkdir()  # a name that cannot be given is found now, not when all has run
-                self._target.rmdir()
                 self._folder = Path(tempfile.mkdtemp(prefix=".kvlock-", dir=self._target.parent))
+                undo.callback(shutil.rmtree, self._folder, ignore_errors=True)
+                probe = self._folder / self._target.name  # a name that cannot be given is found now, not at the end
+                probe.mkdir()
+                probe.rmdir()
+                undo.pop_all()
         except ValueError:
             self._remove_parents()
             raise
@@ -72,6 +75,10 @@ class Recorder(Shelf):
                 first, then = short(self._facts[name]), short(value)
                 raise ValueError(f"{self.path} is being recorded with {name} {first}, then with {then}; wanted one")
 
+    def agree_on_settings(self, settings: Mapping[str, Any]) -> None:
+        """The transformers' settings, of which an edit must share those that it has too; raises as `agree`."""
+        self.agree(settings=dict(settings))
+
     def agree_on_part(self, **facts: Sequence[Any]) -> None:
         """Lists of which an edit may use a part; raises as `agree`."""
         self.agree(**{name: list(values) for name, values in facts.items()})
@@ -92,8 +99,11 @@ class Recorder(Shelf):
             ValueError: something in `about` is no JSON type, or in `tensors` no dense tensor of a dtype of files.
         """
         for name, tensor in tensors.items():
-            if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.dtype not in NAMES:
-                found = f"{tensor.dtype}, {tensor.layout}" if isinstance(tensor, Tensor) else type(tensor).__name__
+            fits = isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_meta
+            if not fits or tensor.dtype not in NAMES:
+                found = type(tensor).__name__
+                if isinstance(tensor, Tensor):
+                    found = f"{tensor.dtype}, {tensor.layout} on {tensor.device}"
                 wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in NAMES)
                 raise ValueError(f"input {name} is {found}; wanted a dense tensor of one of {wanted}")
         try:
@@ -145,12 +155,12 @@ class Recorder(Shelf):
         if self._writer is not None:
             self._writer.discard()
         shutil.rmtree(self._folder, ignore_errors=True)
-        if not self._target.exists():
+        if not os.path.lexists(self._target):
             self._remove_parents()
 
     def _remove_parents(self) -> None:
-        with contextlib.suppress(OSError):  # something else is in one
-            for folder in self._made:
+        for folder in self._made:
+            with contextlib.suppress(OSError):  # something else is in it, or it is another's name for one
                 folder.rmdir()
 
     @property

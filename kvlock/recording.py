@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,13 @@ class Recording:
             recorded = self.fields.get(name)
             if recorded != found:
                 raise self._mismatch(name, short(recorded), short(found))
+
+    def agree_on_settings(self, settings: Mapping[str, Any]) -> None:
+        """The settings of an edit's transformers; another version may know other ones. Raises as `agree`."""
+        recorded = self.fields.get("settings", {})
+        for name in sorted(set(recorded) & set(settings)):
+            if recorded[name] != settings[name]:
+                raise self._mismatch(f"setting {name}", short(recorded[name]), short(settings[name]))
 
     def agree_on_part(self, **facts: Sequence[Any]) -> None:
         """Lists of an edit, each of which may be a part of the recorded one; raises as `agree`."""

@@ -89,7 +89,7 @@ class Session:
         """
         if self._run is None:
             self._run = self._new_run(expert, x, timestep)
-            self._agree_on_run(self._run, len(x), conditions or {})
+            self._agree_on_run(self._run, x, conditions or {})
         run = self._run
         if run.use_expert(expert, self._guidance_of):
             self._rows.free()
@@ -255,7 +255,7 @@ class Session:
             )
         return run
 
-    def _agree_on_run(self, run: Run, batch: int, conditions: Mapping[str, Any]) -> None:
+    def _agree_on_run(self, run: Run, x: Tensor, conditions: Mapping[str, Any]) -> None:
         """What the source rows of this run depend on, beside model, masks and source."""
         if self._ledger is None:
             return
@@ -263,7 +263,7 @@ class Session:
         self._ledger.agree_on_part(locked_steps=list(run.window))
         if isinstance(self._ledger, Recording) and self.config.fusion != "variance":
             self._ledger.agree_on_part(recorded_steps=list(run.window))  # a variance skips some that have no ratio yet
-        self._ledger.agree(batch=batch, conditions=sorted(conditions), autocast=_autocast(self._source_latents.device))
+        self._ledger.agree(batch=len(x), conditions=sorted(conditions), autocast=_autocast(x.device))
         for name, value in conditions.items():
             if isinstance(value, Tensor):
                 self._ledger.agree_on_tensor(name, value)

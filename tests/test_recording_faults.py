@@ -341,7 +341,11 @@ def test_a_file_of_something_else_holds_no_rows(tmp_path):
         StepFile(tmp_path / "foreign")
 
 
-@pytest.mark.parametrize("name", ["x" * 256, "a\0b", "p/q/" + "x" * 256], ids=["long", "null", "long-in-new-folders"])
+@pytest.mark.parametrize(
+    "name",
+    ["x" * 256, "a\0b", "p/q/" + "x" * 256, "p/" + "x" * 256 + "/q"],
+    ids=["long", "null", "long-in-new-folders", "long-folder"],
+)
 def test_a_name_that_cannot_be_given_is_found_before_the_run(pipe, tmp_path, name):
     calls = []
     hook = pipe.transformer.register_forward_pre_hook(lambda *_: calls.append(1))

@@ -182,20 +182,25 @@ def put_an_adapter_on(transformer: Any) -> None:
     projection.lora_A = torch.nn.Linear(24, 2, bias=False)  # as peft's layers have them
 
 
-def change_a_setting(transformer: Any) -> None:
-    transformer.register_to_config(eps=0.5)
-
-
 def scale_an_adapter(transformer: Any) -> None:
     transformer.blocks[1].attn1.to_q.scaling = {"default": 0.5}
 
 
-@pytest.mark.parametrize("change", [scale_a_weight, put_an_adapter_on, scale_an_adapter, change_a_setting])
+@pytest.mark.parametrize("change", [scale_a_weight, put_an_adapter_on, scale_an_adapter])
 def test_a_model_changed_afterwards_is_another_one(recording, change):
     pipe = tiny.pipeline(WanVACEPipeline)
     edit(pipe, recording=recording)
     change(pipe.transformer)
     with pytest.raises(ValueError, match=r"recorded with weights "):
+        edit(pipe, recording=recording)
+
+
+def test_a_transformer_of_other_settings_is_refused_by_the_one_that_differs(recording):
+    pipe = tiny.pipeline(WanVACEPipeline)
+    pipe.transformer.register_to_config(new_in_a_later_version=True)
+    edit(pipe, recording=recording)
+    pipe.transformer.register_to_config(eps=0.5)
+    with pytest.raises(ValueError, match=r"recorded with setting 0.eps 1e-06, this edit has 0.5; wanted them alike"):
         edit(pipe, recording=recording)
 
 

@@ -172,7 +172,7 @@ def on_pipeline(
 
     def choose_backend() -> None:
         if ledger is not None:
-            ledger.agree(point=point_of("backend"))
+            ledger.agree(point=point_of("backend"), kernel="backend")
         try:
             lock.change("backend")
         finally:

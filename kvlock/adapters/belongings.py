@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -55,6 +55,7 @@ def agree_on_model(
     shift = getattr(scheduler.config, "flow_shift", None) or getattr(scheduler.config, "shift", None)
     ledger.agree(scheduler=type(scheduler).__name__, shift=shift)
     ledger.agree(boundary_ratio=getattr(pipe.config, "boundary_ratio", None))
+    ledger.agree_on_settings({f"{i}.{name}": value for i, m in enumerate(modules) for name, value in _settings(m)})
     ledger.agree(weights=[fingerprint(module) for module in modules])
 
 
@@ -73,9 +74,16 @@ def agree_on_source(
         ledger.agree(source_prompt=hash_of(source_prompt_embeds))
 
 
+def _settings(module: Any) -> Iterator[tuple[str, Any]]:
+    """Of its diffusers config, as JSON types."""
+    for name, value in dict(getattr(module, "config", {})).items():
+        if not name.startswith("_"):  # where it was loaded from, and by which version
+            yield name, json.loads(json.dumps(value, default=repr))
+
+
 @torch.no_grad()
 def fingerprint(module: nn.Module) -> str:
-    """A hash of a module's config, of its parameters' names, shapes, dtypes and a few values each, and of its adapters.
+    """A hash of the names, shapes and dtypes of a module's parameters, of a few values of each, and of its adapters.
 
     Another checkpoint or a merged adapter differs in nearly every value, and an adapter that is put on adds names;
     reading all values would take as long as loading the model. What hooks do is not seen.
@@ -83,8 +91,7 @@ def fingerprint(module: nn.Module) -> str:
     Raises:
         ValueError: a parameter has no values, because they are offloaded one module at a time.
     """
-    config = {name: value for name, value in dict(getattr(module, "config", {})).items() if not name.startswith("_")}
-    state = hashlib.sha256(json.dumps(config, sort_keys=True, default=repr).encode())
+    state = hashlib.sha256()
     samples: list[Tensor] = []
     for name, weight in module.named_parameters():
         if weight.is_meta:
@@ -95,7 +102,7 @@ def fingerprint(module: nn.Module) -> str:
         state.update(f"{name} {list(weight.shape)} {weight.dtype}\n".encode())
         flat = weight.detach().reshape(-1)
         samples.append(flat[:: max(1, len(flat) // SAMPLES)][:SAMPLES].float())
-    for _, parts in itertools.groupby(samples, key=lambda part: part.device):  # a device is waited for once, in order
+    for _, parts in itertools.groupby(samples, key=lambda part: part.device):  # once for a run of parameters
         state.update(torch.cat(list(parts)).cpu().numpy().tobytes())
     for name, part in module.named_modules():
         settings = [(key, getattr(part, key, None)) for key in ADAPTER]
