@@ -30,14 +30,14 @@ class Choice(NamedTuple):
 # The first line that applies. Rows of benchmarks/results, all from one H100 in bf16, chose them:
 # - The way, for rows of every dtype: at 4096 tokens mixing first takes 1.11 times as long as plain attention, mixing in
 #   the loop 4 (bf16) to 11 times (int8) as long as that, one launch 3.6 times; at 32760 tokens one launch takes twice
-#   as long. The cost model would mix in the loop before Hopper and where tokens are few. It was wrong by that much
-#   about the same kernel on the H100, so that mixing first stands there too until something is measured.
+#   as long. The cost model would mix in the loop before Hopper and where tokens are few. By these rows it is wrong
+#   about that kernel on the H100, so that mixing first stands there too until something is measured.
 # - Plain attention at D = 128: the own kernel takes 0.92 and 0.91 times cuDNN's time at 32760 and 75600 tokens, and
 #   1.12, 1.04 and 1.00 times at 4096, 8192 and 16384; at D = 64 and 96, 1.04 and 1.05 times at 16384. cuDNN reaches
 #   580 TFLOP/s at 32760 tokens, FLASH 350, EFFICIENT 180. Before Hopper FLASH, which is FlashAttention-2, is what is
 #   published as the fastest of torch's.
 # - FlashAttention's own packages are no entry before a row shows one right and faster: the third is published at 646
-#   TFLOP/s for 8192 tokens on an H100, where cuDNN was measured at 666; the fourth was run by nobody here.
+#   TFLOP/s for 8192 tokens on an H100, where cuDNN was measured at 666; the fourth has no row.
 TABLE = (
     Choice(9, 128, 32760, LERP_FIRST, (OWN, SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, *REST)),
     Choice(9, None, 0, LERP_FIRST, (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, *REST)),
