@@ -8,6 +8,9 @@ from torch import Tensor
 
 from kvlock_kernels._triton.tiles import (
     LAUNCH,
+    PACKED_TILE,
+    PACKINGS,
+    TILE,
     Tiling,
     dense,
     lerp,
@@ -30,10 +33,10 @@ def lerp_rows(x, source, scale, mean, index, ratio, rows, samples, block, stride
     a = tl.load(ratio + b + tl.zeros([1, 1, 1], tl.int64))
     mixes = (a > 0) | (a != a)  # a NaN ratio spreads
     token = tl.load(index + row, mask=row < rows, other=0).to(tl.int64)
+    at = x + b * stride_b + token * stride_n + head * stride_h + d * stride_d
+    old = tl.load(at, mask=valid & mixes & ((a < 1) | (a != a)))  # first: packed rows change threads at a barrier
     s = load_source(source, scale, mean, row, head, d, valid & mixes, mixes & (row < rows), rows,
                     0 if SHARED else b, b if MEANS > 1 else 0, H, D, PACKING, MEANS > 0)
-    at = x + b * stride_b + token * stride_n + head * stride_h + d * stride_d
-    old = tl.load(at, mask=valid & mixes & ((a < 1) | (a != a)))
     tl.store(at, lerp(old, s, a), mask=valid & mixes)
 
 
@@ -119,7 +122,7 @@ def operand(
     """One tensor with its source rows as the kernels take them: pointers, strides of x, constexprs and tiling."""
     x = with_heads(x, like=source)
     heads, dim = x.shape[2:]
-    tiling = Tiling.of(source.shape[1], heads, dim)
+    tiling = Tiling.of(source.shape[1], heads, dim, PACKED_TILE if source.dtype in PACKINGS else TILE)
     tile = {"H": heads, "D": dim, "TOKENS": tiling.tokens, "HEADS": tiling.heads, "DIM": tiling.dim}
     pointers = (x, *source_pointers(source, scale, mean))
     return pointers, x.stride(), source_options(source, mean) | tile, tiling

@@ -8,8 +8,10 @@ from torch import Tensor
 from kvlock_kernels._triton.tiles import (
     E4M3,
     LAUNCH,
+    PACKED_TILE,
     PACKINGS,
     PLAIN,
+    TILE,
     Tiling,
     as_bytes,
     dense,
@@ -112,7 +114,7 @@ def unpack_kv(data: Tensor, scale: Tensor | None, *, mean: Tensor | None = None,
     out = data.new_empty(data.shape, dtype=dtype)
     if out.numel() == 0:
         return out
-    tiling = Tiling.of(rows, h, d)
+    tiling = Tiling.of(rows, h, d, PACKED_TILE if data.dtype in PACKINGS else TILE)
     codes = as_bytes(data.contiguous())
     unpack_kernel[(tiling.blocks * b,)](
         codes, dense(scale, codes), dense(mean, codes), out, rows, tiling.blocks,

@@ -11,7 +11,8 @@ from torch import Tensor
 from kvlock_kernels._triton import Unsupported
 
 MAX_HEAD_DIM = 256  # the largest one the kernels are tested for
-TILE, WARPS = 2048, 8  # 8 elements a thread: 16 bytes of bf16, and one layout of threads for rows of 16 and 8 bits
+WARPS = 8
+TILE, PACKED_TILE = 2048, 4096  # 8 or 16 elements a thread, so that 16 bytes of source rows come with each load
 # A product and a sum fused into one rounding would give other bits than the reference: other int8 codes, for example.
 LAUNCH = {"num_warps": WARPS, "enable_fp_fusion": False}
 FLAT_DIM = 128  # rows without heads are cut into pieces of this length, or of the largest power of two in them
