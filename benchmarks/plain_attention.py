@@ -1,6 +1,7 @@
 """Plain attention, the yardstick: torch's backends, forced by name, and the kernels of other libraries."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks._case import Inputs, Outputs, Provider
+from kvlock_kernels._triton.plain import FLASH_2, FLASH_3, FLASH_4, flash_attention
 
 BACKENDS = {
     "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION,
@@ -74,27 +76,11 @@ def sage(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
     return sageattn(q, k, v, tensor_layout="NHD", sm_scale=scale)
 
 
-def flash_attn_2(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
-    from flash_attn import flash_attn_func
-
-    return flash_attn_func(q, k, v, softmax_scale=scale)
-
-
-def flash_attn_3(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
-    from flash_attn_interface import flash_attn_func
-
-    return first(flash_attn_func(q, k, v, softmax_scale=scale))
-
-
-def flash_attn_4(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
-    from flash_attn.cute import flash_attn_func
-
-    return first(flash_attn_func(q, k, v, softmax_scale=scale))
-
-
-def first(result: Any) -> Tensor:
-    """Some versions return the log-sum-exp too."""
-    return result[0] if isinstance(result, tuple) else result
+def flash(name: str, **inputs: Any) -> Tensor:
+    function = flash_attention(name)
+    if function is None:
+        raise ImportError(f"{name} cannot be imported")
+    return function(**inputs)
 
 
 PLAIN = (
@@ -104,9 +90,9 @@ PLAIN = (
     ),
     Provider("FlexAttention", flex, compiled=True, needs_gpu=True, library="torch"),
     launcher("SageAttention", sage, "sageattention")._replace(roundings=16),
-    launcher("flash-attn 2", flash_attn_2, "flash-attn"),
-    launcher("flash-attn 3", flash_attn_3, "flash-attn-3"),
-    launcher("flash-attn 4", flash_attn_4, "flash-attn-4"),
+    launcher(FLASH_2, partial(flash, FLASH_2), "flash-attn"),
+    launcher(FLASH_3, partial(flash, FLASH_3), "flash-attn-3"),
+    launcher(FLASH_4, partial(flash, FLASH_4), "flash-attn-4"),
     launcher("kvlock in loop, no rows", without_rows),
     launcher("one launch, no rows", persistent_without_rows),
     launcher("kvlock sm_90", hopper),

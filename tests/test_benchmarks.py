@@ -15,7 +15,7 @@ from benchmarks import _case, _harness, _machine, _model, attention, plain_atten
 from benchmarks._case import RATES, SHAPES, TINY, Case, Provider, Shape, Traffic
 from benchmarks._harness import Ceilings, Results, Row
 from kvlock_kernels import reference
-from kvlock_kernels._triton import attend
+from kvlock_kernels._triton import attend, plain
 
 README = (Path(__file__).parents[1] / "benchmarks" / "README.md").read_text(encoding="utf-8")
 SOURCES = ("bf16", "e4m3", "int8")
@@ -189,11 +189,11 @@ def test_locked_attention_is_set_against_the_kernel_that_serves_it(
         raise OwnKernel
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setattr(attend, "own_kernel", lambda *args: own)
+    monkeypatch.setattr(plain, "own_kernel", lambda *args: own)
     q, k, v = (torch.empty(1, shape.tokens, shape.heads, shape.dim, device="meta") for _ in "qkv")
     served = "SDPA cuDNN"
     try:
-        attend.plain_attention(q, k, v, 1.0)
+        plain.plain_attention(q, k, v, 1.0, attend.choice(q, k).plain)
     except OwnKernel:
         served = "kvlock sm_90"
     assert attention.case(shape, torch.int8).providers[0].over == served

@@ -1,26 +1,24 @@
 """kv_lerp_attention and kv_lerp_attention_: which way a call goes on which GPU, by one table."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
 
 from kvlock_kernels._triton.in_loop import attend_in_loop
 from kvlock_kernels._triton.lerp import kv_lerp_pair_
 from kvlock_kernels._triton.persistent import attend_persistently_
+from kvlock_kernels._triton.plain import FLASH_4, OWN, REST, own_kernel, plain_attention
 
 LERP_FIRST, IN_LOOP, ONE_LAUNCH = "lerp first", "in the loop", "one launch"
-OWN = "the kernel of this package for sm_90"
-REST = (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)  # for what the others do not serve, such as fp32
+TORCH = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, *REST)
 
 
 class Choice(NamedTuple):
     """A line of the table: where it applies, and what happens there."""
 
-    capability: int  # major number of the compute capability
+    capability: int  # major number of the compute capability, or a newer one
     dim: int | None  # D, or any
     tokens: int  # the fewest queries and keys
     way: str
@@ -36,11 +34,14 @@ class Choice(NamedTuple):
 #   1.12, 1.04 and 1.00 times at 4096, 8192 and 16384; at D = 64 and 96, 1.04 and 1.05 times at 16384. cuDNN reaches
 #   580 TFLOP/s at 32760 tokens, FLASH 350, EFFICIENT 180. Before Hopper FLASH, which is FlashAttention-2, is what is
 #   published as the fastest of torch's.
-# - FlashAttention's own packages are no entry before a row shows one right and faster: the third is published at 646
-#   TFLOP/s for 8192 tokens on an H100, where cuDNN was measured at 666; the fourth has no row.
+# - FlashAttention's own packages, by what is published, with no row here: the second is torch's FLASH; the third
+#   reaches 646 TFLOP/s for 8192 tokens on an H100, where cuDNN was measured at 666; the fourth up to 1.3 times cuDNN's
+#   rate on a B200 (arXiv 2603.05451), so that it comes first there, where it can be imported.
 TABLE = (
-    Choice(9, 128, 32760, LERP_FIRST, (OWN, SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, *REST)),
-    Choice(9, None, 0, LERP_FIRST, (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, *REST)),
+    Choice(12, None, 0, LERP_FIRST, TORCH),
+    Choice(10, None, 0, LERP_FIRST, (FLASH_4, *TORCH)),
+    Choice(9, 128, 32760, LERP_FIRST, (OWN, *TORCH)),
+    Choice(9, None, 0, LERP_FIRST, TORCH),
     Choice(8, None, 0, LERP_FIRST, (SDPBackend.FLASH_ATTENTION, *REST)),
 )
 
@@ -76,37 +77,12 @@ def in_loop(*args: Tensor, **options: Any) -> Tensor:
 def lerp_then_attend_(q: Tensor, k: Tensor, v: Tensor, *args: Tensor, scale: float, **options: Any) -> Tensor:
     """Mixes k and v in place, then attends to them."""
     kv_lerp_pair_(k, v, *args, **options)
-    return plain_attention(q, k, v, scale)
+    return plain_attention(q, k, v, scale, choice(q, k).plain)
 
 
 def choice(q: Tensor, k: Tensor) -> Choice:
-    """The line for q [B, M, H, D] and k [B, N, H, D]; GPUs newer than all lines count as the newest."""
-    capability = min(torch.cuda.get_device_capability(k.device)[0], max(line.capability for line in TABLE))
+    """The line for q [B, M, H, D] and k [B, N, H, D]."""
+    capability, _ = torch.cuda.get_device_capability(k.device)
     dim, tokens = k.shape[3], min(q.shape[1], k.shape[1])
-    fits = lambda line: line.capability == capability and line.dim in (None, dim) and tokens >= line.tokens
+    fits = lambda line: capability >= line.capability and line.dim in (None, dim) and tokens >= line.tokens
     return next(filter(fits, TABLE))
-
-
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Attention of q [B, M, H, D] to k, v [B, N, H, D]."""
-    plain = choice(q, k).plain
-    if plain[0] == OWN and (own := own_kernel(q, k, scale)) is not None:
-        return own(q, k, v, scale=scale, return_lse=False)[0]
-    wider = torch.promote_types(q.dtype, k.dtype)
-    queries, keys, values = (x.to(wider).transpose(1, 2) for x in (q, k, v))
-    if scale < 0:  # the kernels take the maximum before they multiply
-        queries, scale = -queries, -scale
-    with sdpa_kernel([backend for backend in plain if isinstance(backend, SDPBackend)], set_priority=True):
-        out = F.scaled_dot_product_attention(queries, keys, values, scale=scale).transpose(1, 2)
-    return out.to(q.dtype).contiguous()
-
-
-def own_kernel(q: Tensor, k: Tensor, scale: float) -> Callable[..., tuple[Tensor, Tensor]] | None:
-    """The kernel of this package for sm_90, where it serves."""
-    if torch.cuda.get_device_capability(q.device) != (9, 0):
-        return None
-    try:
-        from kvlock_kernels._triton import hopper
-    except ImportError:  # it is written in Gluon, whose names still move from one Triton to the next
-        return None
-    return None if hopper.why_not(q, k, scale) else hopper.attention

@@ -1,6 +1,7 @@
 """Which way a call of kv_lerp_attention goes on which GPU."""
 
 import sys
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ def arguments(tokens: int = 70, dim: int = 32, dtype: torch.dtype = torch.float1
 @pytest.fixture
 def way_of(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The way a call goes on a GPU of a compute capability; it does not go it."""
-    from kvlock_kernels._triton import attend, hopper
+    from kvlock_kernels._triton import attend, hopper, plain
 
     gone: list[str] = []
 
@@ -34,20 +35,20 @@ def way_of(monkeypatch: pytest.MonkeyPatch) -> Any:
         gone.append(f"torch {allowed[0].name}")
         return q
 
-    own, rest = attend.TABLE[0]._replace(dim=32, tokens=1000), attend.TABLE[1:]
-    monkeypatch.setattr(attend, "TABLE", (own, *rest))
+    table = (line._replace(dim=32, tokens=1000) if attend.OWN in line.plain else line for line in attend.TABLE)
+    monkeypatch.setattr(attend, "TABLE", tuple(table))
     monkeypatch.setattr(attend, "attend_in_loop", noted("in loop"))
     monkeypatch.setattr(attend, "attend_persistently_", lambda q, *args, **options: noted("one launch")(q)[1])
     monkeypatch.setattr(attend, "kv_lerp_pair_", lambda *args, **options: None)
     monkeypatch.setattr(hopper, "attention", noted("own kernel"))
-    monkeypatch.setattr(attend.F, "scaled_dot_product_attention", torch_attention)
+    monkeypatch.setattr(plain.F, "scaled_dot_product_attention", torch_attention)
 
     def call(capability: tuple[int, int], args: list[torch.Tensor], *, inplace: bool = False, **options: Any) -> str:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         function = attend.kv_lerp_attention_ if inplace else attend.kv_lerp_attention
         function(*args, **({"scale": 0.1} | options))
-        assert len(gone) == 1
-        return gone.pop()
+        assert len(gone) <= 1
+        return gone.pop() if gone else "another package"
 
     return call
 
@@ -63,7 +64,72 @@ def test_many_keys_go_to_the_own_kernel_on_the_gpu_it_is_made_for(way_of: Any, i
 
 def test_torch_is_asked_for_what_is_fastest_on_a_gpu(way_of: Any) -> None:
     assert {way_of(capability, arguments(1000)) for capability in ((8, 0), (8, 9))} == {"torch FLASH_ATTENTION"}
-    assert {way_of(capability, arguments(1000)) for capability in ((10, 0), (12, 0))} == {CUDNN}
+    assert {way_of(capability, arguments(1000)) for capability in ((10, 0), (11, 0), (12, 0))} == {CUDNN}
+
+
+FLASH_MODULES = {2: "flash_attn", 3: "flash_attn_interface", 4: "flash_attn.cute"}
+
+
+@pytest.fixture
+def flash_attn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """FlashAttention's packages, importable; the calls of it: generation, strides and scale."""
+    calls: list[Any] = []
+
+    def module(generation: int) -> ModuleType:
+        def flash_attn_func(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, softmax_scale: float) -> Any:
+            calls.append((generation, softmax_scale))
+            scores = torch.einsum("bmhd,bnhd->bhmn", q.float(), k.float()) * softmax_scale
+            out = torch.einsum("bhmn,bnhd->bmhd", scores.softmax(3), v.float()).to(q.dtype)
+            return (out, None) if generation == 4 else out
+
+        found = ModuleType(FLASH_MODULES[generation])
+        vars(found)["flash_attn_func"] = flash_attn_func
+        return found
+
+    for generation, name in FLASH_MODULES.items():
+        monkeypatch.setitem(sys.modules, name, module(generation))
+    return calls
+
+
+def test_flash_attention_4_serves_blackwell_where_it_can_be_imported(way_of: Any, flash_attn: list[Any]) -> None:
+    for capability in ((10, 0), (10, 3), (11, 0)):
+        assert way_of(capability, arguments(40)) == "another package"
+        assert flash_attn.pop() == (4, 0.1)
+    for capability in ((8, 0), (9, 0), (12, 0)):
+        assert way_of(capability, arguments(40)).startswith("torch")
+    assert flash_attn == []
+
+
+@pytest.mark.parametrize("generation", [2, 3, 4])
+def test_a_line_of_the_table_asks_for_any_generation(
+    way_of: Any, flash_attn: list[Any], monkeypatch: pytest.MonkeyPatch, generation: int
+) -> None:
+    from kvlock_kernels._triton import attend
+
+    flash = f"flash-attn {generation}"
+    monkeypatch.setattr(attend, "TABLE", (attend.Choice(9, None, 0, attend.LERP_FIRST, (flash, *attend.TORCH)),))
+    q, k, v, *rest = arguments()
+    q, k, v = (4 * x for x in (q, k, v))
+    exact, _ = reference.kv_lerp_attention(*(x.float() for x in (q, k, v, *rest[:2])), *rest[2:], scale=-0.1)
+    monkeypatch.setattr(attend, "kv_lerp_pair_", reference.kv_lerp_pair_)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    out, _ = attend.kv_lerp_attention(q, k, v, *rest, scale=-0.1)
+    assert flash_attn == [(generation, 0.1)]
+    native, _ = reference.kv_lerp_attention(q, k, v, *rest, scale=-0.1)
+    assert_as_accurate_as_torch(out, native, exact.double())
+    monkeypatch.setitem(sys.modules, FLASH_MODULES[generation], None)
+    assert way_of((9, 0), [q, k, v, *rest]) == CUDNN
+
+
+def test_what_flash_attention_does_not_take_goes_to_torch(way_of: Any, flash_attn: list[Any]) -> None:
+    q, k, *rest = arguments(40)
+    odd = torch.cat([q, q], 3)[..., 4:36]  # rows that do not begin at 16 bytes
+    assert way_of((10, 0), arguments(40, dtype=torch.float32)) == CUDNN
+    assert way_of((10, 0), [q.bfloat16(), k, *rest]) == CUDNN
+    assert way_of((10, 0), [odd, k, *rest]) == CUDNN
+    assert way_of((10, 0), [q[:, :0], k, *rest]) == CUDNN
+    assert {way_of((10, 0), arguments(40, dim=dim)) for dim in (4, 36, 136, 192)} == {CUDNN}
+    assert flash_attn == []
 
 
 @pytest.mark.parametrize("inplace", [False, True])
@@ -90,7 +156,7 @@ def test_what_the_own_kernel_does_not_take_goes_to_torch(way_of: Any) -> None:
     q, k, *rest = arguments(1000)
     assert way_of((9, 0), arguments(1000, dtype=torch.float32)) == CUDNN
     assert way_of((9, 0), [q.float(), k, *rest]) == CUDNN
-    assert way_of((9, 0), arguments(1000), scale=-1.0) == CUDNN
+    assert way_of((9, 0), arguments(1000), scale=0.0) == CUDNN
 
 
 def test_the_log_sum_exp_comes_from_a_kernel_that_gives_it(way_of: Any) -> None:
@@ -103,15 +169,15 @@ def test_the_log_sum_exp_comes_from_a_kernel_that_gives_it(way_of: Any) -> None:
 @pytest.mark.parametrize("scale", [-3.0, 0.0])
 def test_torch_is_asked_with_a_scale_that_all_its_kernels_take(monkeypatch: pytest.MonkeyPatch, scale: float) -> None:
     """One that takes the maximum of what it has not yet multiplied would overflow with a negative one."""
-    from kvlock_kernels._triton import attend
+    from kvlock_kernels._triton import plain
 
-    attention = attend.F.scaled_dot_product_attention
+    attention = plain.F.scaled_dot_product_attention
 
     def checked(*args: Any, scale: float) -> torch.Tensor:
         assert scale >= 0
         return attention(*args, scale=scale)
 
-    monkeypatch.setattr(attend.F, "scaled_dot_product_attention", checked)
+    monkeypatch.setattr(plain.F, "scaled_dot_product_attention", checked)
     args = [x * 4 if x.is_floating_point() and x.ndim == 4 else x for x in arguments()]
     exact, _ = reference.kv_lerp_attention(*(x.float() if x.is_floating_point() else x for x in args), scale=scale)
     native, _ = reference.kv_lerp_attention(*args, scale=scale)
@@ -126,8 +192,8 @@ def test_keys_and_values_stay_as_they_are(
 ) -> None:
     from kvlock_kernels._triton import attend
 
-    line = attend.TABLE[0]._replace(dim=32, tokens=tokens)
-    monkeypatch.setattr(attend, "TABLE", (line, *attend.TABLE[1:]))
+    (line,) = (line for line in attend.TABLE if attend.OWN in line.plain)
+    monkeypatch.setattr(attend, "TABLE", (line._replace(dim=32, tokens=tokens), *attend.TABLE))
     args = arguments()
     before = [arg.clone() for arg in args]
     out = kv_lerp_attention(*args, return_lse=return_lse).out

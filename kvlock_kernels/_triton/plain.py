@@ -1,0 +1,89 @@
+"""Plain attention: the kernels there are, by name, and the call of the first that serves."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+OWN = "the kernel of this package for sm_90"
+FLASH_2, FLASH_3, FLASH_4 = "flash-attn 2", "flash-attn 3", "flash-attn 4"
+REST = (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)  # for what the others do not serve, such as fp32
+
+ALIGNMENT = 16  # bytes between rows, and of the first
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, kernels: tuple[str | SDPBackend, ...]) -> Tensor:
+    """Attention of q [B, M, H, D] to k, v [B, N, H, D] by the first of `kernels` that serves: names before backends."""
+    if scale < 0:  # kernels take the maximum before they multiply
+        q, scale = -q, -scale
+    for name in kernels:
+        if name == OWN and (own := own_kernel(q, k, scale)) is not None:
+            return own(q, k, v, scale=scale, return_lse=False)[0]
+        if name in FLASH_ATTENTION and flash_serves(q, k, v) and (flash := flash_attention(name)) is not None:
+            return flash(q, k, v, scale=scale)
+    wider = torch.promote_types(q.dtype, k.dtype)
+    queries, keys, values = (x.to(wider).transpose(1, 2) for x in (q, k, v))
+    with sdpa_kernel([backend for backend in kernels if isinstance(backend, SDPBackend)], set_priority=True):
+        out = F.scaled_dot_product_attention(queries, keys, values, scale=scale).transpose(1, 2)
+    return out.to(q.dtype).contiguous()
+
+
+def own_kernel(q: Tensor, k: Tensor, scale: float) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """The kernel of this package for sm_90, where it serves."""
+    if torch.cuda.get_device_capability(q.device) != (9, 0):
+        return None
+    try:
+        from kvlock_kernels._triton import hopper
+    except ImportError:  # it is written in Gluon, whose names still move from one Triton to the next
+        return None
+    return None if hopper.why_not(q, k, scale) else hopper.attention
+
+
+def flash_attention(name: str) -> Callable[..., Tensor] | None:
+    """FlashAttention of this generation, [B, N, H, D] with a keyword `scale`; None where it cannot be imported."""
+    try:
+        function = FLASH_ATTENTION[name]()
+    except ImportError:
+        return None
+
+    def run(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+        result = function(q, k, v, softmax_scale=scale)
+        return result[0] if isinstance(result, tuple) else result  # some versions return the log-sum-exp too
+
+    return run
+
+
+def flash_attn_2() -> Callable[..., Any]:
+    from flash_attn import flash_attn_func
+
+    return flash_attn_func
+
+
+def flash_attn_3() -> Callable[..., Any]:
+    from flash_attn_interface import flash_attn_func
+
+    return flash_attn_func
+
+
+def flash_attn_4() -> Callable[..., Any]:
+    from flash_attn.cute import flash_attn_func
+
+    return flash_attn_func
+
+
+FLASH_ATTENTION = {FLASH_2: flash_attn_2, FLASH_3: flash_attn_3, FLASH_4: flash_attn_4}
+
+
+def flash_serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether every generation of FlashAttention takes these tensors."""
+    dim, half = q.shape[3], q.dtype in (torch.float16, torch.bfloat16)
+    dims = dim % 8 == 0 and (dim <= 128 or dim == 256)
+    return half and dims and q.numel() > 0 < k.numel() and all(x.dtype == q.dtype and is_aligned(x) for x in (q, k, v))
+
+
+def is_aligned(x: Tensor) -> bool:
+    steps = (step * x.element_size() for step in x.stride()[:3])
+    return x.stride(3) == 1 and x.data_ptr() % ALIGNMENT == 0 and not any(step % ALIGNMENT for step in steps)
