@@ -15,7 +15,6 @@ from diffusers import WanPipeline, WanVACEPipeline
 import kvlock
 from kvlock import KVLockConfig, Store, places
 from kvlock.adapters.kernels import KERNELS
-from kvlock.cost import ModelSizes, estimate
 from kvlock.locked_layers import AFTER_ROPE
 from kvlock.places import Courier
 from kvlock.step_file import Piece
@@ -93,103 +92,6 @@ def test_two_transformers_take_turns(tmp_path, place):
 def bytes_here(courier: Courier) -> int:
     """Bytes of the rows that a courier holds on the device."""
     return sum(rows.bytes_kept for slot in courier._slots for rows in slot.rows.values())
-
-
-class Watch:
-    """The most bytes of source rows that a courier has on the device, and those that it has brought there."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.device = self.moved = 0
-        fetch, send = Courier.fetch, Courier._send
-
-        def watched(courier, piece, order, load):
-            rows = fetch(courier, piece, order, load)
-            self.device = max(self.device, bytes_here(courier))
-            return rows
-
-        def counted(courier, layer, rows, kept):
-            self.moved += sum(part.bytes_kept for part in rows.values())
-            return send(courier, layer, rows, kept)
-
-        monkeypatch.setattr(Courier, "fetch", watched)
-        monkeypatch.setattr(Courier, "_send", counted)
-
-
-def living_bytes() -> int:
-    """Bytes of the storages of all tensors there are; those of compilers, which have no values, are of other types."""
-    tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
-    tensors = [tensor for tensor in tensors if tensor.layout == torch.strided and tensor.device.type == "cpu"]
-    storages = [tensor.untyped_storage() for tensor in tensors]
-    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
-
-
-@pytest.mark.parametrize(("kernel", "fusion"), [*((kernel, 0.5) for kernel in KERNELS), ("backend", "full")])
-def test_rows_on_the_device_take_the_bytes_of_the_estimate(kernel, fusion):
-    def most(layers: tuple[int, ...]) -> int:
-        """Bytes of all tensors there are, at their most, in a run that locks these layers."""
-        seen: list[int] = []
-        hook = pipe.transformer.blocks[-1].register_forward_hook(lambda *_: seen.append(living_bytes()))
-        locked(pipe, KVLockConfig(kappa=1, window=3, fusion=fusion, layers=layers), kernel=kernel)
-        hook.remove()
-        return max(seen)
-
-    pipe = tiny.pipeline(WanPipeline, layers=4)
-    most((0,))  # what a first run leaves behind
-    few, all_ = most((0,)), most((0, 1, 2, 3))
-    masks, config = tiny.masks(pipe), KVLockConfig(fusion=fusion, layers=(1, 2, 3))
-    rows = {"tokens": masks.num_tokens, "background_rows": masks.background_rows}
-    sizes = ModelSizes.of(pipe.transformer.config)
-    more = estimate(sizes, config, **rows, num_steps=STEPS, bytes_per_value=4, kernel=kernel).bytes_device
-    assert abs(all_ - few - more) <= 0.1 * more
-
-
-@pytest.mark.parametrize(
-    ("place", "store"), [("device", Store()), ("host", Store("int8")), ("disk", Store()), ("disk", Store("fp8"))]
-)
-def test_the_bytes_of_each_place_are_those_of_the_estimate(monkeypatch, tmp_path, place, store):
-    pipe, config = tiny.miniature(), KVLockConfig(**WINDOW)
-    masks = kvlock.Masks.from_pixels(tiny.pixel_mask(), pipe)
-    there = Store(store.dtype, store.k_mean, place, tmp_path if place == "disk" else None)
-    watch, on_disk, held = Watch(monkeypatch), [0], [0]
-
-    def look(pipe: Any, step: int, timestep: Any, kwargs: dict) -> dict:
-        files = [path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()]
-        on_disk[0] = max(on_disk[0], sum(files))
-        return kwargs
-
-    unwatched = places.HostShelf._put
-
-    def put(shelf, piece, rows):
-        unwatched(shelf, piece, rows)
-        held[0] = max(held[0], sum(kept.bytes_kept for kept in shelf._kept.values()))
-
-    monkeypatch.setattr(places.HostShelf, "_put", put)
-    latents = kvlock.encode_source(pipe, torch.rand(tiny.FRAMES, tiny.SIZE, tiny.SIZE, 3))
-    embeds = pipe.encode_prompt("a star", do_classifier_free_guidance=False)[0]
-    options = {"config": config, "source_prompt_embeds": embeds, "store": there}
-    conditions = {"prompt": "a circle", "negative_prompt": "", "height": tiny.SIZE, "width": tiny.SIZE}
-    conditions |= {"video": torch.rand(1, tiny.FRAMES, 3, tiny.SIZE, tiny.SIZE), "num_frames": tiny.FRAMES}
-    conditions |= {"mask": tiny.pixel_mask()[None, :, None].float(), "output_type": "latent"}
-    with kvlock.attach(pipe, latents, masks, **options) as session:
-        pipe(**conditions, num_inference_steps=STEPS, guidance_scale=5.0, callback_on_step_end=look)
-    kept = max(row["source_bytes"] for row in session.trace.rows())
-
-    sizes = ModelSizes.of(pipe.transformer.config)
-    rows = {"tokens": masks.num_tokens, "background_rows": masks.background_rows}
-    cost = estimate(sizes, config, **rows, num_steps=STEPS, bytes_per_value=4, store=there)
-    assert kept == cost.bytes_kept > 0
-    within = lambda found, foretold: abs(found - foretold) <= 0.1 * foretold
-    if place == "device":
-        assert cost.bytes_device == kept and (cost.bytes_host, cost.bytes_disk, cost.bytes_moved) == (0, 0, 0)
-        return
-    assert within(watch.device, cost.bytes_device) and watch.device < kept / 2
-    assert watch.moved == cost.locked_steps * cost.bytes_moved_replay  # six layers for both branches, and one once more
-    assert cost.bytes_moved == kept + cost.bytes_moved_replay
-    if place == "host":
-        assert within(held[0], cost.bytes_host) and cost.bytes_disk == 0
-    else:
-        header = 2**17
-        assert within(on_disk[0] - header, cost.bytes_disk) and held == [0]
 
 
 def pieces(*blocks: int) -> list[Piece]:

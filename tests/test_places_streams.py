@@ -7,12 +7,14 @@ host. What is read too early, or overwritten too soon, has other numbers.
 from __future__ import annotations
 
 import contextlib
+import weakref
 from typing import Any
 
 import pytest
 import torch
 
-from kvlock import Store, places
+from kvlock import KVLockConfig, Store, places
+from kvlock.cost import ModelSizes, estimate
 from kvlock.locked_layers import BEFORE_ROPE
 from kvlock.places import Courier, shelf_of
 from kvlock.step_file import Piece
@@ -63,6 +65,7 @@ class Stream:
                 work.synchronize()
             elif not isinstance(work, Event):
                 work()
+            self.queue[self.done] = None  # nor does a stream hold on to memory that it is done with
             self.done += 1
 
 
@@ -73,7 +76,7 @@ class GPU:
         self.ahead: Stream | None = None
         self.compute, self.copies = Stream(self), Stream(self)
         self.ahead = {"compute": self.compute, "copies": self.copies}.get(ahead)
-        self.current, self.pinned, self.freed = self.compute, set(), []
+        self.current, self.pinned, self.freed, self.rooms = self.compute, set(), [], []
         monkeypatch.setattr(torch.cuda, "Stream", lambda device: self.copies)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: self.current)
         monkeypatch.setattr(torch.cuda, "stream", self.within)
@@ -109,7 +112,12 @@ class GPU:
         room = Rows(torch.full(SHAPE, torch.nan))
         if pinned:
             self.pinned.add(room.data.data_ptr())
+            self.rooms.append(weakref.ref(room.data))
         return room
+
+    @property
+    def pinned_bytes(self) -> int:
+        return sum(room.nbytes for reference in self.rooms if (room := reference()) is not None)
 
     def finish(self) -> None:
         self.compute.advance()
@@ -123,7 +131,7 @@ def test_rows_arrive_before_they_are_read_and_stay_until_they_were(monkeypatch, 
     shelf = shelf_of(Store(place=place, folder=tmp_path if place == "disk" else None))
     shelf.serve(torch.device("cuda"), [(0, "blocks", i) for i in range(LAYERS)])
     pieces = [Piece(0, "blocks", i, tensor) for i in range(LAYERS) for tensor in "kv"]
-    read = []
+    read, pinned = [], []
 
     def check(rows: Rows, number: float) -> None:
         read.append(number)
@@ -144,7 +152,12 @@ def test_rows_arrive_before_they_are_read_and_stay_until_they_were(monkeypatch, 
             for piece in pieces:
                 rows = shelf.get(piece)
                 gpu.compute.add(lambda rows=rows, wanted=number[piece]: check(rows, wanted))
+                pinned.append(gpu.pinned_bytes)
     shelf.close()
     gpu.finish()
     assert len(read) == 3 * 2 * len(pieces)
     assert all(part.isnan().all() for part in gpu.freed)
+    _, tokens, values = SHAPE
+    sizes = ModelSizes(layers=LAYERS, heads=1, head_dim=values, token_values=1)
+    rows = {"tokens": tokens, "background_rows": tokens, "bytes_per_value": 4}
+    assert max(pinned) == estimate(sizes, KVLockConfig(), **rows, store=Store(place=place)).bytes_host
