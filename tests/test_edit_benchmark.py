@@ -32,6 +32,11 @@ def made() -> edit.Edit:
     )  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def one_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(edit.ROUNDS, "cpu", 1)
+
+
 def rows_of(printed: str) -> list[list[str]]:
     """The rows among what a run prints."""
     return [line for line in csv.reader(printed.splitlines()) if line[:1] == ["miniature"]]
@@ -76,6 +81,20 @@ def test_a_mode_that_misses_its_target_says_what_it_spends_its_time_on(made: edi
     with torch.no_grad():
         _, row = edit.measure(made, "cpu", missed, Machine("abc", "cpu"))
     assert row.note.startswith("target 0.0; ") and "aten::" in row.note and "%" in row.note
+
+
+def test_rounds_are_pooled(made: edit.Edit, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One slow round changes no median."""
+    rounds = [1.0, 9.0, 1.0]
+    plain, modes = iter(rounds), iter(rounds)
+    steps = lambda *seconds: edit.Steps([*seconds], torch.zeros(1), 0, 0, 0)
+    monkeypatch.setitem(edit.ROUNDS, "cpu", len(rounds))
+    monkeypatch.setattr(edit, "run", lambda *_: steps(*4 * [next(plain)]))
+    lock = lambda factor: (steps(factor, 5.0, 2 * factor, 2 * factor), [{"forwards": 3, "source_bytes": 0}])
+    monkeypatch.setattr(edit, "locked", lambda *_: lock(next(modes)))
+    first, row = edit.measure(made, "cpu", {"store": edit.Mode(target=math.inf)}, Machine("abc", "cpu"))
+    assert (float(first.step_s), float(row.step_s), float(row.locked_step_s)) == (1, 1, 2)
+    assert (float(row.locked_ratio), float(row.edit_ratio)) == (2, 1.4)
 
 
 def test_a_mode_that_fails_is_written_and_the_others_go_on(
