@@ -193,7 +193,7 @@ def test_locked_attention_is_set_against_the_kernel_that_serves_it(
     q, k, v = (torch.empty(1, shape.tokens, shape.heads, shape.dim, device="meta") for _ in "qkv")
     served = "SDPA cuDNN"
     try:
-        plain.plain_attention(q, k, v, 1.0, attend.choice(q, k).plain)
+        plain.plain_attention(q, k, v, 1.0, attend.choice(q, k, k).plain)
     except OwnKernel:
         served = "kvlock sm_90"
     assert attention.case(shape, torch.int8).providers[0].over == served

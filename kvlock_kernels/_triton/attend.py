@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend
 from kvlock_kernels._triton.in_loop import attend_in_loop
 from kvlock_kernels._triton.lerp import kv_lerp_pair_
 from kvlock_kernels._triton.persistent import attend_persistently_
-from kvlock_kernels._triton.plain import FLASH_4, OWN, REST, own_kernel, plain_attention
+from kvlock_kernels._triton.plain import OWN, REST, own_kernel, plain_attention
 
 LERP_FIRST, IN_LOOP, ONE_LAUNCH = "lerp first", "in the loop", "one launch"
 TORCH = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, *REST)
@@ -19,6 +19,7 @@ class Choice(NamedTuple):
     """A line of the table: where it applies, and what happens there."""
 
     capability: int  # major number of the compute capability, or a newer one
+    source: torch.dtype | None  # of the keys' source rows, or any
     dim: int | None  # D, or any
     tokens: int  # the fewest queries and keys
     way: str
@@ -26,28 +27,33 @@ class Choice(NamedTuple):
 
 
 # The first line that applies. Rows of benchmarks/results, all from one H100 in bf16, chose them:
-# - The way, for rows of every dtype: at 4096 tokens mixing first takes 1.11 times as long as plain attention, mixing in
-#   the loop 4 (bf16) to 11 times (int8) as long as that, one launch 3.6 times; at 32760 tokens one launch takes twice
-#   as long. The cost model would mix in the loop before Hopper and where tokens are few. By these rows it is wrong
-#   about that kernel on the H100, so that mixing first stands there too until something is measured.
+# - The way, for source rows of every dtype: at 4096 tokens mixing first takes 1.11 times as long as plain attention,
+#   mixing in the loop 4 (bf16) to 11 times (int8) as long as that, one launch 3.6 times; at 32760 tokens one launch
+#   takes twice as long. The cost model would mix in the loop before Hopper and where tokens are few. By these rows it
+#   is wrong about that kernel on the H100, so that mixing first stands there too until something is measured.
 # - Plain attention at D = 128: the own kernel takes 0.92 and 0.91 times cuDNN's time at 32760 and 75600 tokens, and
 #   1.12, 1.04 and 1.00 times at 4096, 8192 and 16384; at D = 64 and 96, 1.04 and 1.05 times at 16384. cuDNN reaches
 #   580 TFLOP/s at 32760 tokens, FLASH 350, EFFICIENT 180. Before Hopper FLASH, which is FlashAttention-2, is what is
 #   published as the fastest of torch's.
-# - FlashAttention's own packages, by what is published, with no row here: the second is torch's FLASH; the third
-#   reaches 646 TFLOP/s for 8192 tokens on an H100, where cuDNN was measured at 666; the fourth up to 1.3 times cuDNN's
-#   rate on a B200 (arXiv 2603.05451), so that it comes first there, where it can be imported.
+# - FlashAttention's own packages can be named here, and are asked where they can be imported. None is before a row
+#   shows it right and faster: the third is published at 638, 646 and 648 TFLOP/s for 4096, 8192 and 16384 tokens on an
+#   H100, where cuDNN was measured at 629, 666 and 634; the fourth at up to 1.3 times cuDNN's rate on a B200.
 TABLE = (
-    Choice(12, None, 0, LERP_FIRST, TORCH),
-    Choice(10, None, 0, LERP_FIRST, (FLASH_4, *TORCH)),
-    Choice(9, 128, 32760, LERP_FIRST, (OWN, *TORCH)),
-    Choice(9, None, 0, LERP_FIRST, TORCH),
-    Choice(8, None, 0, LERP_FIRST, (SDPBackend.FLASH_ATTENTION, *REST)),
+    Choice(9, None, 128, 32760, LERP_FIRST, (OWN, *TORCH)),
+    Choice(9, None, None, 0, LERP_FIRST, TORCH),
+    Choice(8, None, None, 0, LERP_FIRST, (SDPBackend.FLASH_ATTENTION, *REST)),
 )
 
 
 def kv_lerp_attention(
-    q: Tensor, k: Tensor, v: Tensor, *args: Tensor, scale: float, return_lse: bool = False, **options: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_source: Tensor,
+    *args: Tensor,
+    scale: float,
+    return_lse: bool = False,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """See `kvlock_kernels.kv_lerp_attention`: mixes copies of k and v, unless it mixes in the loop.
 
@@ -55,34 +61,45 @@ def kv_lerp_attention(
     one that mixes in its loop.
     """
     own = own_kernel(q, k, scale) if return_lse else None
-    if choice(q, k).way == IN_LOOP or (return_lse and own is None):
-        return attend_in_loop(q, k, v, *args, scale=scale, return_lse=return_lse, **options)
+    if choice(q, k, k_source).way == IN_LOOP or (return_lse and own is None):
+        return attend_in_loop(q, k, v, k_source, *args, scale=scale, return_lse=return_lse, **options)
     k, v = (x.clone(memory_format=torch.contiguous_format) for x in (k, v))
     if own is not None:
-        kv_lerp_pair_(k, v, *args, **options)
+        kv_lerp_pair_(k, v, k_source, *args, **options)
         return own(q, k, v, scale=scale, return_lse=True)
-    return kv_lerp_attention_(q, k, v, *args, scale=scale, **options), q.new_empty(0, dtype=torch.float32)
+    out = kv_lerp_attention_(q, k, v, k_source, *args, scale=scale, **options)
+    return out, q.new_empty(0, dtype=torch.float32)
 
 
-def kv_lerp_attention_(q: Tensor, k: Tensor, v: Tensor, *args: Tensor, scale: float, **options: Any) -> Tensor:
+def kv_lerp_attention_(
+    q: Tensor, k: Tensor, v: Tensor, k_source: Tensor, *args: Tensor, scale: float, **options: Any
+) -> Tensor:
     """See `kvlock_kernels.kv_lerp_attention_`."""
     ways = {LERP_FIRST: lerp_then_attend_, IN_LOOP: in_loop, ONE_LAUNCH: attend_persistently_}
-    return ways[choice(q, k).way](q, k, v, *args, scale=scale, **options)
+    return ways[choice(q, k, k_source).way](q, k, v, k_source, *args, scale=scale, **options)
 
 
 def in_loop(*args: Tensor, **options: Any) -> Tensor:
     return attend_in_loop(*args, **options)[0]
 
 
-def lerp_then_attend_(q: Tensor, k: Tensor, v: Tensor, *args: Tensor, scale: float, **options: Any) -> Tensor:
+def lerp_then_attend_(
+    q: Tensor, k: Tensor, v: Tensor, k_source: Tensor, *args: Tensor, scale: float, **options: Any
+) -> Tensor:
     """Mixes k and v in place, then attends to them."""
-    kv_lerp_pair_(k, v, *args, **options)
-    return plain_attention(q, k, v, scale, choice(q, k).plain)
+    kv_lerp_pair_(k, v, k_source, *args, **options)
+    return plain_attention(q, k, v, scale, choice(q, k, k_source).plain)
 
 
-def choice(q: Tensor, k: Tensor) -> Choice:
-    """The line for q [B, M, H, D] and k [B, N, H, D]."""
+def choice(q: Tensor, k: Tensor, k_source: Tensor) -> Choice:
+    """The line for q [B, M, H, D], k [B, N, H, D] and source rows of keys."""
     capability, _ = torch.cuda.get_device_capability(k.device)
-    dim, tokens = k.shape[3], min(q.shape[1], k.shape[1])
-    fits = lambda line: capability >= line.capability and line.dim in (None, dim) and tokens >= line.tokens
-    return next(filter(fits, TABLE))
+    tokens = min(q.shape[1], k.shape[1])
+    return next(
+        line
+        for line in TABLE
+        if capability >= line.capability
+        and line.source in (None, k_source.dtype)
+        and line.dim in (None, k.shape[3])
+        and tokens >= line.tokens
+    )

@@ -1,5 +1,6 @@
 """Plain attention: the kernels there are, by name, and the call of the first that serves."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -42,11 +43,12 @@ def own_kernel(q: Tensor, k: Tensor, scale: float) -> Callable[..., tuple[Tensor
     return None if hopper.why_not(q, k, scale) else hopper.attention
 
 
+@functools.cache  # an import that fails half-way is slow, and would be tried again at every call
 def flash_attention(name: str) -> Callable[..., Tensor] | None:
     """FlashAttention of this generation, [B, N, H, D] with a keyword `scale`; None where it cannot be imported."""
     try:
         function = FLASH_ATTENTION[name]()
-    except ImportError:
+    except Exception:  # compiled for another torch, or above another version of what it stands on: it is not there
         return None
 
     def run(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:

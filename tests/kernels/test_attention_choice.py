@@ -1,6 +1,9 @@
 """Which way a call of kv_lerp_attention goes on which GPU."""
 
+import builtins
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -71,8 +74,10 @@ FLASH_MODULES = {2: "flash_attn", 3: "flash_attn_interface", 4: "flash_attn.cute
 
 
 @pytest.fixture
-def flash_attn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """FlashAttention's packages, importable; the calls of it: generation, strides and scale."""
+def flash_attn(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """FlashAttention's packages, importable; the calls of it: generation and scale."""
+    from kvlock_kernels._triton import plain
+
     calls: list[Any] = []
 
     def module(generation: int) -> ModuleType:
@@ -88,26 +93,41 @@ def flash_attn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     for generation, name in FLASH_MODULES.items():
         monkeypatch.setitem(sys.modules, name, module(generation))
-    return calls
+    plain.flash_attention.cache_clear()
+    yield calls
+    plain.flash_attention.cache_clear()
 
 
-def test_flash_attention_4_serves_blackwell_where_it_can_be_imported(way_of: Any, flash_attn: list[Any]) -> None:
-    for capability in ((10, 0), (10, 3), (11, 0)):
-        assert way_of(capability, arguments(40)) == "another package"
-        assert flash_attn.pop() == (4, 0.1)
-    for capability in ((8, 0), (9, 0), (12, 0)):
+def test_flash_attention_is_not_asked_before_a_row_shows_it_right(way_of: Any, flash_attn: list[Any]) -> None:
+    for capability in ((8, 0), (9, 0), (10, 0), (12, 0)):
         assert way_of(capability, arguments(40)).startswith("torch")
     assert flash_attn == []
+
+
+def test_what_cannot_be_imported_is_tried_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kvlock_kernels._triton import plain
+
+    plain.flash_attention.cache_clear()
+    package = tmp_path / "flash_attn"
+    package.mkdir()
+    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
+    (package / "__init__.py").write_text("import builtins\nbuiltins.kvlock_tries.append(1)\nNone.function\n")
+    tries: list[int] = []
+    monkeypatch.setattr(builtins, "kvlock_tries", tries, raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert plain.flash_attention(plain.FLASH_2) is None and plain.flash_attention(plain.FLASH_2) is None
+    assert tries == [1]
+    plain.flash_attention.cache_clear()
 
 
 @pytest.mark.parametrize("generation", [2, 3, 4])
 def test_a_line_of_the_table_asks_for_any_generation(
     way_of: Any, flash_attn: list[Any], monkeypatch: pytest.MonkeyPatch, generation: int
 ) -> None:
-    from kvlock_kernels._triton import attend
+    from kvlock_kernels._triton import attend, plain
 
     flash = f"flash-attn {generation}"
-    monkeypatch.setattr(attend, "TABLE", (attend.Choice(9, None, 0, attend.LERP_FIRST, (flash, *attend.TORCH)),))
+    monkeypatch.setattr(attend, "TABLE", (attend.Choice(9, None, None, 0, attend.LERP_FIRST, (flash, *attend.TORCH)),))
     q, k, v, *rest = arguments()
     q, k, v = (4 * x for x in (q, k, v))
     exact, _ = reference.kv_lerp_attention(*(x.float() for x in (q, k, v, *rest[:2])), *rest[2:], scale=-0.1)
@@ -118,10 +138,17 @@ def test_a_line_of_the_table_asks_for_any_generation(
     native, _ = reference.kv_lerp_attention(q, k, v, *rest, scale=-0.1)
     assert_as_accurate_as_torch(out, native, exact.double())
     monkeypatch.setitem(sys.modules, FLASH_MODULES[generation], None)
+    plain.flash_attention.cache_clear()
     assert way_of((9, 0), [q, k, v, *rest]) == CUDNN
 
 
-def test_what_flash_attention_does_not_take_goes_to_torch(way_of: Any, flash_attn: list[Any]) -> None:
+def test_what_flash_attention_does_not_take_goes_to_torch(
+    way_of: Any, flash_attn: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvlock_kernels._triton import attend, plain
+
+    line = attend.Choice(9, None, None, 0, attend.LERP_FIRST, (plain.FLASH_4, *attend.TORCH))
+    monkeypatch.setattr(attend, "TABLE", (line,))
     q, k, *rest = arguments(40)
     odd = torch.cat([q, q], 3)[..., 4:36]  # rows that do not begin at 16 bytes
     assert way_of((10, 0), arguments(40, dtype=torch.float32)) == CUDNN
@@ -138,11 +165,15 @@ def test_a_line_of_the_table_sends_a_call_any_way(
 ) -> None:
     from kvlock_kernels._triton import attend
 
-    few = [attend.Choice(8, 32, 0, attend.ONE_LAUNCH, ()), attend.Choice(8, 64, 0, attend.IN_LOOP, ())]
-    monkeypatch.setattr(attend, "TABLE", (*few, *attend.TABLE))
+    few = [attend.Choice(8, None, 32, 0, attend.ONE_LAUNCH, ()), attend.Choice(8, None, 64, 0, attend.IN_LOOP, ())]
+    packed = attend.Choice(8, torch.int8, None, 0, attend.IN_LOOP, ())
+    monkeypatch.setattr(attend, "TABLE", (packed, *few, *attend.TABLE))
     assert way_of((8, 0), arguments(dim=32), inplace=inplace) == "one launch"
     assert way_of((8, 0), arguments(dim=64), inplace=inplace) == "in loop"
     assert way_of((8, 0), arguments(dim=128), inplace=inplace) == "torch FLASH_ATTENTION"
+    q, k, v, *sources, index, ratio = arguments(dim=128)
+    int8 = [source.to(torch.int8) for source in sources]
+    assert way_of((8, 0), [q, k, v, *int8, index, ratio], inplace=inplace) == "in loop"
 
 
 @pytest.mark.parametrize("return_lse", [False, True])
