@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-from diffusers import WanPipeline
+from diffusers import WanPipeline, WanVACEPipeline
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch._dynamo.utils import counters
 
@@ -23,11 +23,14 @@ def no_graphs():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("source, most, fusion", [("store", 2, "full"), ("batch", 1, "variance")])
-def test_regional_fullgraph_compile_costs_no_more_graphs_than_the_hooks(source, most, fusion):
+@pytest.mark.parametrize(
+    "kind, source, most, fusion",
+    [(WanPipeline, "store", 2, "full"), (WanPipeline, "batch", 1, "variance"), (WanVACEPipeline, "store", 2, 0.5)],
+)
+def test_regional_fullgraph_compile_costs_no_more_graphs_than_the_hooks(kind, source, most, fusion):
     config = KVLockConfig(kappa=2, window=3, tau=0.6, source=source, fusion=fusion)
-    expected, _ = tiny.locked_call(tiny.pipeline(WanPipeline, layers=4), config, steps=STEPS)
-    pipe = tiny.pipeline(WanPipeline, layers=4)
+    expected, _ = tiny.locked_call(tiny.pipeline(kind, layers=4), config, steps=STEPS)
+    pipe = tiny.pipeline(kind, layers=4)
     pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
     plain = tiny.call(pipe, steps=STEPS)
     before = counters["stats"]["unique_graphs"]

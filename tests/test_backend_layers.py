@@ -51,6 +51,16 @@ def test_one_source_serves_several_samples(samples, full):
         torch.testing.assert_close(found, expected.transpose(1, 2), rtol=1e-5, atol=1e-6)
 
 
+def test_a_full_lock_writes_the_foreground_behind_the_recorded_rows_and_copies_no_others():
+    layer, x = unit_layer(full=True, samples=4)
+    for tensor in "kv":
+        kept = layer.source_rows(tensor, AFTER_ROPE)
+        before = kept.data[:, :3].clone()
+        joined = layer._joined(kept, x[tensor])
+        assert joined.data_ptr() == kept.data.data_ptr() and joined.shape == x[tensor].shape
+        assert torch.equal(joined[:, :3], before) and torch.equal(joined[:, 3:], x[tensor][:, [1, 3]])
+
+
 def test_source_rows_of_another_number_of_samples_are_refused():
     layer, x = unit_layer(full=True, samples=2)
     with pytest.raises(ValueError, match=r"blocks\[0\] has source rows of 2 samples; wanted 1 or 4"):

@@ -54,8 +54,10 @@ def attach(
             ``"fused"`` in one pass with Wan's QK norm and RoPE, rounded once instead of three times (so that in half
             precision a ratio of 0 is not the plain pipeline to the last bit); ``"backend"`` in the attention itself,
             after norm and RoPE, as a backend of diffusers' dispatcher: locked calls of these layers are computed by
-            `kvlock_kernels.kv_lerp_attention_`, and with ``fusion="full"`` by the backend that was active before (whose
-            source rows then take the room of all tokens), as everything else is. Inside the block
+            `kvlock_kernels.kv_lerp_attention_`, everything else by the backend that was active before. With
+            ``fusion="full"`` that one attends to the source rows and the new foreground rows, which are written behind
+            them: unpacked rows on the device take the room of all tokens for it; packed rows, those of another place,
+            of a recording or of one sample for several are joined with them anew in each call. Inside the block
             ``pipe.transformer.set_attention_backend("kvlock")`` chooses it too, for all transformers of the pipeline
             and until the block is left; another name sets the backend for everything else.
         store: how and where source rows are kept; None is `Store()`, on the device in the dtype of the model.

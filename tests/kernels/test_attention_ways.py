@@ -168,6 +168,22 @@ def test_the_order_of_rows_does_not_matter(way: Way) -> None:
 
 @each_way
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_background_rows_may_change_places_with_their_source_rows(way: Way, dtype: torch.dtype) -> None:
+    (q, k, v, k_source, v_source, index, ratio), options = call_of(REGIME | {"dtype": dtype})
+    order = torch.randperm(len(index), generator=torch.Generator().manual_seed(1), device="cpu").to(index.device)
+    rows = index.long()
+    moved = [x.clone() for x in (k, v)]
+    for x, y in zip((k, v), moved, strict=True):
+        y[:, rows] = x[:, rows[order]]
+    expected = way(q, k.clone(), v.clone(), k_source, v_source, index, ratio, **options)
+    options["v_scale"] = options["v_scale"][:, order]  # values come in 8 bits here
+    actual = way(q, *moved, k_source[:, order], v_source[:, order], index, ratio, **options)
+    assert not torch.equal(moved[0], k)
+    assert_within_roundings(actual, expected, 4)
+
+
+@each_way
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_large_scores_neither_overflow_nor_vanish(way: Way, dtype: torch.dtype) -> None:
     (q, k, *rest), options = call_of(REGIME | {"dtype": dtype, "source": (dtype, False)})
     rest[-1].fill_(0)  # the definition below has the plain keys
