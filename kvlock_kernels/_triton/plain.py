@@ -87,5 +87,6 @@ def flash_serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def is_aligned(x: Tensor) -> bool:
+    """Whether every row of a head can be read 16 bytes at a time."""
     steps = (step * x.element_size() for step in x.stride()[:3])
     return x.stride(3) == 1 and x.data_ptr() % ALIGNMENT == 0 and not any(step % ALIGNMENT for step in steps)
