@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 CSRC, HEADERS = Path(__file__).parents[2] / "csrc", Path(__file__).with_name("emulated_cuda")
-FLAGS = ["-std=c++20", "-O1", "-fPIC", "-ffp-contract=off", "-fsanitize=alignment", f"-I{HEADERS}", f"-iquote{CSRC}"]
+FLAGS = ["-std=c++20", "-fPIC", "-ffp-contract=off", "-fsanitize=alignment", f"-I{HEADERS}", f"-iquote{CSRC}"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn)  # as in csrc/pack_kv.h
 # What a C++ compiler does not read: the brackets of a launch, of which there are two, and an instruction in PTX.
 NOT_CPP = (

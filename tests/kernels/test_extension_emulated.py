@@ -25,7 +25,7 @@ AXES: dict[str, Any] = {
     "storage": (INT8, FP8),
     "mean": (False, True),
     "samples": ((1, 1), (2, 1), (2, 2)),  # of the tensor and of its source or mean
-    "layout": ("dense", "one of three", "8 bytes off", "4 bytes off"),
+    "layout": ("dense", "padded", "8 bytes off", "4 bytes off"),
     "ratio": (0.0, 0.3, 1.0),
 }
 each_dim = pytest.mark.parametrize("dim", [8, 16, 24, 32, 64, 96, 128, 160, 256])
@@ -38,10 +38,10 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
 
 
 def laid_out(layout: str, x: Tensor) -> Tensor:
-    """The same numbers in rows that are aligned to 16 bytes where D is a multiple of 16, to 8 bytes, or to 4."""
+    """The same numbers in rows side by side, in rows that are all aligned to 16 bytes, to 8 bytes, or to 4."""
     codes = x.view(torch.uint8) if x.dtype in reference.EIGHT_BIT else x
-    if layout == "one of three":
-        codes = torch.stack([codes] * 3, 2)[:, :, 1]
+    if layout == "padded":
+        codes = torch.nn.functional.pad(codes, (0, 16 + -x.shape[-1] % 16))[..., : x.shape[-1]]
     elif layout.endswith("off"):
         skipped = int(layout[0]) // x.element_size()
         codes = torch.cat([codes[..., :1].expand(*codes.shape[:-1], skipped), codes], -1)[..., skipped:]
@@ -76,7 +76,7 @@ def test_source_rows_are_mixed_to_the_bits_of_the_reference(emulated: Emulated, 
                 storage, sources, rows, h, dim, seed=n, mean=regime["mean"]
             )
         source = laid_out(regime["layout"], source)
-        x, x_alone = (laid_out("one of three", normal(b, TOKENS, h, dim, seed=3, dtype=regime["dtype"])) for _ in "01")
+        x, x_alone = (laid_out("padded", normal(b, TOKENS, h, dim, seed=3, dtype=regime["dtype"])) for _ in "01")
         index, ratio = scattered(TOKENS, rows), torch.tensor([regime["ratio"], 0.77])[:b]
         emulated.kv_lerp_(x, source, index, ratio, **options)
         reference.kv_lerp_(x_alone, source, index, ratio, **options)
@@ -92,3 +92,21 @@ def test_all_codes_are_unpacked_to_the_bits_of_the_reference(emulated: Emulated,
         scale, out = normal(1, rows, 3).abs(), torch.zeros(1, rows, 3, dim, dtype=torch.bfloat16)
         emulated.kv_lerp_(out, data, None, None, source_scale=scale, source_mean=None)
         assert_bit_identical(out, reference.unpack_kv(data, scale, mean=None, dtype=out.dtype))
+
+
+@pytest.mark.parametrize("dim", [16, 24, 128])
+@pytest.mark.parametrize("layout", AXES["layout"])
+def test_lanes_exchange_codes_where_16_of_them_are_aligned(emulated: Emulated, dim: int, layout: str) -> None:
+    data, scale, _ = packed(INT8, 1, 4, 2, dim, seed=0)
+    emulated.shuffles()
+    emulated.kv_lerp_(normal(1, 4, 2, dim), laid_out(layout, data), None, None, source_scale=scale, source_mean=None)
+    assert (emulated.shuffles() > 0) == (dim % 16 == 0 and layout in ("dense", "padded"))
+
+
+def test_codes_are_exchanged_before_they_are_stored(emulated: Emulated) -> None:
+    emulated.shuffles()
+    shuffles = []
+    for dim in (8, 16):  # for both, 4 lanes take a head
+        emulated.pack_kv(normal(1, 4, 2, dim), torch.arange(4, dtype=torch.int32), INT8, mean=None)
+        shuffles.append(emulated.shuffles())
+    assert shuffles[0] < shuffles[1]

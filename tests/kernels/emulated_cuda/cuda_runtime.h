@@ -36,11 +36,6 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel) {
   return cudaSuccess;
 }
 
-// -fsanitize=alignment calls this before an access that is not aligned, which would be the end of a CUDA context.
-extern "C" inline __attribute__((used)) void __ubsan_handle_type_mismatch_v1(void*, uintptr_t) {
-  last_error = "an access is not aligned";
-}
-
 namespace emulated {
 
 constexpr uint32_t WARP = 32;
@@ -57,13 +52,15 @@ inline Lane* running;
 inline ucontext_t scheduler;
 inline int64_t shuffles;  // how often a warp met
 
+inline void fail(cudaError_t error) { last_error = last_error == cudaSuccess ? error : last_error; }
+
 inline void meet() {
   shuffles++;
   const Lane* first = std::find_if(lanes, lanes + WARP, [](const Lane& lane) { return !lane.exited; });
   for (const Lane& lane : lanes) {
     if (lane.exited) continue;
-    if (lane.line != first->line || lane.mask != first->mask) last_error = "lanes wait at different shuffles";
-    if (!(lane.mask >> (&lane - lanes) & 1)) last_error = "a lane shuffles without being in the mask";
+    if (lane.line != first->line || lane.mask != first->mask) fail("lanes wait at different shuffles");
+    if (!(lane.mask >> (&lane - lanes) & 1)) fail("a lane shuffles without being in the mask");
   }
 }
 
@@ -74,7 +71,7 @@ Value shuffled(uint32_t mask, Value value, uint32_t source, int line) {
   memcpy(&self.sent, &value, sizeof value);
   self.mask = mask, self.line = line;
   swapcontext(&self.context, &scheduler);
-  if (lanes[source].exited) last_error = "a lane is given the value of one that has exited";
+  if (lanes[source].exited) fail("a lane is given the value of one that has exited");
   memcpy(&value, &lanes[source].sent, sizeof value);
   // Nobody sends again before everybody has received.
   swapcontext(&self.context, &scheduler);
@@ -117,6 +114,13 @@ auto launch(void (*kernel)(Parameters...), int64_t blocks, uint32_t threads) {
 }
 
 }  // namespace emulated
+
+// -fsanitize=alignment calls this before an access that is not aligned. The lane ends there, as the kernel would.
+extern "C" inline __attribute__((used)) void __ubsan_handle_type_mismatch_v1(void*, uintptr_t) {
+  emulated::fail("an access is not aligned");
+  emulated::running->exited = true;
+  setcontext(&emulated::scheduler);
+}
 
 using Place = std::source_location;
 
