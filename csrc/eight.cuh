@@ -140,6 +140,38 @@ __device__ void store(const Eight<T>& x, T* row, int64_t element, int64_t d, int
   }
 }
 
+// 16 codes side by side, which one instruction moves.
+template <class Code>
+struct alignas(16) Sixteen {
+  Eight<Code> half[2];
+};
+
+// The 16 codes that element d is among, of a row in which each 16 are aligned.
+template <class Code>
+__device__ void load_sixteen(const Code* row, int64_t d, Eight<Code>& x, Eight<Code>& y) {
+  const Sixteen<Code> codes = *reinterpret_cast<const Sixteen<Code>*>(row + d / 16 * 16);
+  x = codes.half[0], y = codes.half[1];
+}
+
+template <class Code>
+__device__ void store_sixteen(const Eight<Code>& x, const Eight<Code>& y, Code* row, int64_t d) {
+  *reinterpret_cast<Sixteen<Code>*>(row + d / 16 * 16) = {x, y};
+}
+
+__device__ bool in_odd_lane() { return threadIdx.x & 1; }
+
+// Two lanes side by side hold 16 codes of each of two rows: either each lane its half of both, x of the first row and y
+// of the second, or the even lane all of the first row, the odd lane all of the second. Turns either into the other.
+template <class Code>
+__device__ void exchange(Eight<Code>& x, Eight<Code>& y) {
+  const bool odd = in_odd_lane();
+  for (int k = 0; k < 2; k++) {
+    const uint32_t received = __shfl_xor_sync(~0u, odd ? x.word[k] : y.word[k], 1);
+    x.word[k] = odd ? received : x.word[k];
+    y.word[k] = odd ? y.word[k] : received;
+  }
+}
+
 template <bool WIDE>
 __device__ void load_mean(const float* mean, int64_t at, int64_t d, int64_t dim, float (&y)[8]) {
   widen(load<WIDE>(mean + at, 1, d, dim), y);

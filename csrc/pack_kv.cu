@@ -1,8 +1,10 @@
 // CUDA's implementation. A thread takes 8 elements, 16 bytes of bf16, of the same place in TOKENS rows, and asks for
-// all of them before it uses one: loads in flight are what a pass over memory lives on. Built with -fmad=false, because
-// the bits are those of the reference.
+// all of them before it uses one: loads in flight are what a pass over memory lives on. 8 codes are half an access: two
+// lanes side by side move 16 codes of every other row each, and exchange halves. Built with -fmad=false, because the
+// bits are those of the reference.
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <type_traits>
 
 #include "eight.cuh"
@@ -49,7 +51,7 @@ __device__ float larger_of_lanes(float x, int apart) {
 template <int LANES>
 __device__ float largest_of_rows(const float (&x)[TOKENS]) {
   static_assert(TOKENS == 4 && LANES >= TOKENS);
-  const bool odd = threadIdx.x & 1, upper = threadIdx.x & 2;
+  const bool odd = in_odd_lane(), upper = threadIdx.x & 2;
   const float low = larger_or_nan(odd ? x[1] : x[0], __shfl_xor_sync(~0u, odd ? x[0] : x[1], 1));
   const float high = larger_or_nan(odd ? x[3] : x[2], __shfl_xor_sync(~0u, odd ? x[2] : x[3], 1));
   float found = larger_or_nan(upper ? high : low, __shfl_xor_sync(~0u, upper ? low : high, 2));
@@ -76,7 +78,7 @@ __device__ Eight<Code> encoded(float (&x)[8], float inverse) {
 
 // Rows of which 8 elements lie side by side: LANES threads take one head, 8 * LANES >= D, of TOKENS rows. A sample has
 // `blocks` blocks; samples follow each other in grid.x, the one axis that has room for any number of them.
-template <class T, class Code, int LANES>
+template <class T, class Code, int LANES, bool PAIRS>
 __global__ void __launch_bounds__(THREADS) encode_kernel(const Encode call, uint32_t blocks) {
   const auto [samples, rows, heads, dim] = call.shape;
   const uint32_t thread = blockIdx.x % blocks * THREADS + threadIdx.x, unit = thread / LANES;
@@ -105,11 +107,19 @@ __global__ void __launch_bounds__(THREADS) encode_kernel(const Encode call, uint
   const int64_t at = (b * rows + first) * heads + h;
   const int lane = thread % LANES;
   if (lane < TOKENS && first + lane < rows) call.scale[at + lane * heads] = scale;
+  Eight<Code> codes[TOKENS];
+#pragma unroll
+  for (int j = 0; j < TOKENS; j++) codes[j] = encoded<Code>(x[j], __shfl_sync(~0u, inverse, j, LANES));
+  Code* row = static_cast<Code*>(call.codes) + at * dim;
 #pragma unroll
   for (int j = 0; j < TOKENS; j++) {
-    const float inverse_of_row = __shfl_sync(~0u, inverse, j, LANES);
-    Code* row = static_cast<Code*>(call.codes) + (at + j * heads) * dim;
-    if (inside && first + j < rows) store<true>(encoded<Code>(x[j], inverse_of_row), row, 1, d, dim);
+    if constexpr (!PAIRS) {
+      if (inside && first + j < rows) store<true>(codes[j], row + j * heads * dim, 1, d, dim);
+    } else if (j % 2 == 0) {
+      exchange(codes[j], codes[j + 1]);
+      const int i = j + in_odd_lane();
+      if (inside && first + i < rows) store_sixteen(codes[j], codes[j + 1], row + i * heads * dim, d);
+    }
   }
 }
 
@@ -141,7 +151,8 @@ __global__ void __launch_bounds__(THREADS) encode_any_kernel(const Encode call, 
 }
 
 // Each thread takes one column of 8 elements of TOKENS rows. Blocks of all samples beside each other share a source.
-template <class To, class From, bool WIDE>
+// With PAIRS a head has an even number of columns: lanes that exchange have the same rows, and leave early together.
+template <class To, class From, bool WIDE, bool PAIRS>
 __global__ void __launch_bounds__(THREADS) mix_kernel(const Mix call, uint32_t chunks) {
   const auto [samples, rows, heads, dim] = call.shape;
   const uint32_t columns = static_cast<uint32_t>(heads) * chunks, b = blockIdx.x % static_cast<uint32_t>(samples);
@@ -161,12 +172,21 @@ __global__ void __launch_bounds__(THREADS) mix_kernel(const Mix call, uint32_t c
 #pragma unroll
   for (int j = 0; j < TOKENS; j++) {
     const int64_t i = min(first + j, rows - 1);
-    raw[j] = load<WIDE>(row_of<From>(call.from, b, from_token[j], h), call.from.element, d, dim);
+    if constexpr (!PAIRS) {
+      raw[j] = load<WIDE>(row_of<From>(call.from, b, from_token[j], h), call.from.element, d, dim);
+    } else if (j % 2 == 0) {
+      const int64_t token = in_odd_lane() ? from_token[j + 1] : from_token[j];
+      load_sixteen(row_of<From>(call.from, b, token, h), d, raw[j], raw[j + 1]);
+    }
     if constexpr (sizeof(From) == 1) scale[j] = call.scale[b * call.scale_batch + i * heads + h];
     if (!whole) old[j] = load<WIDE>(row_of<To>(call.to, b, to_token[j], h), call.to.element, d, dim);
   }
   float mean[8] = {};
   if (sizeof(From) == 1 && call.mean) load_mean<WIDE>(call.mean, b * call.mean_batch + h * dim, d, dim, mean);
+  if constexpr (PAIRS) {
+#pragma unroll
+    for (int j = 0; j < TOKENS; j += 2) exchange(raw[j], raw[j + 1]);
+  }
 #pragma unroll
   for (int j = 0; j < TOKENS; j++) {
     if (first + j >= rows) continue;
@@ -199,10 +219,10 @@ int64_t blocks_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
 bool aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
 
-// Whether 8 elements of any row are one or two aligned accesses.
-bool wide(const Rows& rows, int64_t dim) {
-  const int64_t access = size_of(rows.dtype) == 1 ? 8 : 16, step = access / size_of(rows.dtype);
-  return rows.element == 1 && dim % 8 == 0 && aligned(rows.data, access) && rows.batch % step == 0 &&
+// Whether so many elements of any row, from a multiple of as many on, are aligned accesses of at most 16 bytes.
+bool wide(const Rows& rows, int64_t dim, int64_t elements = 8) {
+  const int64_t size = size_of(rows.dtype), access = std::min(elements * size, INT64_C(16)), step = access / size;
+  return rows.element == 1 && dim % elements == 0 && aligned(rows.data, access) && rows.batch % step == 0 &&
          rows.token % step == 0 && rows.head % step == 0;
 }
 
@@ -247,17 +267,22 @@ const char* launch_encode(const Encode& call, cudaStream_t stream) {
   if (!wide(call.x, shape.dim) || !aligned(call.mean, 16) || shape.dim > 8 * WARP) {
     return launch(encode_any_kernel<T, Code>, shape.rows * shape.heads * WARP);
   }
-  if (shape.dim > 128) return launch(encode_kernel<T, Code, 32>, units * 32);
-  if (shape.dim > 64) return launch(encode_kernel<T, Code, 16>, units * 16);
-  if (shape.dim > 32) return launch(encode_kernel<T, Code, 8>, units * 8);
-  return launch(encode_kernel<T, Code, 4>, units * 4);
+  const auto launch_wide = [&](auto pairs) {
+    constexpr bool PAIRS = decltype(pairs)::value;
+    if (shape.dim > 128) return launch(encode_kernel<T, Code, 32, PAIRS>, units * 32);
+    if (shape.dim > 64) return launch(encode_kernel<T, Code, 16, PAIRS>, units * 16);
+    if (shape.dim > 32) return launch(encode_kernel<T, Code, 8, PAIRS>, units * 8);
+    return launch(encode_kernel<T, Code, 4, PAIRS>, units * 4);
+  };
+  // The codes are a new tensor, which begins where 16 bytes are aligned.
+  return shape.dim % 16 == 0 ? launch_wide(std::true_type{}) : launch_wide(std::false_type{});
 }
 
 }  // namespace
 
 bool has_code_for_current_device() {
   cudaFuncAttributes attributes;
-  const bool found = cudaFuncGetAttributes(&attributes, mix_kernel<float, float, true>) == cudaSuccess;
+  const bool found = cudaFuncGetAttributes(&attributes, mix_kernel<float, float, true, false>) == cudaSuccess;
   cudaGetLastError();  // forgets the error, which the launch of another kernel would take for its own
   return found;
 }
@@ -274,6 +299,7 @@ const char* encode(const Encode& call, void* stream) {
 const char* mix(const Mix& call, void* stream) {
   const Shape& shape = call.shape;
   const bool is_wide = wide(call.to, shape.dim) && wide(call.from, shape.dim) && aligned(call.mean, 16);
+  const bool in_pairs = is_wide && wide(call.from, shape.dim, 16);
   const int64_t chunks = blocks_of(shape.dim, 8);
   const int64_t blocks = blocks_of(blocks_of(shape.rows, TOKENS) * shape.heads * chunks, THREADS);
   if (const char* error = too_many(blocks, shape.samples)) return error;
@@ -281,7 +307,10 @@ const char* mix(const Mix& call, void* stream) {
     with_any(call.from.dtype, [&](auto from) {
       using To = decltype(to);
       using From = decltype(from);
-      const auto kernel = is_wide ? mix_kernel<To, From, true> : mix_kernel<To, From, false>;
+      constexpr bool PAIRS = sizeof(From) == 1;
+      const auto kernel = in_pairs  ? mix_kernel<To, From, true, PAIRS>
+                          : is_wide ? mix_kernel<To, From, true, false>
+                                    : mix_kernel<To, From, false, false>;
       kernel<<<blocks * shape.samples, THREADS, 0, static_cast<cudaStream_t>(stream)>>>(call, chunks);
     });
   });

@@ -52,8 +52,8 @@ def test_every_kernel_is_there_for_every_architecture(code: Kernels) -> None:
     assert {arch for arch, _ in code} == built_for()
     for arch in built_for():
         mixers, encoders = (sum(name in key[1] and key[0] == arch for key in code) for name in ("mix_k", "encode_"))
-        assert mixers == 2 * 3 * 5  # wide or not, to 3 dtypes from 5
-        assert encoders == 5 * 3 * 2  # 4 numbers of lanes or any row, from 3 dtypes to 2
+        assert mixers == 2 * 3 * 5 + 3 * 2  # wide or not, to 3 dtypes from 5; and in pairs of lanes from codes
+        assert encoders == (4 * 2 + 1) * 3 * 2  # 4 numbers of lanes, in pairs or not, or any row, from 3 dtypes to 2
 
 
 def test_nothing_spills(code: Kernels) -> None:
@@ -62,14 +62,27 @@ def test_nothing_spills(code: Kernels) -> None:
 
 @pytest.mark.parametrize("dtype", ["13__nv_bfloat16", "6__half", "f"], ids=["bf16", "fp16", "fp32"])
 def test_rows_move_in_accesses_of_16_bytes(code: Kernels, dtype: str) -> None:
-    """4 rows a thread, and the mean by two more; a packed source is read 8 bytes at a time."""
+    """4 rows a thread, and the mean by two more."""
     rows = 8 if dtype == "f" else 4
     for opcodes in chosen(code, f"encode_kernelI{dtype}").values():
         assert count(opcodes, "LDG", "128") == rows + 2
-        assert count(opcodes, "STG", "64") == 4
     for opcodes in chosen(code, f"mix_kernelI{dtype}", "Lb1").values():
         assert count(opcodes, "LDG", "128") >= rows
         assert count(opcodes, "STG", "128") >= rows
+
+
+@pytest.mark.parametrize("dtype", ["13__nv_bfloat16", "6__half", "f"], ids=["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("codes", ["int8", "e4m3"])
+def test_codes_move_in_accesses_of_16_bytes_where_these_are_aligned(code: Kernels, codes: str, dtype: str) -> None:
+    """Those of every other row, in a pair of lanes; elsewhere 8 bytes of each of 4 rows."""
+    rows = 8 if dtype == "f" else 4
+    for pairs in (True, False):
+        for opcodes in chosen(code, f"encode_kernelI{dtype}", codes, f"Lb{pairs:d}").values():
+            assert count(opcodes, "STG", "128") == (2 if pairs else 0)
+            assert count(opcodes, "STG", "64") == (0 if pairs else 4)
+        for opcodes in chosen(code, f"mix_kernelI{dtype}", codes, f"Lb1ELb{pairs:d}").values():
+            assert count(opcodes, "LDG", "128") == rows + 2 + (2 if pairs else 0)
+            assert count(opcodes, "LDG", "64") == (0 if pairs else 4)
 
 
 def test_e4m3_is_encoded_by_an_instruction_where_there_is_one(code: Kernels) -> None:
