@@ -10,6 +10,7 @@ from kvlock.mini import models, scenes
 
 SHAPES = {"1.3b": {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
           "14b": {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40}}  # fmt: skip
+VIDEO = 81, 480, 832  # frames, rows and columns
 
 
 class Edit(NamedTuple):
@@ -51,7 +52,7 @@ def wan(device: str, shape: str) -> Edit:
             transformer = WanTransformer3DModel(attention_head_dim=128, **SHAPES[shape])
     finally:
         torch.set_default_dtype(default)
-    tokenizer, frames, height, width = models.build_tokenizer(), 81, 480, 832
+    tokenizer, (frames, height, width) = models.build_tokenizer(), VIDEO
     config = UMT5Config(vocab_size=len(tokenizer), d_model=4096, d_kv=64, d_ff=64, num_layers=1, num_heads=2)
     pipe = WanPipeline(
         tokenizer=tokenizer,
@@ -62,7 +63,7 @@ def wan(device: str, shape: str) -> Edit:
     )
     pipe.text_encoder.to(device, torch.bfloat16)
     mask = torch.zeros(frames, height, width, dtype=torch.bool)
-    mask[:, 120:312, 208:544] = True
+    mask[:, height // 4 : 13 * height // 20, width // 4 : 17 * width // 26] = True
     source = torch.randn(1, 16, (frames - 1) // 4 + 1, height // 8, width // 8, device=device)
     source_embeds, prompt, negative = torch.randn(3, 1, 512, 4096, device=device, dtype=torch.bfloat16)
     return Edit(
