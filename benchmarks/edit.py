@@ -25,7 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import kvlock
 from benchmarks._edit_rows import MEASURED, PIPELINE, EditRow
-from benchmarks._edits import SHAPES, Edit, miniature, wan
+from benchmarks._edits import EDITS, NEEDED, Edit, named
 from benchmarks._harness import Results
 from benchmarks._host_memory import HostMemory
 from benchmarks._machine import Machine
@@ -140,6 +140,21 @@ def measure(edit: Edit, device: str, modes: dict[str, Mode], machine: Machine) -
             torch.cuda.empty_cache()
 
 
+def one_after_the_other(shapes: list[str], device: str, modes: dict[str, Mode], machine: Machine) -> Iterator[EditRow]:
+    """A run of each shape; one that the GPU has no room for is a row that says so."""
+    for shape in shapes:
+        needed = NEEDED.get(shape, 0)
+        there = torch.cuda.get_device_properties(0).total_memory if needed else 0
+        if there < needed:
+            note = f"not run: it needs about {needed / 1e9:.0f} GB of device memory; this GPU has {there / 1e9:.0f}"
+            yield EditRow(named(shape), PIPELINE, *[""] * (MEASURED - 2))._replace(note=note, **machine.now())
+            continue
+        yield from measure(EDITS[shape](device), device, modes, machine)
+        gc.collect()  # the model, before the next one is built
+        if device.startswith("cuda"):
+            torch.cuda.empty_cache()
+
+
 def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
@@ -224,8 +239,8 @@ def _gib(size: int) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code: 1 where a mode failed, 2 where a GPU is asked for and there is none."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.edit", description=__doc__)
-    parser.add_argument("--gpu", action="store_true", help="Wan's shape on the first CUDA GPU")
-    parser.add_argument("--shape", choices=SHAPES, default="1.3b", help="with --gpu (%(default)s)")
+    parser.add_argument("--gpu", action="store_true", help="on the first CUDA GPU, with Wan's shapes too")
+    parser.add_argument("--shape", choices=EDITS, help="only this one of them")
     parser.add_argument("--only", metavar="NAME", default="", help="modes that have NAME in them")
     parser.add_argument("--out", type=Path, metavar="DIR", help="add to DIR/edit-<gpu or processor>.csv")
     parser.add_argument("--commit", help="what was measured, where this is no git checkout")
@@ -236,7 +251,10 @@ def main(arguments: list[str] | None = None) -> int:
     if options.gpu and not torch.cuda.is_available():
         print("python -m benchmarks.edit --gpu needs a CUDA GPU, and torch sees none", file=sys.stderr)
         return 2
+    if not options.gpu and options.shape not in (None, "miniature"):
+        parser.error(f"--shape {options.shape} wants --gpu; a CPU edits with the miniature")
     device = "cuda" if options.gpu else "cpu"
+    shapes = [options.shape] if options.shape else [*EDITS] if options.gpu else ["miniature"]
     said, failed = csv.writer(sys.stdout), False
     said.writerow(EditRow._fields[: MEASURED + 1])  # with the note
     with contextlib.ExitStack() as files:
@@ -248,13 +266,12 @@ def main(arguments: list[str] | None = None) -> int:
         if options.out:
             results = files.enter_context(Results(options.out / f"edit-{machine.file}", EditRow._fields))
         files.enter_context(torch.no_grad())
-        edit = wan(device, options.shape) if options.gpu else miniature(device)
-        for row in measure(edit, device, modes, machine):
+        for row in one_after_the_other(shapes, device, modes, machine):
             if results:
                 results.write(row)
             said.writerow(row[: MEASURED + 1])
             sys.stdout.flush()
-            failed |= not row.step_s
+            failed |= row.note.startswith("failed")
     return int(failed)
 
 

@@ -5,6 +5,7 @@ import math
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ LARGE = 2**28  # bytes
 @pytest.fixture(scope="module")
 def made() -> edit.Edit:
     """The edit of the benchmark on a corner of its video."""
-    whole = edit.miniature("cpu")
+    whole = _edits.miniature("cpu")
     video = whole.arguments["video"][:, :5, :, :48, :48]
     mask = torch.zeros(5, 48, 48, dtype=torch.bool)
     mask[:, :16, :16] = True
@@ -48,7 +49,7 @@ def test_an_edit_is_measured_plain_and_locked(
     made: edit.Edit, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr(edit, "MODES", {name: mode._replace(target=math.inf) for name, mode in edit.MODES.items()})
-    monkeypatch.setattr(edit, "miniature", lambda device: made)
+    monkeypatch.setitem(edit.EDITS, "miniature", lambda device: made)
     assert edit.main(["--out", str(tmp_path), "--commit", "abc"]) == 0
     (path,) = tmp_path.iterdir()
     written = [one.row for one in _edit_rows.latest(path)]
@@ -103,7 +104,7 @@ def test_an_edit_on_a_cpu_has_one_thread_and_gives_the_others_back(
     made: edit.Edit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before, seen = torch.get_num_threads(), []
-    monkeypatch.setattr(edit, "miniature", lambda device: made)
+    monkeypatch.setitem(edit.EDITS, "miniature", lambda device: made)
     monkeypatch.setattr(edit, "measure", lambda *_: seen.append(torch.get_num_threads()) or [])
     torch.set_num_threads(before + 1)
     try:
@@ -161,7 +162,7 @@ def test_a_mode_that_fails_is_written_and_the_others_go_on(
 
     names = ("store, backend", "preset plain")
     monkeypatch.setattr(edit, "locked", failing)
-    monkeypatch.setattr(edit, "miniature", lambda device: made)
+    monkeypatch.setitem(edit.EDITS, "miniature", lambda device: made)
     monkeypatch.setattr(edit, "MODES", {name: edit.MODES[name]._replace(target=math.inf) for name in names})
     assert edit.main(["--out", str(tmp_path)]) == 1
     assert written == [["pipeline"], ["pipeline", "store, backend"]]  # each is there before the next one begins
@@ -174,6 +175,44 @@ def test_a_mode_that_is_not_there_is_refused_by_name(capsys: pytest.CaptureFixtu
     with pytest.raises(SystemExit):
         edit.main(["--only", "nosuchmode"])
     assert "no mode has 'nosuchmode' in its name; there are preset plain; store, hooks" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "memory", "built"),
+    [
+        ([], 85e9, ["miniature", "1.3b", "14b"]),
+        ([], 24e9, ["miniature", "1.3b"]),
+        (["--shape", "1.3b"], 24e9, ["1.3b"]),
+        (["--shape", "14b"], 24e9, []),
+    ],
+)
+def test_a_gpu_edits_with_every_shape_that_it_has_room_for_and_says_which_it_has_not(
+    words: list[str], memory: float, built: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    made: list[str] = []
+    for shape in edit.EDITS:
+        monkeypatch.setitem(edit.EDITS, shape, lambda device, shape=shape: made.append(shape) or shape)
+    measured = lambda shape, device, *_: [EditRow(shape, "pipeline", device, *["1"] * (edit.MEASURED - 3))]
+    machine = SimpleNamespace(now=lambda: {"gpu": "small"}, file="small.csv")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=memory))
+    monkeypatch.setattr(edit, "Machine", lambda *_: machine)
+    monkeypatch.setattr(edit, "measure", measured)
+    assert edit.main(["--gpu", *words, "--out", str(tmp_path)]) == 0
+    with (tmp_path / "edit-small.csv").open(newline="", encoding="utf-8") as file:
+        rows = [EditRow(**line) for line in csv.DictReader(file)]
+    assert made == built and [row.model for row in rows if row.dtype == "cuda"] == built
+    (*_, last) = rows
+    if memory < 60e9 and "1.3b" not in words:
+        assert (last.model, last.mode, last.step_s, last.gpu) == ("wan-14b, random", "pipeline", "", "small")
+        assert last.note == "not run: it needs about 60 GB of device memory; this GPU has 24"
+
+
+def test_a_cpu_is_not_asked_for_a_large_model(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        edit.main(["--shape", "14b"])
+    assert "--shape 14b wants --gpu" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
