@@ -62,7 +62,7 @@ def memcpy() -> float:
 
 
 def matmul() -> float:
-    """The FLOP a second of a product of fp32 matrices; one of bf16 is slower on a core that has no instructions for it."""
+    """The FLOP a second of a product of fp32 matrices; of bf16 ones it is slower where a core has nothing for them."""
     left, right = torch.ones(2, MATMUL_SIDE, MATMUL_SIDE)
     return rate(2.0 * MATMUL_SIDE**3, lambda: left @ right)
 

@@ -5,11 +5,11 @@ Those of a GPU are the H100's; with another file of results the same tables are 
 
 import argparse
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from benchmarks import _edit_tables, _gpu_tables
-from benchmarks._gpu_tables import markdown
+from benchmarks._gpu_tables import NOT_YET, markdown
 from benchmarks._harness import Row, read
 from benchmarks.offline import END, README
 from benchmarks.packing import CPU_TARGETS
@@ -56,7 +56,18 @@ def cpu(path: Path = CPU) -> str:
     table = markdown(
         ["operator", "served by", "of memcpy", "target", "eager over it", "torch.compile over it"], lines
     )
-    return f"{some.gpu}; torch {some.torch}.\n\n{table}"
+    return f"{some.gpu}; torch {some.torch}.\n\n{table}\n\n{_attention(rows.values())}"
+
+
+def _attention(rows: Iterable[Row]) -> str:
+    """Beside the table: attention is bound by products."""
+    row = next((row for row in rows if (row.op, row.provider) == ("kv_lerp_attention_", "kvlock")), None)
+    if row is None or not row.over_plain:
+        return f"`kv_lerp_attention_` over torch's own attention, and its share of a product of matrices: {NOT_YET}."
+    return (
+        f"`kv_lerp_attention_` takes {float(row.over_plain):.2f} times as long as torch's own attention, at "
+        f"{100 * float(row.share_of_matmul):.0f} % of a product of fp32 matrices."
+    )
 
 
 def _over(row: Row, other: Row | None) -> str:
