@@ -139,7 +139,7 @@ def test_attention_on_a_cpu_is_said_beside_plain_attention_once_that_is_measured
     path, names = tmp_path / "cpu.csv", ("kv_lerp_attention_", "kvlock")
     for more, said in (
         ({"over_plain": "", "share_of_matmul": ""}, "share of a product of matrices: not yet measured."),
-        ({"over_plain": "1.556", "share_of_matmul": "0.547"}, "1.56 times as long as torch's own attention, at 55 % of"),
+        ({"over_plain": "1.556", "share_of_matmul": "0.547"}, "1.56 times as long as torch's own attention, at 55 %"),
     ):
         with Results(path) as results:
             for row in read(report.CPU):
