@@ -24,7 +24,7 @@ class EditRow(NamedTuple):
     source_gib: str  # keys and values that it keeps
     moved_gib: str  # of them to and from the host or the disk, counted in the last step
     peak_gib: str  # device memory of the run
-    host_gib: str  # memory of the process, at its highest in the run
+    host_gib: str  # memory of the process above that before the run, at its highest in it
     difference: str  # largest, of the final latents, to those of the hooks, or of preset plain to the plain pipeline
     note: str = ""  # where a target was missed what a step spends its time on, or why a mode failed
     gpu: str = ""

@@ -1,28 +1,45 @@
 """Tables of whole edits measured on a GPU, from one file of results and that of the edits beside it."""
 
+import dataclasses
+import math
 from pathlib import Path
 
 from benchmarks import _edit_rows, growth
 from benchmarks._case import WAN_1_3B_480P, Shape
-from benchmarks._edit_rows import Edited
+from benchmarks._edit_rows import PIPELINE, Edited
+from benchmarks._edits import named
 from benchmarks._gpu_tables import LOCK, NOT_YET, PASS, Measured, markdown, milliseconds, times
-from benchmarks.edit import MODES
+from benchmarks.edit import MODES, Mode
 from benchmarks.lerp import SMALL_H12
-from kvlock import Store, preset
+from kvlock import Store
 from kvlock.config import DEFAULT_KAPPA
-from kvlock.cost import Cost, estimate
+from kvlock.cost import Cost, ModelSizes, estimate
 
-MODEL = "wan-1.3b, random"
+SIZES = {"1.3b": growth.WAN_1_3B, "14b": ModelSizes(layers=40, heads=40, head_dim=128, token_values=64)}
 SHORTEST, USUAL, BESIDE = "store, fused", "store, hooks", "batch, hooks"
 LINK = 50e9  # bytes a second, what pinned copies over PCIe 5 with 16 lanes reach
 COPY = 10e9  # bytes a second, what one core is assumed to copy out of the cache of files
-EDIT, OPERATOR = "python -m benchmarks.edit --gpu --only", "python -m benchmarks --gpu --core --only"
+EDIT, OPERATOR = "python -m benchmarks.edit --gpu --shape 1.3b --only", "python -m benchmarks --gpu --core --only"
 
 
-def edits_of(path: Path) -> dict[str, Edited]:
-    """The latest of each mode of the model of these tables."""
+def edits_of(path: Path, shape: str = "1.3b") -> dict[str, Edited]:
+    """The latest of each mode of one shape of Wan."""
     found = _edit_rows.latest(_edit_rows.beside(path))
-    return {edited.row.mode: edited for edited in found if edited.row.model == MODEL}
+    return {edited.row.mode: edited for edited in found if edited.row.model == named(shape)}
+
+
+def foretold(mode: Mode, found: dict[str, Edited], shape: str = "1.3b") -> Cost:
+    """The cost of an edit in this mode, on the tokens of the edits measured."""
+    config = dataclasses.replace(mode.config, kappa=DEFAULT_KAPPA) if mode.config.locks else mode.config
+    tokens, background = growth.sizes([edited.row for edited in found.values()])
+    return estimate(
+        SIZES[shape], config, tokens=tokens, background_rows=background, store=mode.store, kernel=mode.kernel
+    )
+
+
+def by_forwards(mode: Mode, costs: Cost) -> float:
+    """An edit over the plain pipeline, where a forward is all that takes time; one from a recording adds none."""
+    return 1 if mode.recorded else costs.forwards / costs.forwards_plain
 
 
 def cost(path: Path) -> str:
@@ -80,37 +97,62 @@ def _attention(found: Measured, name: str, shape: Shape) -> tuple[str, ...]:
     return title, plain, milliseconds(locked), over, "", f"`{OPERATOR} attention`"
 
 
-def edits(path: Path) -> str:
-    """Whole edits with rows as given on the device, and without."""
-    lines = []
-    found = edits_of(path)
-    for name, (row, plain) in found.items():
-        mode = MODES.get(name)
-        if mode is not None and outside(name):
-            continue
-        locked = float(row.locked_step_s) if row.locked_step_s else None
+def edits(path: Path, shape: str = "1.3b") -> str:
+    """Whole edits with rows as given on the device, and without: measured, or predicted and said so."""
+    found = edits_of(path, shape)
+    lines = [("pipeline alone", *_measured(found.get(PIPELINE)), "1", "", "", "", _peak(found.get(PIPELINE)))]
+    for name in (name for name in MODES if not outside(name)):
+        mode, costs = MODES[name], foretold(MODES[name], found, shape)
+        edited = found.get(name)
         lines.append(
             (
-                "pipeline alone" if row == plain else name, f"{float(row.step_s):.3f} s",
-                f"{locked:.3f} s" if locked else "", f"{float(row.locked_ratio):.2f}" if locked else "",
-                "1" if row == plain else f"{float(row.edit_ratio):.2f}",
-                f"{mode.target:.2f}" if mode is not None and mode.target < 10 else "", f"{float(row.peak_gib):.1f} GiB",
+                name, *_measured(edited), NOT_YET if edited is None else f"{float(edited.row.edit_ratio):.2f}",
+                f"{by_forwards(mode, costs):.2f}", _target(mode), f"{costs.bytes_kept / 2**30:.1f} GiB", _peak(edited),
             )
         )  # fmt: skip
-    header = ["mode", "a step", "a locked step", "that over plain", "an edit over plain", "target", "peak"]
-    return markdown(header, lines)
+    header = ["mode", "a step", "a locked step", "that over plain", "an edit over plain", "predicted", "target"]
+    return markdown([*header, "rows kept", "peak"], lines)
+
+
+def _measured(edited: Edited | None) -> tuple[str, str, str]:
+    """A step, a locked one, and that over the plain pipeline."""
+    if edited is None:
+        return NOT_YET, "", ""
+    row = edited.row
+    if not row.locked_step_s:
+        return f"{float(row.step_s):.3f} s", "", ""
+    return f"{float(row.step_s):.3f} s", f"{float(row.locked_step_s):.3f} s", f"{float(row.locked_ratio):.2f}"
+
+
+def _peak(edited: Edited | None) -> str:
+    return "" if edited is None else f"{float(edited.row.peak_gib):.1f} GiB"
+
+
+def _target(mode: Mode) -> str:
+    return f"{mode.target:.2f}" if math.isfinite(mode.target) else ""
 
 
 def miniature(path: Path) -> str:
-    """Whole edits of the miniature on a CPU, in milliseconds."""
-    found = [edited.row for edited in _edit_rows.latest(path) if edited.row.model == "miniature"]
+    """Whole edits of the miniature on a CPU, in milliseconds; how many miss their target, and how far times spread."""
+    found = [edited.row for edited in _edit_rows.latest(path) if edited.row.model == named("miniature")]
     ms = lambda seconds: f"{1e3 * float(seconds):.0f} ms" if seconds else ""
+    aimed = {row.mode: MODES[row.mode].target for row in found if row.mode in MODES}
+    aimed = {name: target for name, target in aimed.items() if math.isfinite(target)}
+    missed = {row.mode for row in found if row.mode in aimed and float(row.edit_ratio) > aimed[row.mode]}
+    said = {name: f"{target:.2f}, {'missed' if name in missed else 'met'}" for name, target in aimed.items()}
     lines = [
-        (row.mode, ms(row.step_s), ms(row.locked_step_s), f"{float(row.edit_ratio):.2f}", f"{_mib(row.moved_gib)} MiB")
+        (row.mode, ms(row.step_s), ms(row.locked_step_s), f"{float(row.edit_ratio):.3f}", said.get(row.mode, ""),
+         f"{_mib(row.moved_gib)} MiB")
         for row in found
-    ]
-    table = markdown(["mode", "a step", "a locked step", "an edit over plain", "moved in a locked step"], lines)
-    return f"{found[-1].gpu}; torch {found[-1].torch}.\n\n{table}"
+    ]  # fmt: skip
+    header = ["mode", "a step", "a locked step", "an edit over plain", "target", "moved in a locked step"]
+    plain, *others = (float(row.step_s) for row in found)
+    count = f"{len(missed)} of {len(aimed)} modes with a target miss it."
+    noise = f"take {min(others) / plain:.2f} to {max(others) / plain:.2f} times as long, which is the noise of the run."
+    return (
+        f"{found[-1].gpu}; torch {found[-1].torch}.\n\n{markdown(header, lines)}\n\n"
+        f"{count} Steps without a lock compute what the pipeline's do, and {noise}"
+    )
 
 
 def _mib(gib: str) -> str:
@@ -131,19 +173,15 @@ def places(path: Path) -> str:
     lines = []
     for name in filter(outside, MODES):
         mode = MODES[name]
-        costs = estimate(
-            growth.WAN_1_3B, preset("kv-lock", kappa=DEFAULT_KAPPA), tokens=int(plain.tokens),
-            background_rows=int(plain.background), store=mode.store,
-        )  # fmt: skip
+        costs = foretold(mode, measured)
         moved = costs.bytes_moved_replay if mode.recorded else costs.bytes_moved
-        forwards = 1 if mode.recorded else costs.forwards / costs.forwards_plain
         files = mode.recorded or mode.store.place == "disk"
-        guess = f"{NOT_YET} (predicted {'at least ' if files else ''}{forwards:.2f})"
+        guess = f"{NOT_YET} (predicted {'at least ' if files else ''}{by_forwards(mode, costs):.2f})"
         lines.append(
             (
                 name, f"{costs.bytes_kept / 2**30:.1f} GiB", f"{moved / 2**30:.1f} GiB", _slowest(costs, moved, files),
                 f"{(2 if mode.recorded else 3) / 2 * float(plain.step_s):.2f} s",
-                f"{float(measured[name].row.edit_ratio):.2f}" if name in measured else guess, f"{mode.target:.2f}",
+                f"{float(measured[name].row.edit_ratio):.2f}" if name in measured else guess, _target(mode),
             )
         )  # fmt: skip
     header = ["mode", "rows of a step", "moved in a locked step", "its slowest part", "the step's forwards"]

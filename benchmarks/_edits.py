@@ -1,5 +1,7 @@
 """What the benchmark of whole edits edits: the embedded miniature, and Wan's shapes with random weights."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +12,8 @@ from kvlock.mini import models, scenes
 
 SHAPES = {"1.3b": {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
           "14b": {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40}}  # fmt: skip
+VIDEO = 81, 480, 832  # frames, rows and columns
+NEEDED = {"14b": 60e9}  # bytes of device memory, with rows in bf16 there
 
 
 class Edit(NamedTuple):
@@ -23,6 +27,11 @@ class Edit(NamedTuple):
     arguments: dict[str, Any]  # of the pipeline's call
 
 
+def named(shape: str) -> str:
+    """The model of this shape, as rows call it."""
+    return f"wan-{shape}, random" if shape in SHAPES else shape
+
+
 def miniature(device: str) -> Edit:
     """The embedded model, in fp32."""
     pipe = kvlock.mini.load().to(device)
@@ -31,7 +40,7 @@ def miniature(device: str) -> Edit:
     grey = video.masked_fill(mask[..., None], 0.5).movedim(-1, 1)[None]
     frames, height, width = mask.shape
     return Edit(
-        "miniature", pipe, kvlock.Masks.from_pixels(mask, pipe), kvlock.encode_source(pipe, video),
+        named("miniature"), pipe, kvlock.Masks.from_pixels(mask, pipe), kvlock.encode_source(pipe, video),
         pipe.encode_prompt(scene.caption, do_classifier_free_guidance=False)[0],
         {"prompt": "a white star", "video": grey, "mask": mask[None, :, None].float(), "height": height,
          "width": width, "num_frames": frames},
@@ -51,7 +60,7 @@ def wan(device: str, shape: str) -> Edit:
             transformer = WanTransformer3DModel(attention_head_dim=128, **SHAPES[shape])
     finally:
         torch.set_default_dtype(default)
-    tokenizer, frames, height, width = models.build_tokenizer(), 81, 480, 832
+    tokenizer, (frames, height, width) = models.build_tokenizer(), VIDEO
     config = UMT5Config(vocab_size=len(tokenizer), d_model=4096, d_kv=64, d_ff=64, num_layers=1, num_heads=2)
     pipe = WanPipeline(
         tokenizer=tokenizer,
@@ -62,11 +71,16 @@ def wan(device: str, shape: str) -> Edit:
     )
     pipe.text_encoder.to(device, torch.bfloat16)
     mask = torch.zeros(frames, height, width, dtype=torch.bool)
-    mask[:, 120:312, 208:544] = True
+    mask[:, height // 4 : 13 * height // 20, width // 4 : 17 * width // 26] = True
     source = torch.randn(1, 16, (frames - 1) // 4 + 1, height // 8, width // 8, device=device)
     source_embeds, prompt, negative = torch.randn(3, 1, 512, 4096, device=device, dtype=torch.bfloat16)
     return Edit(
-        f"wan-{shape}, random", pipe, kvlock.Masks.from_pixels(mask, pipe), source, source_embeds,
+        named(shape), pipe, kvlock.Masks.from_pixels(mask, pipe), source, source_embeds,
         {"prompt_embeds": prompt, "negative_prompt_embeds": negative, "height": height, "width": width,
          "num_frames": frames},
     )  # fmt: skip
+
+
+EDITS: dict[str, Callable[[str], Edit]] = {
+    "miniature": miniature, **{shape: partial(wan, shape=shape) for shape in SHAPES},
+}  # fmt: skip

@@ -101,22 +101,29 @@ def operators(path: Path) -> str:
 
 
 def rate_table(path: Path) -> str:
-    """TFLOP/s of plain attention over the tokens, and what mixing adds; a dash is not measured."""
+    """TFLOP/s of plain attention over the tokens, and what mixing adds: measured, or predicted and said so."""
     found, lines = Measured(path), []
     shapes = {case.shape.name: case.shape for case in BY_KEY.values()}
     for tokens, name in LENGTHS.items():
-        rows = [found.line("attention", provider, name, "", "no rows") for provider in RATED]
+        plain = BY_KEY["attention", name, "", "no rows"]
+        rates_ = [_rate(found, plain, provider) for provider in RATED]
         locked, alone, cudnn = found.locked_and_plain(shapes[name])
-        over = (times(locked, other).replace(NOT_YET, "–") for other in (alone, cudnn))
-        lines.append((str(tokens), *map(_rate, rows), *over, RATE_TARGETS.get(tokens, "–")))
+        guess = found.predicted(BY_KEY["kv_lerp_attention_", name, "int8", LOCK], "kvlock")
+        over = [
+            times(locked, other).replace(NOT_YET, f"{NOT_YET} (predicted {guess / found.predicted(plain, by):.2f})")
+            for other, by in ((alone, serving(shapes[name])), (cudnn, CUDNN))
+        ]
+        lines.append((str(tokens), *rates_, *over, RATE_TARGETS.get(tokens, "")))
     header = ["tokens", "cuDNN", "FLASH", "FlexAttention", "SageAttention", "`kvlock` sm_90"]
     return markdown([*header, "locked over the same kernel", "locked over cuDNN", "target"], lines)
 
 
-def _rate(line: Line | None) -> str:
+def _rate(found: Measured, case: Case, provider: str) -> str:
     """A star marks a row that was measured otherwise."""
+    line = found.line("attention", provider, case.shape.name, "", "no rows")
     if line is None or line.row is None:
-        return "–"
+        rate = case.work(case.shape).amount / found.predicted(case, provider) / 1e6
+        return f"{NOT_YET} (predicted {rate:.0f})"
     return f"{float(line.row.rate):.0f}" + "*" * bool(line.row.note)
 
 

@@ -5,11 +5,11 @@ Those of a GPU are the H100's; with another file of results the same tables are 
 
 import argparse
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from benchmarks import _edit_tables, _gpu_tables
-from benchmarks._gpu_tables import markdown
+from benchmarks._gpu_tables import NOT_YET, markdown
 from benchmarks._harness import Row, read
 from benchmarks.offline import END, README
 from benchmarks.packing import CPU_TARGETS
@@ -21,7 +21,16 @@ EDITS_ON_CPU = RESULTS / "edit-amd-epyc.csv"
 ON_A_GPU: dict[str, Callable[[Path], str]] = {
     "cost": _edit_tables.cost, "operators": _gpu_tables.operators, "rates": _gpu_tables.rate_table,
     "models": _gpu_tables.models, "edits": _edit_tables.edits, "places": _edit_tables.places,
+    "larger": functools.partial(_edit_tables.edits, shape="14b"),
     "misses": _gpu_tables.misses, "unmeasured": _gpu_tables.unmeasured,
+}  # fmt: skip
+EDITS = "python -m benchmarks.edit --gpu --shape {} --out benchmarks/results"
+COMMANDS = {  # what takes the rows of a table; the first has a column of them
+    "operators": "python -m benchmarks --gpu --core", "rates": "python -m benchmarks --gpu --only attention",
+    "models": "python -m benchmarks --gpu --only attention", "edits": EDITS.format("1.3b"),
+    "places": EDITS.format("1.3b"), "larger": EDITS.format("14b"), "misses": "python -m benchmarks --gpu",
+    "unmeasured": "python -m benchmarks --gpu", "miniature": "python -m benchmarks.edit --out benchmarks/results",
+    "cpu": f"pytest benchmarks --csv benchmarks/results/{CPU.name}",
 }  # fmt: skip
 
 
@@ -47,17 +56,34 @@ def cpu(path: Path = CPU) -> str:
     table = markdown(
         ["operator", "served by", "of memcpy", "target", "eager over it", "torch.compile over it"], lines
     )
-    return f"{some.gpu}; torch {some.torch}.\n\n{table}"
+    return f"{some.gpu}; torch {some.torch}.\n\n{table}\n\n{_attention(rows.values())}"
+
+
+def _attention(rows: Iterable[Row]) -> str:
+    """Beside the table: attention is bound by products."""
+    row = next((row for row in rows if (row.op, row.provider) == ("kv_lerp_attention_", "kvlock")), None)
+    if row is None or not row.over_plain:
+        return f"`kv_lerp_attention_` over torch's own attention, and its share of a product of matrices: {NOT_YET}."
+    return (
+        f"`kv_lerp_attention_` takes {float(row.over_plain):.2f} times as long as torch's own attention, at "
+        f"{100 * float(row.share_of_matmul):.0f} % of a product of fp32 matrices."
+    )
 
 
 def _over(row: Row, other: Row | None) -> str:
     return "" if other is None else f"{float(other.p50) / float(row.p50):.2g}"
 
 
+def block(name: str, table: Callable[[Path], str], path: Path) -> str:
+    """A table, and the command behind its rows."""
+    command = f"\n\nRows by `{COMMANDS[name]}`." if name in COMMANDS else ""
+    return table(path) + command
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
-    **{name: functools.partial(table, H100) for name, table in ON_A_GPU.items()},
-    "miniature": functools.partial(_edit_tables.miniature, EDITS_ON_CPU),
-    "cpu": cpu,
+    **{name: functools.partial(block, name, table, H100) for name, table in ON_A_GPU.items()},
+    "miniature": functools.partial(block, "miniature", _edit_tables.miniature, EDITS_ON_CPU),
+    "cpu": functools.partial(block, "cpu", cpu, CPU),
 }
 
 
@@ -81,13 +107,13 @@ def main(arguments: list[str] | None = None) -> None:
         if options.write:
             parser.error(f"the tables of {README.name} are those of {H100.name}")
         try:
-            print(*(table(options.csv) for table in ON_A_GPU.values()), sep="\n\n")
+            print(*(block(name, table, options.csv) for name, table in ON_A_GPU.items()), sep="\n\n")
         except (OSError, ValueError) as error:
             parser.error(str(error))
         return
     text = README.read_text(encoding="utf-8")
-    for name, block in BLOCKS.items():
-        made = block()
+    for name, make in BLOCKS.items():
+        made = make()
         print(made, end="\n\n")
         text = filled(text, name, made)
     if options.write:

@@ -133,3 +133,15 @@ def test_a_second_run_on_a_cpu_takes_the_place_of_the_first(tmp_path: Path) -> N
         for row in (*rows, *(row._replace(p50="1", date="later") for row in rows[:6])):
             results.write(row)
     assert len(report.cpu(path).splitlines()) < len(report.cpu().splitlines())
+
+
+def test_attention_on_a_cpu_is_said_beside_plain_attention_once_that_is_measured(tmp_path: Path) -> None:
+    path, names = tmp_path / "cpu.csv", ("kv_lerp_attention_", "kvlock")
+    for more, said in (
+        ({"over_plain": "", "share_of_matmul": ""}, "share of a product of matrices: not yet measured."),
+        ({"over_plain": "1.556", "share_of_matmul": "0.547"}, "1.56 times as long as torch's own attention, at 55 %"),
+    ):
+        with Results(path) as results:
+            for row in read(report.CPU):
+                results.write(row._replace(date=said, **(more if row[:2] == names else {})))
+        assert said in report.cpu(path)

@@ -18,6 +18,7 @@ BATCH = KVLockConfig(kappa=2, window=3, tau=0.6, source="batch")
 @pytest.fixture(autouse=True)
 def no_graphs():
     torch._dynamo.reset()
+    counters.clear()
     yield
     torch._dynamo.reset()
 
@@ -107,4 +108,5 @@ def test_a_transformer_compiled_as_a_whole_gives_the_same_latents():
         torch.testing.assert_close(tiny.call(pipe, steps=STEPS), plain, rtol=1e-5, atol=1e-5)
         latents, _ = tiny.locked_call(pipe, STORE, steps=STEPS)
         torch.testing.assert_close(latents, expected, rtol=1e-5, atol=1e-5)
+    assert not counters["graph_break"], dict(counters["graph_break"])
     assert tiny.leftovers(pipe) == []

@@ -1,5 +1,6 @@
 """The benchmarks of a CPU: each runs once at a tiny shape, and `pytest` alone times nothing."""
 
+import itertools
 import os
 import re
 import subprocess
@@ -12,7 +13,7 @@ import torch
 
 from benchmarks import conftest
 from benchmarks import test_cpu as cpu
-from benchmarks._harness import read
+from benchmarks._harness import Ceilings, read
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,7 +37,7 @@ def test_rows_that_were_kept_are_said_and_written_with_the_machine(tmp_path: Pat
     config = SimpleNamespace(stash={}, getoption={"--csv": path}.__getitem__)
     conftest.pytest_configure(config)
     case = next(case for case in cpu.ON_CPU if (case.op, case.source) == ("pack_kv", "bf16"))
-    row = cpu.measured(case, case.providers[0], [0.001, 0.002, 0.003], memcpy=40e9)
+    row = cpu.measured(case, case.providers[0], [0.001, 0.002, 0.003], Ceilings(40e9), [])
     config.stash[conftest.ROWS].append(row)
     conftest.pytest_terminal_summary(SimpleNamespace(write_line=said.append), config)
     (written,) = read(path)
@@ -48,7 +49,7 @@ def test_rows_that_were_kept_are_said_and_written_with_the_machine(tmp_path: Pat
 @pytest.mark.parametrize(("share", "said"), [("0.500", "met"), ("0.499", "missed")])
 def test_a_target_is_said_to_be_met_or_missed(share: str, said: str) -> None:
     case = next(case for case in cpu.ON_CPU if (case.op, case.source) == ("pack_kv", "bf16"))
-    row = cpu.measured(case, case.providers[0], [0.002], memcpy=40e9)._replace(share_of_copy=share)
+    row = cpu.measured(case, case.providers[0], [0.002], Ceilings(40e9), [])._replace(share_of_copy=share)
     assert conftest.against_target(row) == f", target 0.5: {said}"
     others = row._replace(provider="eager"), row._replace(op="unpack_kv")
     assert [conftest.against_target(other) for other in others] == ["", ""]
@@ -56,10 +57,30 @@ def test_a_target_is_said_to_be_met_or_missed(share: str, said: str) -> None:
 
 def test_a_rate_is_bytes_over_the_median_and_its_share_that_of_the_copy() -> None:
     case = next(case for case in cpu.ON_CPU if (case.op, case.source) == ("pack_kv", "bf16"))
-    row = cpu.measured(case, case.providers[0], [0.001, 0.002, 0.003], memcpy=40e9)
+    row = cpu.measured(case, case.providers[0], [0.001, 0.002, 0.003], Ceilings(40e9), [])
     assert float(row.p50) == pytest.approx(2000)
     assert float(row.rate) == pytest.approx(case.work(case.shape).amount / 0.002 / 1e9, rel=1e-3)
     assert float(row.share_of_copy) == pytest.approx(float(row.rate) / 40, abs=1e-3)
+
+
+def test_locked_attention_is_set_against_the_product_and_against_plain_attention_of_the_same_run() -> None:
+    plain, locked = (next(case for case in cpu.ON_CPU if case.op == op) for op in ("attention", "kv_lerp_attention_"))
+    assert [provider.name for provider in plain.providers] == ["SDPA"] and len(locked.providers) == 3
+    reached, flop = Ceilings(float("nan"), 60e9), 4 * 512**2 * 12 * 128
+    kept = [cpu.measured(plain, plain.providers[0], [0.03], reached, [])]
+    assert (kept[0].over_plain, kept[0].share_of_copy) == ("", "")
+    for provider in locked.providers:
+        row = cpu.measured(locked, provider, [0.04], reached, kept)
+        assert float(row.over_plain) == pytest.approx(4 / 3, abs=1e-4)
+        assert float(row.share_of_matmul) == pytest.approx(flop / 0.04 / 60e9, abs=1e-3)
+        assert cpu.measured(locked, provider, [0.04], reached, []).over_plain == ""
+
+
+def test_what_a_core_reaches_is_bytes_or_flop_over_the_median(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = itertools.accumulate(itertools.cycle([0.0, 0.002]))
+    monkeypatch.setattr(conftest.time, "process_time", lambda: next(ticks))
+    assert conftest.matmul() == pytest.approx(2 * 512**3 / 0.002)
+    assert conftest.memcpy() == pytest.approx(2 * 2**25 / 0.002)
 
 
 def test_plain_pytest_times_nothing(pytestconfig: pytest.Config) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as runner
-from benchmarks import _edit_rows, _gpu_tables, accuracy, edit, report, roofline
+from benchmarks import _edit_rows, _edit_tables, _gpu_tables, accuracy, edit, report, roofline
 from benchmarks._case import RATES, WAN_1_3B_480P
 from benchmarks._case import SHAPES as SHAPES_OF_MODELS
 from benchmarks._harness import Row, read
@@ -22,6 +22,7 @@ README = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
 ROWS = read(RESULTS / "nvidia-h100-80gb-hbm3.csv")
 STORED = {"kv_lerp_": "bf16", "pack_kv": "int8", "qk_norm_rope_kv_lerp_": "bf16"}  # the rows of the table
 SHAPES = {4096: "small-h12", 8192: "n8192-h12", 16384: "n16384-h12", 32760: "wan-1.3b-480p", 75600: "wan-14b-720p"}
+NOT_YET = re.compile(r"not yet measured \(predicted [\d.]+\)")
 PLAIN = ("SDPA cuDNN", "SDPA FLASH", "FlexAttention", "SageAttention", "kvlock sm_90")
 
 
@@ -30,6 +31,12 @@ def table(first: str) -> list[list[str]]:
     lines = README.split(f"| {first} |", 1)[1].splitlines()[2:]
     rows = itertools.takewhile(lambda line: line.startswith("|"), lines)
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in rows]
+
+
+def table_of(name: str) -> list[list[str]]:
+    """The cells of a block of the report."""
+    lines = [line for line in report.BLOCKS[name]().splitlines() if line.startswith("|")][2:]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
 
 
 def row(op: str, provider: str, shape: str, source: str = "") -> Row | None:
@@ -60,11 +67,13 @@ def test_the_rates_of_attention_are_those_of_the_rows() -> None:
     for line in cells:
         shape = SHAPES[int(line[0])]
         measured = [row("attention", provider, shape) for provider in PLAIN]
-        assert line[1:6] == ["–" if r is None else f"{float(r.rate):.0f}" + "*" * bool(r.note) for r in measured]
+        for cell, r in zip(line[1:6], measured, strict=True):
+            assert NOT_YET.fullmatch(cell) if r is None else cell == f"{float(r.rate):.0f}" + "*" * bool(r.note)
         locked, cudnn, own = row("kv_lerp_attention_", "kvlock", shape, "int8"), measured[0], measured[-1]
         for cell, plain in ((line[6], own if int(line[0]) >= 32760 else cudnn), (line[7], cudnn)):
             assert plain is not None
-            assert cell == ("–" if locked is None else f"{float(locked.p50) / float(plain.p50):.2f}")
+            ratio = NOT_YET.fullmatch(cell) if locked is None else cell == f"{float(locked.p50) / float(plain.p50):.2f}"
+            assert ratio
 
 
 def test_the_edits_of_the_table_are_those_of_the_rows() -> None:
@@ -77,7 +86,62 @@ def test_the_edits_of_the_table_are_those_of_the_rows() -> None:
         assert line[1:3] == seconds
         assert line[3] == (f"{float(measured['locked_ratio']):.2f}" if measured["locked_ratio"] else "")
         assert float(line[4]) == round(float(measured["edit_ratio"]), 2)
-        assert line[6] == f"{float(measured['peak_gib']):.1f} GiB"
+        assert line[5] == {"2": "1.00", "3": "1.20", "4": "1.40"}[measured["forwards"]] or line[0] == "pipeline alone"
+        assert line[-1] == f"{float(measured['peak_gib']):.1f} GiB"
+
+
+def test_the_first_lines_say_of_whole_edits_what_the_rows_say() -> None:
+    with (RESULTS / "edit-nvidia-h100-80gb-hbm3.csv").open(newline="", encoding="utf-8") as file:
+        rows = {r["mode"]: r for r in csv.DictReader(file) if r["model"] == "wan-1.3b, random"}
+    plain, fused, hooks = (rows[name] for name in ("pipeline", "store, fused", "store, hooks"))
+    step, *locked = plain["step_s"], fused["locked_step_s"], hooks["locked_step_s"]
+    ratios = [f"{float(each['edit_ratio']):.2f}" for each in (fused, hooks)]
+    more = f"{float(hooks['peak_gib']) - float(plain['peak_gib']):.1f} GiB more memory"
+    text(f"takes {ratios[0]} (`fused`) to {ratios[1]} (`hooks`) times as long as the plain pipeline, and {more}")
+    torch, triton = (".".join(plain[name].split(".")[:2]) for name in ("torch", "triton"))
+    said = (
+        f"81 frames, bf16, torch {torch}, triton {triton}), a step of the plain pipeline takes {float(step):.2f} s, "
+        f'a locked one {float(locked[0]):.2f} s with `kernel="fused"` and {float(locked[1]):.2f} s with hooks; an edit '
+        f"that locks the last 40 % of its steps takes {ratios[0]} and {ratios[1]} times the time of the plain one, "
+        f"and {more}"
+    )
+    assert said in " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+
+
+def test_the_larger_model_is_predicted_beside_every_mode_and_says_so() -> None:
+    predicted = {line[0]: line[4:8] for line in table_of("larger")}
+    assert predicted["store, fused"] == ["not yet measured", "1.20", "1.22", "20.0 GiB"]
+    assert predicted["batch, hooks"] == ["not yet measured", "1.40", "", "0.0 GiB"]
+    assert [*predicted][1:] == [name for name in edit.MODES if not _edit_tables.outside(name)]
+
+
+@pytest.mark.parametrize("name", sorted({*report.BLOCKS} - {"cost"}))
+def test_every_table_names_the_command_behind_its_rows(name: str) -> None:
+    (command,) = re.findall(r"^Rows by `(.+)`\.$", report.BLOCKS[name](), flags=re.MULTILINE)
+    program, *words = command.removeprefix("python -m ").split(" ")
+    known = {"benchmarks": "--gpu --core --only", "benchmarks.edit": "--gpu --shape --out", "pytest": "--csv"}
+    assert {word for word in words if word.startswith("--")} <= {*known[program].split()}
+    if "--only" in words:
+        assert any(words[words.index("--only") + 1] in case.label for case in runner.CASES)
+
+
+def test_how_many_rows_miss_their_prediction_is_counted() -> None:
+    lines = roofline.measured(report.H100)
+    text(f"by more than 20 %: on the H100 {sum(line.flagged for line in lines)} of {len(lines)}.")
+
+
+def test_the_miniature_says_which_targets_it_meets() -> None:
+    rows = {one.row.mode: one.row for one in _edit_rows.latest(report.EDITS_ON_CPU)}
+    said = {line[0]: line[3:5] for line in table_of("miniature")}
+    assert {*said} == {"pipeline", *edit.MODES}
+    for name, mode in edit.MODES.items():
+        ratio = float(rows[name].edit_ratio)
+        aimed = f"{mode.target:.2f}, {'met' if ratio <= mode.target else 'missed'}" if mode.target < 10 else ""
+        assert said[name] == [f"{ratio:.3f}", aimed]
+    missed, aimed = (sum(word in line[1] for line in said.values()) for word in ("missed", ", "))
+    text(f"{missed} of {aimed} modes with a target miss it.")
+    steps = [float(one.row.step_s) / float(one.plain.step_s) for one in _edit_rows.latest(report.EDITS_ON_CPU)[1:]]
+    text(f"take {min(steps):.2f} to {max(steps):.2f} times as long, which is the noise of the run.")
 
 
 def test_the_accuracy_of_packed_rows_is_that_of_the_rows() -> None:
@@ -194,11 +258,13 @@ def test_what_the_text_says_of_attention_is_what_the_rows_say() -> None:
     wan, small = "wan-1.3b-480p", "small-h12"
     op, one, lone = "kv_lerp_attention_", "one launch", "one launch, no rows"
     alone = [us("attention", lone, shape) for shape in (wan, small)]
+    fused, compiled = (us(_gpu_tables.PASS, name, wan, "bf16") for name in ("kvlock", "diffusers, compiled"))
     text(
         f"32760 that lerp takes {us('kv_lerp_pair_', 'kvlock', wan, 'int8') / 1e3:.2f} ms; the medians of plain and "
         f"locked attention lie {(us(op, 'kvlock', wan, 'int8') - us('attention', 'kvlock sm_90', wan)) / 1e3:.2f} ms",
         f"takes {us(op, one, wan, 'int8') / alone[0]:.3f} times its own plain time at 32760 tokens (target 1.01; "
         f"{us(op, one, small, 'int8') / alone[1]:.2f} at 4096)",
+        f"It takes {fused / compiled:.2f} times the time of diffusers' compiled sequence",
         f"takes {us(op, 'in loop', small, 'bf16') / us(op, 'kvlock', small, 'bf16'):.0f} (bf16 rows) to "
         f"{us(op, 'in loop', small, 'int8') / us(op, 'kvlock', small, 'int8'):.0f} times (int8)",
     )
