@@ -68,9 +68,28 @@ def test_nothing_spills(kernels: list[dict[str, Any]], case: Case, arch: int) ->
     assert sum(kernel["spills"] for kernel in kernels) == 0
 
 
+OTHER_CASES = str(Path(__file__).with_name("other_cases.py"))
+
+
+@pytest.fixture(scope="module")
+def beside_the_table() -> list[dict[str, Any]]:
+    """The kernels for x of fp32, for e4m3 rows under the largest tile and for heads of 64."""
+    return printed_by(OTHER_CASES)
+
+
+def test_nothing_spills_beside_the_table(beside_the_table: list[dict[str, Any]]) -> None:
+    assert {kernel["case"].split()[1] for kernel in beside_the_table} == {"fp32", "bf16"}
+    assert {kernel["case"].split()[2] for kernel in beside_the_table} == {"D128", "D64"}
+    assert [kernel for kernel in beside_the_table if kernel["spills"]] == []
+
+
+def test_shared_memory_is_within_the_limit_beside_the_table(beside_the_table: list[dict[str, Any]]) -> None:
+    assert [one for one in beside_the_table if one["shared"] > offline.SHARED_LIMIT[one["arch"]]] == []
+
+
 @pytest.mark.slow
 def test_nothing_spills_at_other_head_dimensions() -> None:
-    assert printed_by(str(Path(__file__).with_name("spills_at_other_dims.py"))) == []
+    assert [kernel for kernel in printed_by(OTHER_CASES, "dims") if kernel["spills"]] == []
 
 
 # How often a thread loads and stores 16 bytes of rows and weights, with source rows in 16 and in 8 bits. Rows in 8 bits
