@@ -29,22 +29,20 @@ def formula(x: Tensor, source: Tensor, index: Tensor, ratio: Tensor) -> Tensor:
 
 @each_regime()
 def test_the_lerp_has_the_bits_of_the_reference_and_is_as_accurate_as_torch_lerp_of_the_decoded_rows(
-    regime: dict[str, Any], implementation: str
+    regime: dict[str, Any],
 ) -> None:
-    assert_right(regime, implementation)
+    assert_right(regime)
 
 
 @pytest.mark.slow
 @each_dtype
 @pytest.mark.parametrize("dim", STREAMING["dim"])
-def test_every_combination_has_those_bits_and_is_as_accurate(
-    dim: int, dtype: torch.dtype, implementation: str
-) -> None:
+def test_every_combination_has_those_bits_and_is_as_accurate(dim: int, dtype: torch.dtype) -> None:
     for regime in all_of(dim, dtype):
-        assert_right(regime, implementation)
+        assert_right(regime)
 
 
-def assert_right(regime: dict[str, Any], implementation: str) -> None:
+def assert_right(regime: dict[str, Any]) -> None:
     n, h, d, dtype = (regime[name] for name in ("tokens", "heads", "dim", "dtype"))
     (b, sources), (source_dtype, mean) = regime["samples"], regime["source"]
     x = normal(b, n, 3, h, d, dtype=dtype)[:, :, 1]  # k of q, k, v side by side
@@ -57,9 +55,10 @@ def assert_right(regime: dict[str, Any], implementation: str) -> None:
     expected = x.clone()
     reference.kv_lerp_(expected, source, index, ratio, **options)
     actual = kv_lerp_(x, source, index, ratio, **options)
-    if implementation != "cuda":  # there torch itself may round a product and a sum at once
+    if not x.is_cuda:  # there torch itself may round a product and a sum at once
         assert_bit_identical(actual, expected)
-    assert_as_accurate_as_torch(actual, native, exact)
+    fused = int(dtype == torch.float32)  # torch.lerp rounds once less; in 16 bits the last rounding hides that
+    assert_as_accurate_as_torch(actual, native, exact, roundings=fused)
 
 
 @each_dtype
@@ -102,12 +101,10 @@ def test_the_ratio_is_not_rounded_to_the_dtype_of_the_rows() -> None:
 
 @each_dtype
 @pytest.mark.parametrize("storage", [torch.bfloat16, torch.int8, torch.float8_e4m3fn], ids=["bf16", "int8", "fp8"])
-def test_extreme_rows_mix_to_the_bits_of_the_reference(
-    dtype: torch.dtype, storage: torch.dtype, implementation: str
-) -> None:
-    if implementation == "cuda":
-        pytest.skip("a GPU may round a product and a sum at once")
+def test_extreme_rows_mix_to_the_bits_of_the_reference(dtype: torch.dtype, storage: torch.dtype) -> None:
     x, ratio = extreme_rows(dtype), torch.tensor([0.3])
+    if x.is_cuda:
+        pytest.skip("a GPU may round a product and a sum at once")
     index = torch.arange(x.shape[1], dtype=torch.int32)
     source, scale = reference.pack_kv(extreme_rows(torch.float32), index.flip(0), storage)
     expected, options = x.clone(), {"source_scale": scale if scale.numel() else None}
