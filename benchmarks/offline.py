@@ -47,6 +47,7 @@ class Compiled(NamedTuple):
     fused: int  # products and sums in one rounding
     work_formula: str
     products: str  # the instruction of the tensor cores, if there is one
+    atomics: int  # instructions on memory; what they add up has another order every time
 
 
 class AbsentGPU:
@@ -119,6 +120,7 @@ def _inspected(case: Case, arch: int, kernel: Any) -> Compiled:
         opcodes.total() - count("NOP"), count("LDG", "128"), count("STG", "128"), count("BAR"),
         product_loop(code), kernel.asm["ptx"].count("fma.rn.f32"), case.work(case.shape).formula,
         next((name for name in ("HGMMA", "HMMA") if count(name)), ""),
+        sum(n for opcode, n in opcodes.items() if re.match("ATOM|RED(?!UX)", opcode)),
     )
 
 
@@ -166,8 +168,8 @@ def table(kernels: list[Compiled], triton_version: str) -> str:
     for kernel in kernels:
         groups.setdefault((kernel.case, kernel.kernel), []).append(kernel)
     for (case, name), group in groups.items():
-        found = {kernel.arch: kernel[3:-3] for kernel in group}
-        numbers = zip(*(found.get(arch, ["–"] * len(group[0][3:-3])) for arch in ARCHS), strict=True)
+        found = {kernel.arch: kernel[3:-4] for kernel in group}
+        numbers = zip(*(found.get(arch, ["–"] * len(group[0][3:-4])) for arch in ARCHS), strict=True)
         cells = [f"`{case}`", f"`{name}`", group[0].work_formula, *(" / ".join(map(str, n)) for n in numbers)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -15,6 +15,8 @@ import kvlock_kernels
 ROOT = Path(__file__).parent.parent
 FILES = sorted(path for package in ("kvlock", "kvlock_kernels") for path in (ROOT / package).rglob("*.py"))
 HUB = {"diffusers", "transformers", "accelerate", "tokenizers"}  # the host and what comes with it
+KERNELS = ("kvlock_kernels/_triton/", "kvlock_kernels/_cuda.py")  # where Triton is known
+DISPATCHER = {"AttentionBackendName", "_AttentionBackendRegistry"}  # private to diffusers: one file to repair
 
 
 class Import(NamedTuple):
@@ -59,7 +61,15 @@ def violations(source: str, file: str) -> list[str]:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call) and _called(node) in ("torch.load", "torch.save"):
             found.append(f"{file}:{node.lineno}: {_called(node)} unpickles or pickles")
+        for name in DISPATCHER & _named(node):
+            if file.startswith("kvlock/") and file != "kvlock/adapters/backend_registry.py":
+                found.append(f"{file}:{node.lineno}: {name}: the dispatcher is touched in backend_registry only")
     return found
+
+
+def _named(node: ast.AST) -> set[object]:
+    """What a node of the tree names: a variable, an attribute, what is imported, or the text of a string."""
+    return {getattr(node, field, None) for field in ("id", "attr", "name", "value")}
 
 
 def _broken(used: Import, file: str) -> str | None:
@@ -76,6 +86,9 @@ def _broken(used: Import, file: str) -> str | None:
         inner = whole.split(".")[1]
         if inner in ("reference", "api", "_ops") or not inner.startswith("_"):
             return "a kernel imports neither the reference nor what wraps it"
+    of_kernels = used.top == "triton" or f"{whole}.".startswith("kvlock_kernels._triton.")
+    if of_kernels and file.startswith("kvlock_kernels/") and not file.startswith(KERNELS):
+        return "triton and its kernels are imported by the kernels and by what registers them on CUDA only"
     if file.startswith("kvlock_kernels/") and used.top in HUB | {"kvlock"}:
         return "the operators know neither the method nor its host"
     if file.startswith("kvlock/"):
@@ -106,6 +119,13 @@ BREAKS = {
     "triton-relative": ("kvlock_kernels/_triton/lerp.py", "from ..api import kv_lerp_"),
     "triton-ops": ("kvlock_kernels/_triton/lerp.py", "import kvlock_kernels._ops"),
     "triton-public-face": ("kvlock_kernels/_triton/lerp.py", "from kvlock_kernels import kv_lerp_"),
+    "kernels-triton": ("kvlock_kernels/api.py", "import triton.language as tl"),
+    "kernels-triton-lazily": ("kvlock_kernels/_ops.py", "def f():\n    from triton import jit"),
+    "kernels-kernel": ("kvlock_kernels/attention.py", "from kvlock_kernels._triton.attend import kv_lerp_attention"),
+    "kernels-kernel-module": ("kvlock_kernels/info.py", "from kvlock_kernels import _triton"),
+    "kernels-kernel-whole": ("kvlock_kernels/_extension.py", "import kvlock_kernels._triton"),
+    "kernels-kernel-relative": ("kvlock_kernels/_ops.py", "from ._triton import lerp"),
+    "kernels-kernel-by-name": ("kvlock_kernels/_checks.py", "__import__('kvlock_kernels._triton.lerp')"),
     "kernels-method": ("kvlock_kernels/api.py", "from kvlock import KVLockConfig"),
     "kernels-host": ("kvlock_kernels/_ops.py", "import diffusers.hooks"),
     "kernels-by-name": ("kvlock_kernels/_ops.py", "import importlib\nimportlib.import_module('kvlock.run')"),
@@ -118,6 +138,9 @@ BREAKS = {
     "method-host-lazily": ("kvlock/masks.py", "def f():\n    import transformers"),
     "method-host-beside-the-command-line": ("kvlock/client.py", "import diffusers"),
     "method-accelerate": ("kvlock/run.py", "import accelerate.hooks"),
+    "dispatcher": ("kvlock/adapters/taps.py", "from diffusers.models.attention_dispatch import AttentionBackendName"),
+    "dispatcher-attribute": ("kvlock/pipeline.py", "backend = dispatch._AttentionBackendRegistry._active_backend"),
+    "dispatcher-by-text": ("kvlock/adapters/fused.py", "names = getattr(dispatch, 'AttentionBackendName')"),
     "pickle": ("kvlock/mini/train.py", "import pickle"),
     "pickle-from": ("kvlock_kernels/api.py", "from pickle import loads"),
     "torch-load": ("kvlock/mini/checkpoint.py", "import torch\nx = torch.load('x')"),
@@ -135,6 +158,8 @@ def test_a_broken_rule_is_found(name):
 ALLOWED = {
     "reference": ("kvlock_kernels/reference.py", "from math import prod\nimport torch\nfrom torch import Tensor"),
     "triton": ("kvlock_kernels/_triton/lerp.py", "import triton\nfrom kvlock_kernels._triton.tiles import load_lerp"),
+    "registration": ("kvlock_kernels/_cuda.py", "import triton\nfrom kvlock_kernels._triton import lerp"),
+    "dispatcher": ("kvlock/adapters/backend_registry.py", "names = attention_dispatch.AttentionBackendName"),
     "operators": ("kvlock_kernels/api.py", "from kvlock_kernels._ops import ops\nfrom . import _checks"),
     "method": ("kvlock/run.py", "from kvlock_kernels import kv_lerp_\nfrom kvlock.masks import Masks"),
     "adapters": ("kvlock/adapters/vae.py", "from diffusers.video_processor import VideoProcessor"),

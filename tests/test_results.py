@@ -61,6 +61,31 @@ def test_every_operator_of_the_table_has_its_prediction_and_its_row() -> None:
         assert (time, share) == (f"{float(measured.p50):.1f} us", f"{100 * float(measured.share_of_copy):.0f} %")
 
 
+def test_what_misses_its_target_beside_the_table_is_what_the_rows_say() -> None:
+    prose = " ".join(README.split())
+    own, by_torch = (row("kv_lerp_", provider, SHAPES[4096], "bf16") for provider in ("kvlock", "torch.lerp"))
+    assert own is not None and by_torch is not None
+    share, share_of_torch = (f"{100 * float(r.share_of_copy):.0f} %" for r in (own, by_torch))
+    assert f"`kv_lerp_` at 4096 tokens: {share} of the copy" in prose
+    assert f"At 4096 tokens it misses the target: {share} of the copy ({float(own.p50):.1f} us)" in prose
+    assert f"`torch.lerp` on a slice {share_of_torch} ({float(by_torch.p50):.1f} us)" in prose
+    op = "qk_norm_rope_kv_lerp_"
+    locked = row(op, "kvlock", WAN_1_3B_480P.name, "bf16")
+    plain = [r for r in ROWS if (r.op, r.provider, r.setting) == (op, "kvlock", "without the lock")][-1]
+    assert locked is not None
+    times = f"{float(locked.p50) / float(plain.p50):.2f}"
+    assert f"takes {times} times as long with the lock, where the target is 1.15" in prose
+
+
+def test_rows_without_percentiles_are_as_many_as_the_readme_says() -> None:
+    without = [r for r in ROWS if not r.p20]
+    short = [r for r in without if r.note.startswith("short run")]
+    assert len(short) == 18 and "Eighteen of its rows were taken by another procedure" in README
+    rest = [r.provider for r in without if r not in short]
+    assert len(rest) == 6 and set(rest) == {f"flash-attn {generation}" for generation in (2, 3, 4)}
+    assert "Six more have no times at all, those of flash-attn 2, 3 and 4" in README
+
+
 def test_the_rates_of_attention_are_those_of_the_rows() -> None:
     cells = table("tokens")
     assert [int(line[0]) for line in cells] == list(SHAPES)

@@ -8,7 +8,7 @@ from unittest import mock
 import numpy as np
 import torch
 import triton.language as tl
-from serving import served_on_cpu
+from serving import served
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from kvlock_kernels import _cuda
@@ -22,7 +22,7 @@ def kernels_on_cpu() -> Iterator[None]:
     alone = mock.patch.object(persistent, "resident_programs", lambda device: 1)
     oldest = mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: _cuda.OLDEST)
     # The interpreter computes in numpy, which warns of NaN and inf where a GPU goes on.
-    with alone, oldest, bf16_as_on_a_gpu(), np.errstate(all="ignore"), served_on_cpu(_cuda.launchers()):
+    with alone, oldest, bf16_as_on_a_gpu(), np.errstate(all="ignore"), served(_cuda.launchers()):
         yield
 
 

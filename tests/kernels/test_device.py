@@ -1,11 +1,12 @@
 """Every operator once, small, on each implementation of its kernels: what a memory checker is run on."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from samples import CALLS, DTYPES, Call
+from serving import ON_CUDA, triton_on_cuda
 from tolerance import assert_bit_identical, assert_within_roundings
 from torch.utils._pytree import tree_leaves
 
@@ -22,10 +23,19 @@ def interpreted() -> contextlib.AbstractContextManager[None]:
     return interpreter.kernels_on_cpu()
 
 
-PLACES = (
-    pytest.param(interpreted, id="interpreter"),
-    pytest.param(lambda: torch.device("cuda"), id="cuda", marks=pytest.mark.gpu),
-)
+@contextlib.contextmanager
+def triton() -> Iterator[None]:
+    with torch.device("cuda"), triton_on_cuda():
+        yield
+
+
+PLACES = {"interpreter": interpreted, "cuda": lambda: torch.device("cuda"), "triton": triton}
+RUNS = [
+    pytest.param(place, *call, id=f"{at}-{of}", marks=[pytest.mark.gpu] * (at != "interpreter"))
+    for at, place in PLACES.items()
+    for of, call in CALLS.items()
+    if at != "triton" or call[0] in ON_CUDA  # elsewhere the kernels serve CUDA already
+]
 
 
 def tensors(name: str, call: Call) -> list[torch.Tensor]:
@@ -34,8 +44,7 @@ def tensors(name: str, call: Call) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves((result, tuple(call))) if isinstance(leaf, torch.Tensor)]
 
 
-@pytest.mark.parametrize(("name", "make"), CALLS.values(), ids=CALLS.keys())
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(("place", "name", "make"), RUNS)
 def test_an_operator_gives_what_the_reference_gives(
     place: Callable[[], contextlib.AbstractContextManager[None]], name: str, make: Callable[[], Call]
 ) -> None:

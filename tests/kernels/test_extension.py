@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from regimes import each_regime, rows_of
 from samples import DTYPES, int32, normal, packed, scattered, source_rows
-from serving import served_on_cpu
+from serving import ON_CUDA, served, triton_on_cuda
 from tolerance import assert_bit_identical
 from torch import Tensor
 
-from kvlock_kernels import _extension, info, kv_lerp_, pack_kv, reference, unpack_kv
+from kvlock_kernels import _cuda, _extension, info, kv_lerp_, pack_kv, reference, unpack_kv
 
 pytestmark = pytest.mark.skipif(_extension.path() is None, reason=f"the extension is not built: {_extension.BUILD}")
 
@@ -54,10 +54,26 @@ def test_it_serves_again_after_another_implementation_did() -> None:
     x, index = normal(1, 3, 1, 8), int32(0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with served_on_cpu({"pack_kv": lambda *args, **kwargs: called.append(1) or reference.pack_kv(*args, **kwargs)}):
+        with served({"pack_kv": lambda *args, **kwargs: called.append(1) or reference.pack_kv(*args, **kwargs)}):
             pack_kv(x, index, INT8)
     pack_kv(x, index, INT8)
     assert called == [1]
+
+
+@pytest.mark.skipif(not ON_CUDA, reason="the extension has no CUDA part")
+def test_the_triton_kernels_can_be_put_before_it_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+
+    def launcher(name: str) -> Any:
+        return lambda *args, **kwargs: called.append(name) or getattr(reference, name)(*args, **kwargs)
+
+    monkeypatch.setattr(_cuda, "launchers", lambda: {name: launcher(name) for name in _cuda.OPERATORS})
+    x, index, on_cuda = normal(1, 3, 1, 8), int32(0), torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    with triton_on_cuda():  # tensors on the CPU, as if they were on a GPU
+        data, scale = torch.ops.kvlock_kernels.pack_kv.default.redispatch(on_cuda, x, index, INT8)
+        torch.ops.kvlock_kernels.unpack_kv.default.redispatch(on_cuda, data, scale, dtype=torch.float32)
+        torch.ops.kvlock_kernels.kv_lerp_.default.redispatch(on_cuda, x, x[:, :1], index, torch.ones(1))
+    assert called == ["pack_kv", "unpack_kv", "kv_lerp_"] and set(ON_CUDA) == set(called)
 
 
 @each_regime()

@@ -48,9 +48,11 @@ def test_it_is_as_accurate_as_the_formula_in_torch(shape: tuple[int, ...], dtype
     args = inputs(shape, dtype)
     actual = guided_velocity(**args)
     exact, in_dtype, in_fp32 = (formula(**args, dtype=kind) for kind in (torch.float64, dtype, torch.float32))
-    assert_as_accurate_as_torch(actual.velocity, in_dtype[0], exact[0])
-    assert_as_accurate_as_torch(actual.s_star, in_fp32[1], exact[1])
-    assert_as_accurate_as_torch(actual.x0, in_fp32[2], exact[2])
+    # A GPU adds and fuses in another order than torch, which may have a sum, or the only number, exact by luck.
+    luck = int(actual.s_star.is_cuda)
+    assert_as_accurate_as_torch(actual.velocity, in_dtype[0], exact[0], roundings=luck)
+    assert_as_accurate_as_torch(actual.s_star, in_fp32[1], exact[1], roundings=luck)
+    assert_as_accurate_as_torch(actual.x0, in_fp32[2], exact[2], roundings=luck)
 
 
 def test_the_optimised_scale_projects_cond_on_uncond_per_sample() -> None:

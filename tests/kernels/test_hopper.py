@@ -67,7 +67,8 @@ def test_it_is_as_accurate_as_torch(regime: dict[str, Any]) -> None:
     doubles = (q.double(), k.double(), v.double())
     assert_as_accurate_as_torch(out, torch_attention(q, k, v, scale), torch_attention(*doubles, scale))
     native = plain_lse(q.float(), k.float(), scale)
-    assert_as_accurate_as_torch(lse, native, plain_lse(*doubles[:2], scale))
+    exact = plain_lse(*doubles[:2], scale)
+    assert_as_accurate_as_torch(lse, native, exact, roundings=1)  # the kernel turns a logarithm to base 2 into it
 
 
 @on_gpu

@@ -24,10 +24,43 @@ def report() -> dict[str, Any]:
 
 @pytest.fixture
 def kernels(report: dict[str, Any], case: Case, arch: int) -> list[dict[str, Any]]:
-    """The kernels of one case for one architecture; every case launches one or more."""
+    """The kernels of one case for one architecture, in the order of their launches."""
     found = [one for one in report["kernels"] if (one["case"], one["arch"]) == (case.name, arch)]
     assert found
     return found
+
+
+LAUNCHES = {
+    "kv_lerp_": ["lerp_kernel"],
+    "kv_lerp_pair_": ["lerp_pair_kernel"],
+    "pack_kv": ["pack_kernel"],
+    "unpack_kv": ["unpack_kernel"],
+    "qk_norm_rope_kv_lerp_": ["norm_rope_kernel"],
+    "qk_norm_rope_kv_pack_": ["norm_rope_kernel"],
+    "windowed_variance_": ["ring_kernel", "mean_kernel"],
+    "lock_schedule": ["schedule_kernel"],
+    "guided_velocity": ["projection_kernel", "velocity_kernel"],
+    "attention": ["in_loop_kernel"],
+    "attention-sm_90": ["hopper_kernel"],
+    "attention-in-loop": ["in_loop_kernel"],
+    "attention-one-launch": ["persistent_kernel"],
+}
+
+
+@each_case_and_arch
+def test_an_operator_launches_these_kernels_and_no_other(kernels: list[dict[str, Any]], case: Case, arch: int) -> None:
+    assert [kernel["kernel"] for kernel in kernels] == LAUNCHES[case.op]
+
+
+# The one launch counts the programs that have mixed a head; the kernel for sm_90 exchanges its descriptors into memory.
+WITH_ATOMICS = {"attention-one-launch", "attention-sm_90"}
+
+
+@each_case_and_arch
+def test_sums_have_a_fixed_order_because_no_kernel_adds_up_by_atomics(
+    kernels: list[dict[str, Any]], case: Case, arch: int
+) -> None:
+    assert (sum(kernel["atomics"] for kernel in kernels) > 0) == (case.op in WITH_ATOMICS)
 
 
 @each_case_and_arch
@@ -35,9 +68,28 @@ def test_nothing_spills(kernels: list[dict[str, Any]], case: Case, arch: int) ->
     assert sum(kernel["spills"] for kernel in kernels) == 0
 
 
+OTHER_CASES = str(Path(__file__).with_name("other_cases.py"))
+
+
+@pytest.fixture(scope="module")
+def beside_the_table() -> list[dict[str, Any]]:
+    """The kernels for x of fp32, for e4m3 rows under the largest tile and for heads of 64."""
+    return printed_by(OTHER_CASES)
+
+
+def test_nothing_spills_beside_the_table(beside_the_table: list[dict[str, Any]]) -> None:
+    assert {kernel["case"].split()[1] for kernel in beside_the_table} == {"fp32", "bf16"}
+    assert {kernel["case"].split()[2] for kernel in beside_the_table} == {"D128", "D64"}
+    assert [kernel for kernel in beside_the_table if kernel["spills"]] == []
+
+
+def test_shared_memory_is_within_the_limit_beside_the_table(beside_the_table: list[dict[str, Any]]) -> None:
+    assert [one for one in beside_the_table if one["shared"] > offline.SHARED_LIMIT[one["arch"]]] == []
+
+
 @pytest.mark.slow
 def test_nothing_spills_at_other_head_dimensions() -> None:
-    assert printed_by(str(Path(__file__).with_name("spills_at_other_dims.py"))) == []
+    assert [kernel for kernel in printed_by(OTHER_CASES, "dims") if kernel["spills"]] == []
 
 
 # How often a thread loads and stores 16 bytes of rows and weights, with source rows in 16 and in 8 bits. Rows in 8 bits

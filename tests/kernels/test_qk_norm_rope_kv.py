@@ -94,8 +94,9 @@ def test_the_pass_agrees_with_norm_lerp_and_rope_in_torch(regime: dict[str, Any]
     native = step_by_step((q, k, v, *rest), tuple(x.to(dtype) for x in decoded), index, ratio)
     exact = step_by_step(tuple(x.double() for x in (q, k, v, *rest)), decoded, index, ratio.double())
     actual = qk_norm_rope_kv_lerp_(q, k, v, *rest, k_source, v_source, source_row, ratio, eps=EPS, **options)
+    luck = int(n == 1 and dtype == torch.float32)  # all rests on one sum of squares, all but exact in torch by luck
     for one, by_torch, wanted in zip(actual, native, exact, strict=True):
-        assert_as_accurate_as_torch(one, by_torch, wanted)
+        assert_as_accurate_as_torch(one, by_torch, wanted, roundings=luck)
 
 
 @each_packing

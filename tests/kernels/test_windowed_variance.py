@@ -36,6 +36,7 @@ def expected_variance(seen: list[Tensor], slots: int, weight: Tensor | None = No
     return torch.stack([(a * b).sum() / b.sum() for a, b in zip(per_element, w, strict=True)])
 
 
+LUCK = 1  # a sample gives one number, the end of a long sum: torch's may be all but exact by luck
 LONG = ("W20-B1-N300-a-loop-over-the-slots",)  # in one dtype: what is read is turned into fp32 first
 
 
@@ -55,7 +56,8 @@ def test_every_step_of_two_turns_of_the_ring_is_as_accurate_as_torch_var(ring: A
         seen.append(x0)
         actual = windowed_variance_(x0, history, torch.tensor(step))
         native = expected_variance([x.float() for x in seen], slots)
-        assert_as_accurate_as_torch(actual, native, expected_variance([x.double() for x in seen], slots))
+        exact = expected_variance([x.double() for x in seen], slots)
+        assert_as_accurate_as_torch(actual, native, exact, roundings=LUCK)
 
 
 @pytest.mark.parametrize("ratio", [1.0, 1e2, 1e4])
@@ -152,7 +154,8 @@ def test_the_weight_selects_the_elements_that_count(shape: tuple[int, ...], dtyp
         seen.append(normal(2, 3, 5, 4, 6, seed=step))
         actual = windowed_variance_(seen[-1], history, torch.tensor(step), weight=weight)
     native = expected_variance(seen, 4, weight)
-    assert_as_accurate_as_torch(actual, native, expected_variance([x.double() for x in seen], 4, weight))
+    exact = expected_variance([x.double() for x in seen], 4, weight)
+    assert_as_accurate_as_torch(actual, native, exact, roundings=LUCK)
 
 
 @pytest.mark.parametrize(
