@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import pickle
 import resource
@@ -18,13 +16,10 @@ import pytest
 import tiny
 import torch
 from diffusers import WanPipeline
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 import kvlock
 from kvlock import KVLockConfig, Recording, Store
-from kvlock.step_file import Piece, StepFile, StepWriter
-from kvlock.store import Rows
-from kvlock_kernels import unpack_kv
 
 CONFIG = KVLockConfig(kappa=2, window=2, tau=0.6)
 STEPS = 4
@@ -106,54 +101,6 @@ def test_a_file_that_is_not_what_was_recorded_is_refused_by_name(pipe, copy, har
         edit(pipe, copy)
     assert str(copy / name) in str(error.value) and message in str(error.value)
     assert tiny.leftovers(pipe) == [] and not (copy / "unpickled").exists()
-
-
-def rewritten(path: Path, **changes: Any) -> None:
-    """The manifest with other entries and a checksum that fits them."""
-    fields = json.loads((path / "manifest.json").read_text()) | changes
-    fields.pop("sha256")
-    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
-    (path / "manifest.json").write_text(json.dumps(fields | {"sha256": digest}))
-
-
-def test_a_manifest_written_anew_opens(pipe, copy):
-    rewritten(copy)
-    edit(pipe, copy)
-
-
-@pytest.mark.parametrize(
-    ("harm", "message"),
-    [
-        (lambda file: file.unlink(), "is no recording: it has no manifest.json"),
-        (lambda file: file.write_bytes(file.read_bytes()[:-40]), "is not the manifest of a recording"),
-        (lambda file: file.write_text(file.read_text().replace(': 4,', ': 5,')), "is not what was recorded"),
-        (lambda file: file.write_text("[]"), "is not the manifest of a recording"),
-        (lambda file: file.write_text("{}"), "is not the manifest of a recording: KeyError"),
-        (lambda file: file.write_bytes(b"\xff\xfe"), "is not the manifest of a recording"),
-        (lambda file: rewritten(file.parent, format=2), "has format 2; this version reads 1"),
-        (lambda file: file.write_text("[" * 100_000), "is not the manifest of a recording: RecursionError"),
-        (lambda file: rewritten(file.parent, files=None), "has files=None; wanted files with bytes and sha256"),
-        (lambda file: rewritten(file.parent, files={"x": {}}), "has files={'x': {}}; wanted files with bytes and"),
-        (lambda file: rewritten(file.parent, recorded_steps=[None]), "has recorded_steps=[None]; wanted a list of"),
-        (lambda file: rewritten(file.parent, layers=None), "has layers=None; wanted a list of names"),
-        (lambda file: rewritten(file.parent, steps="x" * 999), "... (999 characters); wanted a number"),
-    ],
-    ids=["missing", "truncated", "edited", "list", "empty", "binary", "newer", "deep", "files", "no-sums", "steps",
-         "layers", "long"],
-)
-def test_a_manifest_that_is_none_is_refused_by_name(copy, harm, message):
-    harm(copy / "manifest.json")
-    with pytest.raises(ValueError) as error:
-        Recording(copy)
-    assert str(copy) in str(error.value) and message in str(error.value)
-
-
-def test_a_path_with_nothing_or_something_else_is_no_recording(tmp_path):
-    with pytest.raises(ValueError, match=r"none is no recording"):
-        Recording(tmp_path / "none")
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(ValueError, match=r"file is no recording"):
-        Recording(tmp_path / "file")
 
 
 def test_a_name_that_is_no_text_is_refused_before_the_work(pipe, tmp_path):
@@ -279,68 +226,6 @@ def test_two_processes_read_one_recording(pipe, whole):
     assert first == second and len(first) == 65
 
 
-def test_a_code_that_is_no_number_decodes_to_none(tmp_path):
-    data = torch.tensor([0x7F, 0xFF, 0x38, 0x00], dtype=torch.uint8).view(torch.float8_e4m3fn).view(1, 1, 1, 4)
-    rows, piece = Rows(data, torch.full((1, 1, 1), 2.0)), Piece(0, "blocks", 0, "k")
-    writer = StepWriter(tmp_path / "step")
-    for tensor in "kv":
-        writer.add(piece._replace(tensor=tensor), rows)
-    writer.close()
-    found = StepFile(tmp_path / "step").rows(piece)
-    decoded = found.unpacked(torch.float32)
-    expected = unpack_kv(data, rows.scale, dtype=torch.float32)
-    torch.testing.assert_close(decoded, expected, rtol=0, atol=0, equal_nan=True)
-    assert decoded.isnan().flatten().tolist() == [True, True, False, False]
-    assert decoded.flatten().tolist()[2:] == [2.0, 0.0]
-
-
-def test_a_step_file_is_a_file_of_safetensors(tmp_path):
-    piece = Piece(1, "vace_blocks", 12, "v")
-    rows = Rows(torch.arange(15, dtype=torch.int8).view(1, 5, 3, 1), torch.rand(1, 5, 3), torch.rand(1, 3, 1))
-    writer = StepWriter(tmp_path / "step")
-    writer.add(piece, rows)
-    writer.add(piece._replace(tensor="k"), Rows(torch.empty(1, 0, 6, dtype=torch.bfloat16)))
-    writer.close()
-    tensors = load_file(tmp_path / "step")
-    assert torch.equal(tensors["1.vace_blocks.12.v.data"], rows.data)
-    assert torch.equal(tensors["1.vace_blocks.12.v.mean"], rows.mean)
-    assert StepFile(tmp_path / "step").pieces == [piece, piece._replace(tensor="k")]
-    assert Piece.parse(str(piece)) == piece
-    for part in StepFile(tmp_path / "step").rows(piece):
-        assert part.data_ptr() % 64 == 0
-
-
-def test_rows_of_a_dtype_that_the_format_lacks_are_refused_by_name(tmp_path):
-    writer, rows = StepWriter(tmp_path / "step"), Rows(torch.zeros(1, 1, 2, dtype=torch.complex64))
-    with pytest.raises(ValueError, match=r"step cannot hold 0.blocks.0.k.data of torch.complex64; wanted one of F64"):
-        writer.add(Piece(0, "blocks", 0, "k"), rows)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_header_has_room_for_the_largest_models(tmp_path):
-    writer = StepWriter(tmp_path / "step")
-    rows = Rows(torch.zeros(1, 3, 40, 1, dtype=torch.int8), torch.zeros(1, 3, 40), torch.zeros(1, 40, 1))
-    pieces = [Piece(1, "vace_blocks", block, tensor) for block in range(10, 90) for tensor in "vk"]
-    for piece in pieces:
-        writer.add(piece, rows)
-    writer.close()
-    assert StepFile(tmp_path / "step").pieces == pieces
-
-
-def test_a_file_of_something_else_holds_no_rows(tmp_path):
-    (tmp_path / "step").write_bytes(b"something else")
-    with pytest.raises(ValueError, match=r"step holds no source rows"):
-        StepFile(tmp_path / "step")
-    with pytest.raises(ValueError, match=r"none holds no source rows"):
-        StepFile(tmp_path / "none")
-    save_file({"0.blocks.0.k.data": torch.zeros(1)}, tmp_path / "half")
-    with pytest.raises(ValueError, match=r"half holds no source rows: 0.blocks.0.k is not whole"):
-        StepFile(tmp_path / "half")
-    save_file({"x.data": torch.zeros(1)}, tmp_path / "foreign")
-    with pytest.raises(ValueError, match=r"foreign holds no source rows"):
-        StepFile(tmp_path / "foreign")
-
-
 @pytest.mark.parametrize(
     "name",
     ["x" * 256, "a\0b", "p/q/" + "x" * 256, "p/" + "x" * 256 + "/q"],
@@ -364,14 +249,3 @@ def test_folders_that_were_made_for_a_recording_that_failed_go_with_it(pipe, tmp
         ):
             raise RuntimeError("stop")
     assert [path.name for path in tmp_path.rglob("*")] == ["there"]
-
-
-def test_a_name_in_the_manifest_leads_nowhere_else(copy):
-    rewritten(copy, files={"../step-0003.safetensors": {"bytes": 1, "sha256": "0" * 64}})
-    with pytest.raises(ValueError, match=r"manifest.json has files=.*; wanted files with bytes and sha256"):
-        Recording(copy)
-
-
-def test_a_path_that_the_system_refuses_is_one_error():
-    with pytest.raises(ValueError, match=r"x/manifest.json cannot be read: File name too long"):
-        Recording("x" * 300)
