@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 
 FORMAT = 1
 MANIFEST, TENSORS = "manifest.json", "tensors.safetensors"
+UNFINISHED = ".kvlock-"  # begins the name of a folder whose recording is not whole, and of no other recording
 KINDS = {  # of the fields that reading depends on
     "files": "files with bytes and sha256",
     "recorded_steps": "a list of numbers",
@@ -63,12 +65,15 @@ def read(folder: Path) -> dict[str, Any]:
     """The fields of a recording's manifest.
 
     Raises:
-        ValueError: there is none, or none that this version wrote; the message names the file.
+        ValueError: there is none, none that this version wrote, or its recording was never finished; the message names
+            the file.
     """
     file = folder / MANIFEST
     try:
         if not file.is_file():
             raise ValueError(f"{folder} is no recording: it has no {MANIFEST}")
+        if os.path.basename(os.path.realpath(folder)).startswith(UNFINISHED):  # whatever name led there
+            raise ValueError(f"{folder} is no recording: it was cut off before it got its name")
         content = file.read_bytes()
     except OSError as error:
         raise ValueError(f"{file} cannot be read: {error.strerror}") from error

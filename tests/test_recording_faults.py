@@ -6,7 +6,6 @@ import os
 import pickle
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -153,28 +152,77 @@ KILLED = """
 import os, signal, sys
 import tiny, kvlock
 from diffusers import WanPipeline
-pipe = tiny.pipeline(WanPipeline)
-def kill(pipe, step, timestep, kwargs):
-    if step == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return kwargs
-config = kvlock.KVLockConfig(kappa=2, window=2, tau=0.6)
-options = dict(config=config, source_prompt_embeds=tiny.SOURCE_PROMPT)
-with kvlock.record(pipe, sys.argv[1], tiny.source_latents(), tiny.masks(pipe), **options):
-    tiny.call(pipe, steps=4, callback_on_step_end=kill)
+from kvlock import manifest
+from kvlock.step_file import StepWriter
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def record(path, step_end=lambda *_: {}):
+    pipe = tiny.pipeline(WanPipeline)
+    config = kvlock.KVLockConfig(kappa=2, window=2, tau=0.6)
+    options = dict(config=config, source_prompt_embeds=tiny.SOURCE_PROMPT)
+    with kvlock.record(pipe, path, tiny.source_latents(), tiny.masks(pipe), **options):
+        tiny.call(pipe, steps=4, callback_on_step_end=step_end)
+
+def in_a_step_file(path):
+    add = StepWriter.add
+    StepWriter.add = lambda writer, piece, rows: add(writer, piece, rows) if piece.block == 0 else die()
+    record(path)
+
+def after_the_last_step(path):
+    record(path, lambda pipe, step, *_: {} if step < 3 else die())
+
+def before_the_manifest(path):
+    manifest.write = die
+    record(path)
+
+def before_the_name(path):
+    os.rename = die
+    record(path)
+
+for name in sys.argv[2:]:
+    child = os.fork()
+    if child == 0:
+        globals()[name](f"{sys.argv[1]}/{name}/source.kvlock")
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL, name
 """
+POINTS = {
+    "in_a_step_file": ["step-0002.safetensors"],
+    "after_the_last_step": ["step-0002.safetensors", STEP],
+    "before_the_manifest": ["step-0002.safetensors", STEP, "tensors.safetensors"],
+    "before_the_name": ["manifest.json", "step-0002.safetensors", STEP, "tensors.safetensors"],
+}
 
 
-def test_a_killed_recording_never_opens(tmp_path):
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """A folder for each of the points, where a recording was killed there."""
+    folder = tmp_path_factory.mktemp("killed")
     path = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path)}
-    command = [sys.executable, "-c", KILLED, str(tmp_path / "source.kvlock")]
-    assert subprocess.run(command, env=environment, capture_output=True).returncode == -signal.SIGKILL
-    assert not (tmp_path / "source.kvlock").exists()
-    (left,) = tmp_path.iterdir()
-    assert left.name.startswith(".kvlock-") and (left / STEP).exists()  # every step was there, only the end was not
-    with pytest.raises(ValueError, match=r"is no recording: it has no manifest.json"):
-        Recording(left)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"}  # it forks
+    command = [sys.executable, "-c", KILLED, str(folder), *POINTS]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_a_killed_recording_never_opens(killed, tmp_path, point):
+    (left,) = (killed / point).iterdir()
+    assert left.name.startswith(".kvlock-") and sorted(file.name for file in left.iterdir()) == POINTS[point]
+    link = tmp_path / "link"
+    link.symlink_to(left)
+    for path in (left, link):
+        with pytest.raises(ValueError, match=f"{path} is no recording: it (has no manifest.json|was cut off before)"):
+            Recording(path)
+
+
+def test_a_recording_cannot_have_the_name_of_one_that_is_not_whole(pipe, tmp_path):
+    with pytest.raises(ValueError, match=r".kvlock-mine has the name of a recording that is not whole; wanted one wit"):
+        record(pipe, tmp_path / ".kvlock-mine")
+    assert list(tmp_path.iterdir()) == [] and tiny.leftovers(pipe) == []
 
 
 def test_a_full_disk_is_one_error_that_names_the_file(pipe, tmp_path):
