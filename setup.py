@@ -3,7 +3,7 @@
 KVLOCK_BUILD_EXT says whether the extension is built: "auto" (the default) builds what the tools at hand allow, "1"
 fails where one of them fails, "0" builds nothing. Building needs torch, which pip shows to a build only with
 --no-build-isolation. A C++ compiler builds the CPU part, nvcc the CUDA part, for the architectures in
-TORCH_CUDA_ARCH_LIST; no GPU is needed.
+TORCH_CUDA_ARCH_LIST; no GPU is needed. Without nvcc the CPU part is all there is, which "1" says in a line of its own.
 """
 
 import os
@@ -11,6 +11,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -114,6 +115,9 @@ class BuildExtension(build_ext):
         if self.editable_mode:
             IN_PLACE.unlink(missing_ok=True)
         nvcc = compiler("NVCC", "nvcc", f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin/nvcc")
+        if not nvcc and switch() == "1":
+            said = "no nvcc was found: only the CPU part is built; install nvcc or set NVCC or CUDA_HOME"
+            print(said, file=sys.stderr)
         for cuda in (nvcc, []) if nvcc else ([],):
             try:
                 self._build(ext, cuda)

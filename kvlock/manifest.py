@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 
 FORMAT = 1
 MANIFEST, TENSORS = "manifest.json", "tensors.safetensors"
+UNFINISHED = ".kvlock-"  # begins the name of a folder whose recording is not whole, and of no other recording
 KINDS = {  # of the fields that reading depends on
     "files": "files with bytes and sha256",
     "recorded_steps": "a list of numbers",
@@ -56,29 +58,30 @@ def _is_hash(value: Any) -> bool:
 
 def write(fields: dict[str, Any], file: Path) -> None:
     """The manifest with these fields and their checksum."""
-    text = json.dumps(fields | {"sha256": _hash_of_json(fields)}, indent=1, allow_nan=False)
-    file.write_text(text + "\n", encoding="utf-8")
+    file.write_bytes(_bytes_of(fields))
 
 
 def read(folder: Path) -> dict[str, Any]:
     """The fields of a recording's manifest.
 
     Raises:
-        ValueError: there is none, or none that this version wrote; the message names the file.
+        ValueError: there is none, none that this version wrote, or its recording was never finished; the message names
+            the file.
     """
     file = folder / MANIFEST
     try:
         if not file.is_file():
             raise ValueError(f"{folder} is no recording: it has no {MANIFEST}")
-        text = file.read_text(encoding="utf-8")
+        if os.path.basename(os.path.realpath(folder)).startswith(UNFINISHED):  # whatever name led there
+            raise ValueError(f"{folder} is no recording: it was cut off before it got its name")
+        content = file.read_bytes()
     except OSError as error:
         raise ValueError(f"{file} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not the manifest of a recording: {error}") from error
     try:
-        fields = json.loads(text)
-        whole = fields.pop("sha256") == _hash_of_json(fields)
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        fields = json.loads(content.decode())
+        del fields["sha256"]
+        whole = content == _bytes_of(fields)  # to the byte: another spelling of the same values is a flipped bit
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{file} is not the manifest of a recording: {type(error).__name__}: {error}") from error
     if fields.get("format") != FORMAT:
         raise ValueError(f"{file} has format {fields.get('format')!r}; this version reads {FORMAT}")
@@ -107,5 +110,7 @@ def _is(value: Any, kind: str) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
-def _hash_of_json(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+def _bytes_of(fields: dict[str, Any]) -> bytes:
+    """The content of a manifest with these fields; it ends with their checksum."""
+    checksum = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+    return json.dumps(fields | {"sha256": checksum}, indent=1, allow_nan=False).encode() + b"\n"

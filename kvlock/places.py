@@ -188,12 +188,15 @@ class HostShelf(Shelf):
         with torch.cuda.stream(stream):  # after what it still reads of the last step
             _copy(rows, room, non_blocking=True)
             self._leaving.append((stream.record_event(), rows))
-        while len(self._leaving) > 2 * LAYERS_ON_DEVICE:  # the host may run ahead, and rows of all layers be alive
-            self._leaving.popleft()[0].synchronize()
+        self._wait_for_all_but(2 * LAYERS_ON_DEVICE)  # the host may run ahead, and rows of all layers be alive
+
+    def _wait_for_all_but(self, last: int) -> None:
+        while len(self._leaving) > last:
+            self._leaving[0][0].synchronize()  # the rows are held meanwhile
+            self._leaving.popleft()
 
     def seal(self) -> None:
-        while self._leaving:
-            self._leaving.popleft()[0].synchronize()
+        self._wait_for_all_but(0)
 
     def clear(self) -> None:
         self.seal()

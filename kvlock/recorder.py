@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kvlock import manifest
-from kvlock.manifest import FORMAT, MANIFEST, TENSORS, hash_of, short, step_name
+from kvlock.manifest import FORMAT, MANIFEST, TENSORS, UNFINISHED, hash_of, short, step_name
 from kvlock.places import Layer, Shelf
 from kvlock.step_file import NAMES, Piece, StepWriter, digest
 from kvlock.store import Rows
@@ -43,7 +43,7 @@ class Recorder(Shelf):
             with _named_errors(self.path), contextlib.ExitStack() as undo:
                 self._made = [parent for parent in parents if not os.path.lexists(parent)]
                 self._target.parent.mkdir(parents=True, exist_ok=True)
-                self._folder = Path(tempfile.mkdtemp(prefix=".kvlock-", dir=self._target.parent))
+                self._folder = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=self._target.parent))
                 undo.callback(shutil.rmtree, self._folder, ignore_errors=True)
                 probe = self._folder / self._target.name  # a name that cannot be given is found now, not at the end
                 probe.mkdir()
@@ -182,9 +182,11 @@ class Recorder(Shelf):
 
 
 def check_path(path: Path) -> None:
-    """Wants a place for a recording; raises ValueError where there is something, or for a name that is no text."""
+    """Wants a place for a recording; raises ValueError where there is something, or for a name that cannot be its."""
     if os.path.lexists(path):
         raise ValueError(f"{path} exists already; wanted a path where there is nothing yet")
+    if path.name.startswith(UNFINISHED):
+        raise ValueError(f"{path} has the name of a recording that is not whole; wanted one without {UNFINISHED}")
     try:
         str(path).encode()
     except UnicodeEncodeError as error:  # readers of the format take no other paths

@@ -44,7 +44,10 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class Store:
-    """How source rows are stored.
+    """How source rows are stored: those of the background, and no others.
+
+    With one exception: on the device, in the dtype of the model, a full lock by ``kernel="backend"`` keeps room for the
+    foreground's rows behind them, so that the edit's own join them without a copy of all.
 
     Attributes:
         dtype: ``"model"`` as the model gives them; ``"fp8"`` (e4m3) or ``"int8"`` in one byte a value, with a scale for

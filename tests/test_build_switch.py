@@ -1,6 +1,7 @@
 """KVLOCK_BUILD_EXT, the switch of setup.py that says whether the extension is built."""
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -23,7 +24,7 @@ def build(folder: Path, *command: str, **environment: str) -> subprocess.Complet
 
 def tool(path: Path, says: str = "") -> str:
     """A compiler that notes its arguments in `log` beside it, writes what it is asked for and says that."""
-    notes = f'echo "$(basename $0) $@" >> {path.parent}/log'
+    notes = f'echo "${{0##*/}} $@" >> {path.parent}/log'
     writes = 'while [ $# -gt 1 ]; do [ "$1" = -o ] && echo object > "$2"; shift; done'
     path.write_text(f"#!/bin/sh\n{notes}\n{writes}\necho '{says}'\n")
     path.chmod(0o755)
@@ -138,6 +139,17 @@ def test_the_cuda_part_is_compiled_for_the_architectures_listed(
     assert [word.rsplit("=", 1)[1] for word in compile if word.startswith("-gencode")] == built
 
 
+@pytest.mark.parametrize("chosen", ["auto", "1"])
+def test_without_nvcc_the_cpu_part_is_built_and_1_says_so(tmp_path: Path, quick: dict[str, str], chosen: str) -> None:
+    del quick["NVCC"]
+    done = build(tmp_path, KVLOCK_BUILD_EXT=chosen, PATH="", CUDA_HOME=str(tmp_path), **quick)
+    assert done.returncode == 0 and (tmp_path / "kvlock_kernels" / "_C.so").exists(), done.stderr
+    compiled = [words[words.index("-c") + 1] for words in calls(tmp_path) if "-c" in words]
+    assert sorted(compiled) == ["csrc/binding.cpp", "csrc/pack_kv.cpp"]
+    said = "no nvcc was found: only the CPU part is built; install nvcc or set NVCC or CUDA_HOME"
+    assert done.stderr.splitlines().count(said) == (chosen == "1")
+
+
 def test_the_compiler_may_have_a_launcher_and_compiles_for_nvcc_too(tmp_path: Path, quick: dict[str, str]) -> None:
     quick["CXX"] = f"{tool(tmp_path / 'ccache')} {quick['CXX']} -m64"
     done = build(tmp_path, KVLOCK_BUILD_EXT="1", **quick)
@@ -145,6 +157,7 @@ def test_the_compiler_may_have_a_launcher_and_compiles_for_nvcc_too(tmp_path: Pa
     programs = {words[-3]: words[:3] for words in calls(tmp_path) if "-c" in words}
     launched, by_nvcc = ["ccache", str(tmp_path / "g++"), "-m64"], ["nvcc", "-ccbin", str(tmp_path / "g++")]
     assert programs == {"csrc/binding.cpp": launched, "csrc/pack_kv.cpp": launched, "csrc/pack_kv.cu": by_nvcc}
+    assert "nvcc was found" not in done.stderr
     (link,) = [words for words in calls(tmp_path) if "-shared" in words]
     assert link[:3] == by_nvcc and "-L/library" in link
 
@@ -162,6 +175,23 @@ def test_the_name_of_a_wheel_says_whether_it_holds_the_extension(
     holds = any(name.endswith("_C.so") for name in zipfile.ZipFile(wheel).namelist())
     assert holds == ("-cp311-abi3-" in wheel.name) == (compiler == "g++")
     assert holds != ("-py3-none-linux" in wheel.name)
+
+
+def test_pip_makes_a_wheel_where_there_is_no_compiler(tmp_path: Path, quick: dict[str, str]) -> None:
+    pytest.importorskip("pip")
+    tree, there = tmp_path / "tree", shutil.ignore_patterns("__pycache__", "_C.so")
+    for folder in ("kvlock", "kvlock_kernels", "csrc"):
+        shutil.copytree(ROOT / folder, tree / folder, ignore=there)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "constraints.txt"):
+        shutil.copy(ROOT / name, tree)
+    environment = {"PATH": "", "PYTHONPATH": quick["PYTHONPATH"], "CUDA_HOME": str(tmp_path), "HOME": str(tmp_path)}
+    options = ["--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check"]
+    words = [sys.executable, "-m", "pip", "wheel", *options, "--wheel-dir", str(tmp_path), "."]
+    done = subprocess.run(words, cwd=tree, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "kvlock/mini/weights/model_index.json" in names and "kvlock_kernels/_C.so" not in names
 
 
 def test_building_asks_no_registry_for_torch() -> None:

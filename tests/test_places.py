@@ -222,7 +222,7 @@ def test_fifty_edits_leak_nothing(pipes, tmp_path):
         tiny.call(pipe, steps=2)
     recording = kvlock.Recording(path)
     ways = [{"store": Store()}, {"store": Store(place="host")}, {"store": Store("int8", place="disk")}]
-    ways += [{"recording": recording}, {"store": Store(), "kernel": "backend"}]
+    ways += [{"recording": recording}, *({"store": Store(), "kernel": kernel} for kernel in ("backend", "fused"))]
 
     def edit(number: int) -> None:
         with kvlock.attach(pipe, tiny.source_latents(), masks, **source, **ways[number % len(ways)]):

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import weakref
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,9 +18,9 @@ import torch
 from kvlock import KVLockConfig, Store, places
 from kvlock.cost import ModelSizes, estimate
 from kvlock.locked_layers import BEFORE_ROPE
-from kvlock.places import Courier, shelf_of
+from kvlock.places import Shelf, shelf_of
 from kvlock.step_file import Piece
-from kvlock.store import Rows
+from kvlock.store import LAYERS_ON_DEVICE, Rows
 
 LAYERS, SHAPE = 5, (1, 3, 2)
 
@@ -76,23 +78,24 @@ class GPU:
         self.ahead: Stream | None = None
         self.compute, self.copies = Stream(self), Stream(self)
         self.ahead = {"compute": self.compute, "copies": self.copies}.get(ahead)
-        self.current, self.pinned, self.freed, self.rooms = self.compute, set(), [], []
+        self.current, self.freed, self.pinned = self.compute, [], []
         monkeypatch.setattr(torch.cuda, "Stream", lambda device: self.copies)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: self.current)
         monkeypatch.setattr(torch.cuda, "stream", self.within)
         monkeypatch.setattr(places, "_copy", self.copy)
         monkeypatch.setattr(places, "_room_for", self.room_for)
-        monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: tensor.data_ptr() in self.pinned)
-        forget = Courier.forget
+        monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: any(room() is tensor for room in self.pinned))
 
-        def freeing(courier: Courier) -> None:
-            parts = [slot.rows[name].data for slot in courier._slots for name in slot.rows]
-            forget(courier)
-            for part in parts:  # the allocator gives them to who computes
-                self.compute.add(lambda part=part: part.fill_(torch.nan))
-            self.freed += parts
+    def empty(self) -> torch.Tensor:
+        """Memory of the device, which the allocator gives to who computes once no name for it is left."""
+        tensor = torch.full(SHAPE, torch.nan)
+        weakref.finalize(tensor, self.reuse, tensor.detach()).atexit = False
+        return tensor
 
-        monkeypatch.setattr(Courier, "forget", freeing)
+    def reuse(self, memory: torch.Tensor) -> None:
+        """Other work comes upon it, as soon as that stream goes on."""
+        self.compute.queue.append(lambda: memory.fill_(torch.nan))
+        self.freed.append(memory)
 
     @contextlib.contextmanager
     def within(self, stream: Stream):
@@ -101,63 +104,97 @@ class GPU:
         self.current = self.compute
 
     def copy(self, rows: Rows, room: Rows, *, non_blocking: bool) -> None:
-        if non_blocking:
-            self.current.add(lambda: room.data.copy_(rows.data))
-        else:
+        if not non_blocking:
             room.data.copy_(rows.data)
+            return
+        assert self.current is self.copies, "a copy that the host does not wait for holds the computation up"
+        # A stream keeps memory of the host until it is done with it, and none of the device.
+        source, target = (tensor if tensor.is_pinned() else tensor.detach() for tensor in (rows.data, room.data))
+        self.current.add(lambda: target.copy_(source))
 
     def room_for(self, rows: Rows, before: Rows | None, device: torch.device, *, pinned: bool = False) -> Rows:
         if before is not None:
             return before
+        if not pinned:
+            return Rows(self.empty())
         room = Rows(torch.full(SHAPE, torch.nan))
-        if pinned:
-            self.pinned.add(room.data.data_ptr())
-            self.rooms.append(weakref.ref(room.data))
+        self.pinned.append(weakref.ref(room.data))
         return room
 
     @property
     def pinned_bytes(self) -> int:
-        return sum(room.nbytes for reference in self.rooms if (room := reference()) is not None)
+        return sum(room.nbytes for reference in self.pinned if (room := reference()) is not None)
 
     def finish(self) -> None:
         self.compute.advance()
         self.copies.advance()
 
 
+def served(place: str, tmp_path: Path) -> tuple[Shelf, list[Piece]]:
+    """A shelf of that place, and what is put there."""
+    shelf = shelf_of(Store(place=place, folder=tmp_path if place == "disk" else None))
+    assert shelf is not None
+    shelf.serve(torch.device("cuda"), [(0, "blocks", i) for i in range(LAYERS)])
+    return shelf, [Piece(0, "blocks", i, tensor) for i in range(LAYERS) for tensor in "kv"]
+
+
+def put(gpu: GPU, place: str, shelf: Shelf, number: dict[Piece, float]) -> None:
+    """A source's forward: each piece is computed, given its number, handed over and left."""
+    for piece in number:
+        rows = gpu.empty()
+        gpu.compute.add(partial(rows.detach().fill_, number[piece]))
+        if place == "disk":
+            gpu.compute.advance()  # to write a tensor to a file is to wait for it
+        shelf.put(piece, Rows(rows), BEFORE_ROPE)
+        del rows
+        gpu.compute.add(lambda: None)
+    shelf.seal()
+
+
 @pytest.mark.parametrize("ahead", ["compute", "copies", "the host"])
 @pytest.mark.parametrize("place", ["host", "disk"])
 def test_rows_arrive_before_they_are_read_and_stay_until_they_were(monkeypatch, tmp_path, place, ahead):
     gpu = GPU(monkeypatch, ahead)
-    shelf = shelf_of(Store(place=place, folder=tmp_path if place == "disk" else None))
-    shelf.serve(torch.device("cuda"), [(0, "blocks", i) for i in range(LAYERS)])
-    pieces = [Piece(0, "blocks", i, tensor) for i in range(LAYERS) for tensor in "kv"]
+    shelf, pieces = served(place, tmp_path)
     read, pinned = [], []
 
-    def check(rows: Rows, number: float) -> None:
+    def check(memory: torch.Tensor, number: float) -> None:
         read.append(number)
-        assert torch.equal(rows.data, torch.full(SHAPE, number)), f"found {rows.data.unique()}, wanted {number}"
+        assert torch.equal(memory, torch.full(SHAPE, number)), f"found {memory.unique()}, wanted {number}"
 
     for step in range(3):
         number = {piece: 100.0 * step + 2 * piece.block + (piece.tensor == "v") for piece in pieces}
         shelf.turn_to(step)
-        for piece in pieces:
-            rows = torch.full(SHAPE, torch.nan)
-            gpu.compute.add(lambda rows=rows, piece=piece: rows.fill_(number[piece]))  # noqa: B023 - run in this step
-            if place == "disk":
-                gpu.compute.advance()  # to write a tensor to a file is to wait for it
-            shelf.put(piece, Rows(rows), BEFORE_ROPE)
-            gpu.compute.add(lambda: None)
-        shelf.seal()
+        put(gpu, place, shelf, number)
         for _ in range(2):
             for piece in pieces:
-                rows = shelf.get(piece)
-                gpu.compute.add(lambda rows=rows, wanted=number[piece]: check(rows, wanted))
+                memory = shelf.get(piece).data.detach()
+                gpu.compute.add(lambda memory=memory, wanted=number[piece]: check(memory, wanted))
                 pinned.append(gpu.pinned_bytes)
     shelf.close()
     gpu.finish()
     assert len(read) == 3 * 2 * len(pieces)
-    assert all(part.isnan().all() for part in gpu.freed)
+    assert len(gpu.freed) == 3 * (len(pieces) + 2 * LAYERS_ON_DEVICE)  # what was put, and the room of each step
+    assert all(memory.isnan().all() for memory in gpu.freed)
     _, tokens, values = SHAPE
     sizes = ModelSizes(layers=LAYERS, heads=1, head_dim=values, token_values=1)
     rows = {"tokens": tokens, "background_rows": tokens, "bytes_per_value": 4}
     assert max(pinned) == estimate(sizes, KVLockConfig(), **rows, store=Store(place=place)).bytes_host
+
+
+@pytest.mark.parametrize("place", ["host", "disk"])
+def test_a_layer_computes_while_the_next_one_is_on_its_way(monkeypatch, tmp_path, place):
+    gpu = GPU(monkeypatch, "the host")
+    shelf, pieces = served(place, tmp_path)
+    shelf.turn_to(0)
+    put(gpu, place, shelf, dict.fromkeys(pieces, 0.0))
+    shelf.get(pieces[0])  # sends the first two layers
+    for piece in [*pieces[2:], *pieces]:
+        sent = len(gpu.copies.queue)
+        shelf.get(piece)
+        if piece.tensor == "k":
+            assert len(gpu.copies.queue) > sent  # the next layer's
+        gpu.copies.advance(sent)
+        gpu.compute.advance(force=False)
+        assert gpu.compute.done == len(gpu.compute.queue), f"{piece} waits for the layer after it"
+    shelf.close()

@@ -17,6 +17,7 @@ import kvlock
 from kvlock import KVLockConfig, Recording, Store, checksums, step_file
 from kvlock.adapters.kernels import KERNELS
 from kvlock.cost import ModelSizes, estimate
+from kvlock.manifest import hash_of
 from kvlock.step_file import HEADER_BYTES
 
 
@@ -216,8 +217,13 @@ def test_an_edit_has_the_recorded_mask_and_references_to_the_pixel(tmp_path):
     mask, red, other = tiny.pixel_mask(), Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), (254, 0, 0))
     mask = mask.movedim(0, -1).contiguous().movedim(-1, 0)  # neither the video nor the mask is contiguous
     call: dict[str, Any] = {"num_inference_steps": 4, "source_prompt": "a star"}
-    found = edits.record(tmp_path / "source", video, mask, reference_images=red, **call)
+    seed = torch.Generator().manual_seed(11)
+    found = edits.record(tmp_path / "source", video, mask, reference_images=red, generator=seed, **call)
     assert torch.equal(found.inputs["frames"], video) and torch.equal(found.inputs["mask"], mask)
+    about = json.loads((found.path / "manifest.json").read_text())["about"]
+    pixels = torch.tensor([255, 0, 0], dtype=torch.uint8).expand(8, 8, 3)
+    assert (about["video"], about["mask"]) == (hash_of(video), hash_of(mask)) and about["seed"] == 11
+    assert about["references"] == [hash_of(pixels)] and about["source_prompt"] == "a star"
     call |= {"recording": found}
     with pytest.raises(ValueError, match=r"was recorded with references \['[0-9a-f]{12}'\], this edit has \['"):
         edits(video, mask, "a circle", reference_images=other, **call)
@@ -270,9 +276,13 @@ def test_an_edit_is_that_of_the_recorded_video_and_source_prompt(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-def test_the_manifest_says_what_the_rows_belong_to(recording):
+def test_the_manifest_says_what_the_rows_belong_to(pipe, recording):
     fields = json.loads((recording.path / "manifest.json").read_text())
     assert fields["format"] == 1 and fields["recorded_steps"] == fields["locked_steps"] == [3, 4, 5]
+    assert fields["config"] == json.loads(json.dumps(CONFIG.to_dict())) and fields["config"]["kappa"] == 3
+    assert fields["mask"] == hash_of(tiny.masks(pipe).index)
+    assert fields["source_latents"] == hash_of(tiny.source_latents())
+    assert fields["source_prompt"] == hash_of(tiny.SOURCE_PROMPT)
     for name in ("mask", "source_latents", "source_prompt", "control_hidden_states", "noise"):
         assert len(fields[name]) == 64, name
     names = {"steps", "first_step", "sigmas", "scheduler", "shift", "layers", "point", "dtypes", "rows", "weights"}

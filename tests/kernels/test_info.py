@@ -68,3 +68,23 @@ def test_on_cuda_the_extension_comes_first_and_triton_fills_the_gap(monkeypatch:
 
 def test_an_operator_that_does_not_exist_is_served_by_nothing() -> None:
     assert not _extension.serves("kvlock_kernels::no_such_operator", "CPU")
+
+
+@pytest.mark.parametrize("has_code", [True, False])
+def test_checks_on_a_gpu_begin_where_the_extension_has_code_for_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, has_code: bool
+) -> None:
+    monkeypatch.setattr(_cuda, "why_not", lambda device: None)
+    monkeypatch.setattr(_extension, "serves", lambda name, key: True)
+    monkeypatch.setattr(_extension, "architectures", lambda: ["9.0"])
+    monkeypatch.setattr(_extension, "has_code_for", lambda device: has_code)
+    python, log = tmp_path / "python", tmp_path / "log"
+    report = f"    cuda:0  {info.on_cuda('pack_kv', 0)}"
+    python.write_text(f'#!/bin/sh\necho "$@" >> {log}\n[ "$2" != kvlock_kernels.info ] || echo "{report}"\n')
+    python.chmod(0o755)
+    script = Path(__file__).parents[2] / ".ci" / "gpu"
+    done = subprocess.run([script, "tests"], env={"PYTHON": str(python)}, capture_output=True, text=True, check=False)
+    asked, *rest = log.read_text().splitlines()
+    assert asked == "-m kvlock_kernels.info"
+    assert done.returncode == (not has_code) and [line.split()[:2] for line in rest] == has_code * [["-m", "pytest"]]
+    assert ("the extension has no code for this GPU" in done.stderr) == (not has_code)

@@ -1,0 +1,73 @@
+"""The file of one step: what is written is what is read, and other files hold no rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from kvlock.step_file import Piece, StepFile, StepWriter
+from kvlock.store import Rows
+from kvlock_kernels import reference
+
+
+def test_a_code_that_is_no_number_decodes_to_what_the_reference_says(tmp_path):
+    data = torch.tensor([0x7F, 0xFF, 0x38, 0x00], dtype=torch.uint8).view(torch.float8_e4m3fn).view(1, 1, 1, 4)
+    rows, piece = Rows(data, torch.full((1, 1, 1), 2.0)), Piece(0, "blocks", 0, "k")
+    writer = StepWriter(tmp_path / "step")
+    for tensor in "kv":
+        writer.add(piece._replace(tensor=tensor), rows)
+    writer.close()
+    found = StepFile(tmp_path / "step").rows(piece)
+    decoded = found.unpacked(torch.float32)
+    expected = reference.unpack_kv(data, rows.scale, dtype=torch.float32)
+    torch.testing.assert_close(decoded, expected, rtol=0, atol=0, equal_nan=True)
+    assert decoded.isnan().flatten().tolist() == [True, True, False, False]
+    assert decoded.flatten().tolist()[2:] == [2.0, 0.0]
+
+
+def test_a_step_file_is_a_file_of_safetensors(tmp_path):
+    piece = Piece(1, "vace_blocks", 12, "v")
+    rows = Rows(torch.arange(15, dtype=torch.int8).view(1, 5, 3, 1), torch.rand(1, 5, 3), torch.rand(1, 3, 1))
+    writer = StepWriter(tmp_path / "step")
+    writer.add(piece, rows)
+    writer.add(piece._replace(tensor="k"), Rows(torch.empty(1, 0, 6, dtype=torch.bfloat16)))
+    writer.close()
+    tensors = load_file(tmp_path / "step")
+    assert torch.equal(tensors["1.vace_blocks.12.v.data"], rows.data)
+    assert torch.equal(tensors["1.vace_blocks.12.v.mean"], rows.mean)
+    assert StepFile(tmp_path / "step").pieces == [piece, piece._replace(tensor="k")]
+    assert Piece.parse(str(piece)) == piece
+    for part in StepFile(tmp_path / "step").rows(piece):
+        assert part.data_ptr() % 64 == 0
+
+
+def test_rows_of_a_dtype_that_the_format_lacks_are_refused_by_name(tmp_path):
+    writer, rows = StepWriter(tmp_path / "step"), Rows(torch.zeros(1, 1, 2, dtype=torch.complex64))
+    with pytest.raises(ValueError, match=r"step cannot hold 0.blocks.0.k.data of torch.complex64; wanted one of F64"):
+        writer.add(Piece(0, "blocks", 0, "k"), rows)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_header_has_room_for_the_largest_models(tmp_path):
+    writer = StepWriter(tmp_path / "step")
+    rows = Rows(torch.zeros(1, 3, 40, 1, dtype=torch.int8), torch.zeros(1, 3, 40), torch.zeros(1, 40, 1))
+    pieces = [Piece(1, "vace_blocks", block, tensor) for block in range(10, 90) for tensor in "vk"]
+    for piece in pieces:
+        writer.add(piece, rows)
+    writer.close()
+    assert StepFile(tmp_path / "step").pieces == pieces
+
+
+def test_a_file_of_something_else_holds_no_rows(tmp_path):
+    (tmp_path / "step").write_bytes(b"something else")
+    with pytest.raises(ValueError, match=r"step holds no source rows"):
+        StepFile(tmp_path / "step")
+    with pytest.raises(ValueError, match=r"none holds no source rows"):
+        StepFile(tmp_path / "none")
+    save_file({"0.blocks.0.k.data": torch.zeros(1)}, tmp_path / "half")
+    with pytest.raises(ValueError, match=r"half holds no source rows: 0.blocks.0.k is not whole"):
+        StepFile(tmp_path / "half")
+    save_file({"x.data": torch.zeros(1)}, tmp_path / "foreign")
+    with pytest.raises(ValueError, match=r"foreign holds no source rows"):
+        StepFile(tmp_path / "foreign")
