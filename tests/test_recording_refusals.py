@@ -36,8 +36,8 @@ class Other(NamedTuple):
     kind: type = WanVACEPipeline
     schedule: tuple[str, float] = ("euler", 3.0)
     pipeline: dict[str, Any] = {}  # noqa: RUF012 - never changed
-    edit: dict[str, Any] = {}  # noqa: RUF012
-    mask: dict[str, Any] = {}  # noqa: RUF012
+    edit: dict[str, Any] = {}  # noqa: RUF012 - never changed
+    mask: dict[str, Any] = {}  # noqa: RUF012 - never changed
 
 
 OTHERS = {
