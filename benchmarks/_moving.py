@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
-from kvlock.places import Courier, Shelf
+from kvlock.places import Shelf
+from kvlock.transit import Courier
 from kvlock.store import Rows
 
 

@@ -6,99 +6,16 @@ import shutil
 import tempfile
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
+from kvlock import transit
 from kvlock.step_file import Piece, StepFile, StepWriter
 from kvlock.store import LAYERS_ON_DEVICE, Rows, Store
-
-Layer = tuple[int, str, int]  # a `Piece` but for its tensor
-
-
-class _Slot(NamedTuple):
-    """Room for the rows of one layer on the device."""
-
-    layer: Layer
-    rows: dict[str, Rows]  # by "k" and "v"
-    stage: dict[str, Rows]  # pinned host memory that rows go through which are not in such
-    arrival: Any  # event of the copy stream
-
-
-class Courier:
-    """Brings the rows of a layer to the device, on a stream of its own, while the layer before it computes.
-
-    Layers are asked for in a fixed order, over and over: once for each guidance branch. `LAYERS_ON_DEVICE` of them have
-    room there, the one that computes and the next; a copy into the room of another layer waits until the device is done
-    with that one.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._slots: list[_Slot] = []
-
-    def fetch(self, piece: Piece, order: Sequence[Layer], load: Callable[[Layer], dict[str, Rows]]) -> Rows:
-        """The rows of `piece` on the device, in time for what the caller queues next; the next layer's set off."""
-        now = piece.layer
-        following = order[(order.index(now) + 1) % len(order)]
-        for layer, kept in ((now, following), (following, now)):
-            if all(slot.layer != layer for slot in self._slots):
-                self._send(layer, load(layer), kept)
-        slot = next(slot for slot in self._slots if slot.layer == now)
-        if slot.arrival is not None:
-            torch.cuda.current_stream(self.device).wait_event(slot.arrival)
-        return slot.rows[piece.tensor]
-
-    def forget(self) -> None:
-        """Give the room back; work that the current stream has queued may still use it."""
-        if self.stream is not None and self._slots:
-            torch.cuda.current_stream(self.device).wait_stream(self.stream)
-        self._slots.clear()
-
-    def _send(self, layer: Layer, source: dict[str, Rows], kept: Layer) -> None:
-        """Copy rows into the room of the layer that is not to be kept, or into new room while there are few."""
-        taken = next((slot for slot in self._slots if slot.layer != kept), None)
-        if taken is not None and len(self._slots) == LAYERS_ON_DEVICE:
-            self._slots.remove(taken)
-        else:
-            taken = None
-        before = {} if taken is None else taken.rows
-        rows = {name: _room_for(part, before.get(name), self.device) for name, part in source.items()}
-        if self.stream is None:
-            for name, part in source.items():
-                _copy(part, rows[name], non_blocking=False)
-            self._slots.append(_Slot(layer, rows, {}, None))
-            return
-        stage = {} if taken is None else taken.stage
-        for name, part in source.items():
-            if not part.data.is_pinned():
-                if taken is not None and taken.arrival is not None:
-                    taken.arrival.synchronize()  # the last copy out of this stage is over
-                stage[name] = _room_for(part, stage.get(name), torch.device("cpu"), pinned=True)
-                _copy(part, stage[name], non_blocking=False)
-                source = source | {name: stage[name]}
-        self.stream.wait_event(torch.cuda.current_stream(self.device).record_event())
-        with torch.cuda.stream(self.stream):
-            for name, part in source.items():
-                _copy(part, rows[name], non_blocking=True)
-            self._slots.append(_Slot(layer, rows, stage, self.stream.record_event()))
-
-
-def _room_for(rows: Rows, before: Rows | None, device: torch.device, *, pinned: bool = False) -> Rows:
-    """Memory for a copy of `rows`: that of `before`, where it fits."""
-    kinds = [[part if part is None else (part.shape, part.dtype) for part in parts] for parts in (before or (), rows)]
-    if before is not None and kinds[0] == kinds[1] and before.data.is_inference() == torch.is_inference_mode_enabled():
-        return before  # torch lets nothing write to tensors of an inference mode that is over
-    return rows.each(lambda part: torch.empty(part.shape, dtype=part.dtype, device=device, pin_memory=pinned))
-
-
-def _copy(rows: Rows, room: Rows, *, non_blocking: bool) -> None:
-    for part, to in zip(rows, room, strict=True):
-        if part is not None and to is not None:
-            to.copy_(part, non_blocking=non_blocking)
+from kvlock.transit import Courier, Layer, Outbox
 
 
 class Shelf(ABC):
@@ -117,6 +34,11 @@ class Shelf(ABC):
         """Where `get` has to bring rows, and those of which layers are asked for."""
         if self._courier is None or self._courier.device != device:
             self._courier = Courier(device)
+
+    @property
+    def _copies(self) -> Any:
+        """The stream of copies, where the device is a CUDA one."""
+        return self._courier.stream if self._courier is not None else None
 
     def get(self, piece: Piece) -> Rows:
         """Rows on the device, for work on its current stream.
@@ -178,15 +100,15 @@ class HostShelf(Shelf):
     def _put(self, piece: Piece, rows: Rows) -> None:
         if any(kept.expert != piece.expert for kept in self._kept):
             self._kept.clear()
-        stream = self._courier.stream if self._courier is not None else None
+        stream = self._copies
         pinned = stream is not None
-        room = self._kept[piece] = _room_for(rows, self._kept.get(piece), torch.device("cpu"), pinned=pinned)
+        room = self._kept[piece] = transit.room_for(rows, self._kept.get(piece), torch.device("cpu"), pinned=pinned)
         if stream is None:
-            _copy(rows, room, non_blocking=False)
+            transit.copy(rows, room, non_blocking=False)
             return
         stream.wait_event(torch.cuda.current_stream(stream.device).record_event())
         with torch.cuda.stream(stream):  # after what it still reads of the last step
-            _copy(rows, room, non_blocking=True)
+            transit.copy(rows, room, non_blocking=True)
             self._leaving.append((stream.record_event(), rows))
         self._wait_for_all_but(2 * LAYERS_ON_DEVICE)  # the host may run ahead, and rows of all layers be alive
 
@@ -261,22 +183,25 @@ class DiskShelf(FileShelf):
             where = folder or tempfile.gettempdir()
             raise ValueError(f"cannot write source rows to {where}: {error.strerror}") from error
         self._writer: StepWriter | None = None
+        self._outbox = Outbox()
         self._path = self._folder / "step.safetensors"
 
     def _put(self, piece: Piece, rows: Rows) -> None:
         if self._writer is None:
             self._writer = StepWriter(self._path)
-        self._writer.add(piece, rows)
+        self._outbox.add(self._writer, piece, rows, self._copies)
         self._bytes += rows.bytes_kept
 
     def seal(self) -> None:
         if self._writer is not None:
+            self._outbox.finish(self._writer)
             self._writer.close()
             self._writer = None
             self._open(StepFile(self._path))
 
     def clear(self) -> None:
         super().clear()
+        self._outbox.discard()
         if self._writer is not None:
             self._writer.discard()
             self._writer = None

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from kvlock import manifest
 from kvlock.manifest import FORMAT, MANIFEST, TENSORS, UNFINISHED, hash_of, short, step_name
-from kvlock.places import Layer, Shelf
+from kvlock.places import Shelf
 from kvlock.step_file import NAMES, Piece, StepWriter, digest
 from kvlock.store import Rows
+from kvlock.transit import Layer, Outbox
 
 
 class Recorder(Shelf):
@@ -57,6 +58,7 @@ class Recorder(Shelf):
         self._files: dict[str, dict[str, Any]] = {}
         self._steps: list[int] = []
         self._writer: StepWriter | None = None
+        self._outbox = Outbox()
         self._step_bytes = 0
         self._ended = False
 
@@ -122,6 +124,7 @@ class Recorder(Shelf):
 
     def seal(self) -> None:
         assert self._writer is not None
+        self._outbox.finish(self._writer)
         self._writer.close()
         self._enter(self._writer.path)
         self._writer = None
@@ -152,6 +155,7 @@ class Recorder(Shelf):
     def close(self) -> None:
         """Remove what has not become a recording."""
         super().close()
+        self._outbox.discard()
         if self._writer is not None:
             self._writer.discard()
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -169,7 +173,7 @@ class Recorder(Shelf):
 
     def _put(self, piece: Piece, rows: Rows) -> None:
         assert self._writer is not None
-        self._writer.add(piece, rows)
+        self._outbox.add(self._writer, piece, rows, self._copies)
         self._step_bytes += rows.bytes_kept
 
     def _load(self, layer: Layer) -> dict[str, Rows]:

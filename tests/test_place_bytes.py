@@ -15,7 +15,7 @@ import kvlock
 from kvlock import KVLockConfig, Store, places
 from kvlock.adapters.kernels import KERNELS
 from kvlock.cost import Cost, ModelSizes, estimate
-from kvlock.places import Courier
+from kvlock.transit import Courier
 
 STEPS = 2
 HEADER = 2**17  # bytes of a file of rows that are no rows

@@ -16,9 +16,9 @@ import kvlock
 from kvlock import KVLockConfig, Store, places
 from kvlock.adapters.kernels import KERNELS
 from kvlock.locked_layers import AFTER_ROPE
-from kvlock.places import Courier
 from kvlock.step_file import Piece
 from kvlock.store import Rows
+from kvlock.transit import Courier
 
 STEPS = 5
 WINDOW: dict[str, Any] = {"kappa": 3, "window": 3, "tau": 0.6}

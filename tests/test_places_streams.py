@@ -15,11 +15,13 @@ from typing import Any
 import pytest
 import torch
 
-from kvlock import KVLockConfig, Store, places
+from kvlock import KVLockConfig, Store, transit
 from kvlock.cost import ModelSizes, estimate
 from kvlock.locked_layers import BEFORE_ROPE
+from kvlock.manifest import step_name
 from kvlock.places import Shelf, shelf_of
-from kvlock.step_file import Piece
+from kvlock.recorder import Recorder
+from kvlock.step_file import Piece, StepFile
 from kvlock.store import LAYERS_ON_DEVICE, Rows
 
 LAYERS, SHAPE = 5, (1, 3, 2)
@@ -82,8 +84,8 @@ class GPU:
         monkeypatch.setattr(torch.cuda, "Stream", lambda device: self.copies)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: self.current)
         monkeypatch.setattr(torch.cuda, "stream", self.within)
-        monkeypatch.setattr(places, "_copy", self.copy)
-        monkeypatch.setattr(places, "_room_for", self.room_for)
+        monkeypatch.setattr(transit, "copy", self.copy)
+        monkeypatch.setattr(transit, "room_for", self.room_for)
         monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: any(room() is tensor for room in self.pinned))
 
     def empty(self) -> torch.Tensor:
@@ -138,13 +140,11 @@ def served(place: str, tmp_path: Path) -> tuple[Shelf, list[Piece]]:
     return shelf, [Piece(0, "blocks", i, tensor) for i in range(LAYERS) for tensor in "kv"]
 
 
-def put(gpu: GPU, place: str, shelf: Shelf, number: dict[Piece, float]) -> None:
+def put(gpu: GPU, shelf: Shelf, number: dict[Piece, float]) -> None:
     """A source's forward: each piece is computed, given its number, handed over and left."""
     for piece in number:
         rows = gpu.empty()
         gpu.compute.add(partial(rows.detach().fill_, number[piece]))
-        if place == "disk":
-            gpu.compute.advance()  # to write a tensor to a file is to wait for it
         shelf.put(piece, Rows(rows), BEFORE_ROPE)
         del rows
         gpu.compute.add(lambda: None)
@@ -165,7 +165,7 @@ def test_rows_arrive_before_they_are_read_and_stay_until_they_were(monkeypatch, 
     for step in range(3):
         number = {piece: 100.0 * step + 2 * piece.block + (piece.tensor == "v") for piece in pieces}
         shelf.turn_to(step)
-        put(gpu, place, shelf, number)
+        put(gpu, shelf, number)
         for _ in range(2):
             for piece in pieces:
                 memory = shelf.get(piece).data.detach()
@@ -187,7 +187,7 @@ def test_a_layer_computes_while_the_next_one_is_on_its_way(monkeypatch, tmp_path
     gpu = GPU(monkeypatch, "the host")
     shelf, pieces = served(place, tmp_path)
     shelf.turn_to(0)
-    put(gpu, place, shelf, dict.fromkeys(pieces, 0.0))
+    put(gpu, shelf, dict.fromkeys(pieces, 0.0))
     shelf.get(pieces[0])  # sends the first two layers
     for piece in [*pieces[2:], *pieces]:
         sent = len(gpu.copies.queue)
@@ -197,4 +197,36 @@ def test_a_layer_computes_while_the_next_one_is_on_its_way(monkeypatch, tmp_path
         gpu.copies.advance(sent)
         gpu.compute.advance(force=False)
         assert gpu.compute.done == len(gpu.compute.queue), f"{piece} waits for the layer after it"
+    shelf.close()
+
+
+@pytest.mark.parametrize("ahead", ["compute", "copies", "the host"])
+def test_what_is_recorded_is_what_was_put(monkeypatch, tmp_path, ahead):
+    gpu, recorder = GPU(monkeypatch, ahead), Recorder(tmp_path / "source.kvlock")
+    recorder.serve(torch.device("cuda"), [(0, "blocks", i) for i in range(LAYERS)])
+    pieces = [Piece(0, "blocks", i, tensor) for i in range(LAYERS) for tensor in "kv"]
+    for step in range(2):
+        number = {piece: 100.0 * step + 2 * piece.block + (piece.tensor == "v") for piece in pieces}
+        recorder.turn_to(step)
+        put(gpu, recorder, number)
+    gpu.finish()
+    (folder,) = tmp_path.iterdir()
+    for step in range(2):
+        file = StepFile(folder / step_name(step))
+        found = {piece: file.rows(piece).data.unique().tolist() for piece in file.pieces}
+        assert found == {piece: [100.0 * step + 2 * piece.block + (piece.tensor == "v")] for piece in pieces}
+
+
+def test_a_file_is_written_while_the_source_computes_and_holds_few_rows_on_the_device(monkeypatch, tmp_path):
+    gpu = GPU(monkeypatch, "the host")
+    shelf, pieces = served("disk", tmp_path)
+    shelf.turn_to(0)
+    computed = []
+    for number, piece in enumerate(pieces, 1):
+        rows = gpu.empty()
+        gpu.compute.add(partial(computed.append, number))
+        shelf.put(piece, Rows(rows), BEFORE_ROPE)
+        del rows
+        assert len(computed) <= max(0, number - 2 * LAYERS_ON_DEVICE)  # the host waits for no later one
+        assert number - len(gpu.freed) <= 2 * LAYERS_ON_DEVICE
     shelf.close()

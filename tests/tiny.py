@@ -103,7 +103,7 @@ SOURCE_PROMPT = rand(1, TEXT, 32, seed=4)
 
 def call(pipe: Any, *, steps: int = 6, guidance_scale: float = 5.0, seed: int = 0, **extra: Any) -> torch.Tensor:
     """One pipeline call; returns the final latents."""
-    kwargs: dict[str, Any] = PROMPT | {
+    kwargs: dict[str, Any] = {name: embeds.to(pipe.device) for name, embeds in PROMPT.items()} | {
         "height": SIZE,
         "width": SIZE,
         "num_inference_steps": steps,

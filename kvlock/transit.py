@@ -1,0 +1,139 @@
+"""Rows on their way: from a file or the host to the device while it computes, and from the device into a file."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from kvlock.step_file import Piece, StepWriter
+from kvlock.store import LAYERS_ON_DEVICE, Rows
+
+Layer = tuple[int, str, int]  # a `Piece` but for its tensor
+
+
+class _Slot(NamedTuple):
+    """Room for the rows of one layer on the device."""
+
+    layer: Layer
+    rows: dict[str, Rows]  # by "k" and "v"
+    stage: dict[str, Rows]  # pinned host memory that rows go through which are not in such
+    arrival: Any  # event of the copy stream
+
+
+class Courier:
+    """Brings the rows of a layer to the device, on a stream of its own, while the layer before it computes.
+
+    Layers are asked for in a fixed order, over and over: once for each guidance branch. `LAYERS_ON_DEVICE` of them have
+    room there, the one that computes and the next; a copy into the room of another layer waits until the device is done
+    with that one.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._slots: list[_Slot] = []
+
+    def fetch(self, piece: Piece, order: Sequence[Layer], load: Callable[[Layer], dict[str, Rows]]) -> Rows:
+        """The rows of `piece` on the device, in time for what the caller queues next; the next layer's set off."""
+        now = piece.layer
+        following = order[(order.index(now) + 1) % len(order)]
+        for layer, kept in ((now, following), (following, now)):
+            if all(slot.layer != layer for slot in self._slots):
+                self._send(layer, load(layer), kept)
+        slot = next(slot for slot in self._slots if slot.layer == now)
+        if slot.arrival is not None:
+            torch.cuda.current_stream(self.device).wait_event(slot.arrival)
+        return slot.rows[piece.tensor]
+
+    def forget(self) -> None:
+        """Give the room back; work that the current stream has queued may still use it."""
+        if self.stream is not None and self._slots:
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+        self._slots.clear()
+
+    def _send(self, layer: Layer, source: dict[str, Rows], kept: Layer) -> None:
+        """Copy rows into the room of the layer that is not to be kept, or into new room while there are few."""
+        taken = next((slot for slot in self._slots if slot.layer != kept), None)
+        if taken is not None and len(self._slots) == LAYERS_ON_DEVICE:
+            self._slots.remove(taken)
+        else:
+            taken = None
+        before = {} if taken is None else taken.rows
+        rows = {name: room_for(part, before.get(name), self.device) for name, part in source.items()}
+        if self.stream is None:
+            for name, part in source.items():
+                copy(part, rows[name], non_blocking=False)
+            self._slots.append(_Slot(layer, rows, {}, None))
+            return
+        stage = {} if taken is None else taken.stage
+        for name, part in source.items():
+            if not part.data.is_pinned():
+                if taken is not None and taken.arrival is not None:
+                    taken.arrival.synchronize()  # the last copy out of this stage is over
+                stage[name] = room_for(part, stage.get(name), torch.device("cpu"), pinned=True)
+                copy(part, stage[name], non_blocking=False)
+                source = source | {name: stage[name]}
+        self.stream.wait_event(torch.cuda.current_stream(self.device).record_event())
+        with torch.cuda.stream(self.stream):
+            for name, part in source.items():
+                copy(part, rows[name], non_blocking=True)
+            self._slots.append(_Slot(layer, rows, stage, self.stream.record_event()))
+
+
+def room_for(rows: Rows, before: Rows | None, device: torch.device, *, pinned: bool = False) -> Rows:
+    """Memory for a copy of `rows`: that of `before`, where it fits."""
+    kinds = [[part if part is None else (part.shape, part.dtype) for part in parts] for parts in (before or (), rows)]
+    if before is not None and kinds[0] == kinds[1] and before.data.is_inference() == torch.is_inference_mode_enabled():
+        return before  # torch lets nothing write to tensors of an inference mode that is over
+    return rows.each(lambda part: torch.empty(part.shape, dtype=part.dtype, device=device, pin_memory=pinned))
+
+
+def copy(rows: Rows, room: Rows, *, non_blocking: bool) -> None:
+    for part, to in zip(rows, room, strict=True):
+        if part is not None and to is not None:
+            to.copy_(part, non_blocking=non_blocking)
+
+
+class Outbox:
+    """Rows on their way from the device into a file, by way of pinned memory: written once their copy is over."""
+
+    def __init__(self) -> None:
+        self._leaving: deque[tuple[Any, Piece, Rows, Rows]] = deque()  # event of a copy, of what, from where and to
+        self._free: deque[Rows] = deque()
+
+    def add(self, writer: StepWriter, piece: Piece, rows: Rows, stream: Any) -> None:
+        """Write rows, in the order in which they come; those on the device while the device goes on with the next."""
+        if stream is None:
+            writer.add(piece, rows)
+            return
+        if len(self._leaving) == 2 * LAYERS_ON_DEVICE:
+            self._write_first(writer)
+        before = self._free.popleft() if self._free else None
+        room = room_for(rows, before, torch.device("cpu"), pinned=True)
+        stream.wait_event(torch.cuda.current_stream(stream.device).record_event())
+        with torch.cuda.stream(stream):
+            copy(rows, room, non_blocking=True)
+            self._leaving.append((stream.record_event(), piece, rows, room))
+
+    def finish(self, writer: StepWriter) -> None:
+        """Write what is left, and give the memory back."""
+        while self._leaving:
+            self._write_first(writer)
+        self._free.clear()
+
+    def discard(self) -> None:
+        """Forget what is left, once no copy needs its memory."""
+        for copied, *_ in self._leaving:
+            copied.synchronize()
+        self._leaving.clear()
+        self._free.clear()
+
+    def _write_first(self, writer: StepWriter) -> None:
+        copied, piece, _, room = self._leaving[0]
+        copied.synchronize()  # the rows are held meanwhile
+        self._leaving.popleft()
+        writer.add(piece, room)
+        self._free.append(room)
