@@ -40,6 +40,7 @@ class Shape(NamedTuple):
 
 
 WAN_1_3B_480P = Shape("wan-1.3b-480p", (21, 30, 52), 12)
+WAN_1_3B_720P = Shape("wan-1.3b-720p", (21, 45, 80), 12)
 WAN_14B_480P = Shape("wan-14b-480p", (21, 30, 52), 40)
 WAN_14B_720P = Shape("wan-14b-720p", (21, 45, 80), 40)
 WAN_5B_480P = Shape("wan-5b-480p", (21, 15, 26), 24, channels=48)
@@ -47,7 +48,9 @@ COGVIDEOX_2B = Shape("cogvideox-2b", (13, 30, 45), 30, 64)  # the tokens of the 
 LTX = Shape("ltx", (21, 16, 22), 32, 64, channels=128, patch=1)  # 161 frames of 512 x 704
 SMALL_H12 = Shape("small-h12", (4, 32, 32), 12)
 SMALL_H40 = Shape("small-h40", (4, 32, 32), 40)
-SHAPES = (WAN_1_3B_480P, WAN_14B_480P, WAN_14B_720P, WAN_5B_480P, COGVIDEOX_2B, LTX, SMALL_H12, SMALL_H40)
+SHAPES = (
+    WAN_1_3B_480P, WAN_1_3B_720P, WAN_14B_480P, WAN_14B_720P, WAN_5B_480P, COGVIDEOX_2B, LTX, SMALL_H12, SMALL_H40,
+)  # fmt: skip
 TINY = Shape("tiny", (2, 4, 10), 3, 16)  # one run of tokens, for a CPU
 
 

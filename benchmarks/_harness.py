@@ -14,7 +14,7 @@ from benchmarks._case import Case, Check, Inputs, Products, Provider, Traffic, n
 from benchmarks._machine import Machine, library
 from benchmarks._model import predict
 
-SECONDS = 1.0  # of repeats for a row, within the bounds of the next line
+SECONDS = 0.5  # of repeats for a row, within the bounds of the next line
 REPEATS = (20, 200)
 WARM_UP_SECONDS = 0.2
 LEAD_CYCLES = 400_000  # 0.2 ms in which the host queues a call, so that the events time the GPU and not the host

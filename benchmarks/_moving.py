@@ -6,8 +6,8 @@ from typing import Any
 from unittest import mock
 
 from kvlock.places import Shelf
-from kvlock.transit import Courier
 from kvlock.store import Rows
+from kvlock.transit import Courier
 
 
 class Moved:

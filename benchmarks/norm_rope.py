@@ -12,7 +12,9 @@ from benchmarks import packing
 from benchmarks._case import (
     NAMES,
     SMALL_H12,
+    SMALL_H40,
     WAN_1_3B_480P,
+    WAN_1_3B_720P,
     WAN_5B_480P,
     WAN_14B_480P,
     WAN_14B_720P,
@@ -210,7 +212,9 @@ def compiled_offline(shape: Shape, source: torch.dtype) -> bool:
     )
 
 
-SHAPES = (WAN_1_3B_480P, WAN_14B_480P, WAN_14B_720P, WAN_5B_480P, SMALL_H12)  # the pass is that of Wan
+SHAPES = (  # the pass is that of Wan
+    WAN_1_3B_480P, WAN_1_3B_720P, WAN_14B_480P, WAN_14B_720P, WAN_5B_480P, SMALL_H12, SMALL_H40,
+)  # fmt: skip
 SOURCES = (torch.bfloat16, torch.float8_e4m3fn, torch.int8)
 CASES = (
     *(case(shape, source, SHARE) for shape in SHAPES for source in SOURCES),

@@ -48,6 +48,16 @@ class Compiled(NamedTuple):
     work_formula: str
     products: str  # the instruction of the tensor cores, if there is one
     atomics: int  # instructions on memory; what they add up has another order every time
+    starts_early: bool  # launched under the end of the kernel before it
+    waits: int  # instructions that wait for that end
+
+    @property
+    def columns(self) -> tuple[Any, ...]:
+        """What the table has of it for each architecture."""
+        return (
+            self.registers, self.spills, self.shared, self.instructions, self.loads_128, self.stores_128, self.barriers,
+            self.a_tile,
+        )  # fmt: skip
 
 
 class AbsentGPU:
@@ -121,6 +131,7 @@ def _inspected(case: Case, arch: int, kernel: Any) -> Compiled:
         product_loop(code), kernel.asm["ptx"].count("fma.rn.f32"), case.work(case.shape).formula,
         next((name for name in ("HGMMA", "HMMA") if count(name)), ""),
         sum(n for opcode, n in opcodes.items() if re.match("ATOM|RED(?!UX)", opcode)),
+        kernel.metadata.launch_pdl, count("ACQBULK"),
     )
 
 
@@ -168,8 +179,8 @@ def table(kernels: list[Compiled], triton_version: str) -> str:
     for kernel in kernels:
         groups.setdefault((kernel.case, kernel.kernel), []).append(kernel)
     for (case, name), group in groups.items():
-        found = {kernel.arch: kernel[3:-4] for kernel in group}
-        numbers = zip(*(found.get(arch, ["–"] * len(group[0][3:-4])) for arch in ARCHS), strict=True)
+        found = {kernel.arch: kernel.columns for kernel in group}
+        numbers = zip(*(found.get(arch, ["–"] * len(group[0].columns)) for arch in ARCHS), strict=True)
         cells = [f"`{case}`", f"`{name}`", group[0].work_formula, *(" / ".join(map(str, n)) for n in numbers)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvlock_kernels._triton import Unsupported
 
+OVERLAPS = 90  # compute capability from which a kernel can start under the one before it
 PARTS = 512  # most programs that share a sample's sum: about four on each SM, and few enough to add up in one load
 
 
@@ -53,6 +54,15 @@ def sample_stride(value: Tensor, samples: int) -> int:
     return value.expand(samples).stride(0)
 
 
+def overlaps(x: Tensor) -> bool:
+    """Whether kernels on the device of x can wait for the one before them by themselves.
+
+    Such a kernel starts under the other one's end, reads what that has no part in, and then waits until that is over;
+    all its programs have to, lest a third one come too early.
+    """
+    return not x.is_cpu and triton.runtime.driver.active.get_current_target().arch >= OVERLAPS
+
+
 @triton.jit
 def load_beside(value, b, i, valid, stride, period):
     """What lies beside elements i of sample b, in fp32; 0 outside the sample."""
@@ -71,7 +81,10 @@ def store_one(value, at, number):
 
 
 @triton.jit
-def add_parts(partials, row, parts, PARTS: tl.constexpr):
-    """The sum of a row of partial sums, in the same order every time: a block of one element."""
+def add_parts(partials, b, parts, PARTS: tl.constexpr):
+    """The two sums of sample b from partials [B, 2, parts], in the same order every time: blocks of one element."""
     part = tl.arange(0, PARTS)
-    return tl.sum(tl.load(partials + row * parts + part, mask=part < parts, other=0.0), 0, keep_dims=True)
+    first = partials + 2 * b * parts + part
+    one = tl.load(first, mask=part < parts, other=0.0)
+    other = tl.load(first + parts, mask=part < parts, other=0.0)  # both on their way before either is added up
+    return tl.sum(one, 0, keep_dims=True), tl.sum(other, 0, keep_dims=True)

@@ -12,6 +12,7 @@ from kvlock_kernels._triton.blocks import (
     beside,
     load_beside,
     load_one,
+    overlaps,
     sample_stride,
     store_one,
 )
@@ -20,8 +21,10 @@ BLOCK = 1024  # elements: 8 a thread at four warps, 16 bytes of bf16
 
 
 @triton.jit
-def projection_kernel(cond, uncond, partials, elements, blocks, parts, BLOCK: tl.constexpr):
+def projection_kernel(cond, uncond, partials, elements, blocks, parts, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr):
     """Program = one part of one sample: sums c * u and u * u."""
+    if OVERLAPS:
+        tl.extra.cuda.gdc_launch_dependents()
     program = tl.program_id(0)
     b, part = (program // parts).to(tl.int64), program % parts
     product = tl.zeros([BLOCK], tl.float32)
@@ -42,9 +45,9 @@ def velocity_kernel(
     cond, uncond, guidance_scale, x, sigma, mask, x_scale, partials, velocity, s_star, x0, elements, blocks, parts,
     guidance_stride, sigma_stride, mask_stride, x_scale_stride, period, background, eps,
     GUIDED: tl.constexpr, OPTIMIZED: tl.constexpr, MASKED: tl.constexpr, SCALED: tl.constexpr, BLOCK: tl.constexpr,
-    PARTS: tl.constexpr,
+    PARTS: tl.constexpr, OVERLAPS: tl.constexpr,
 ):
-    """Program = one block of one sample; the first of a sample writes s*."""
+    """Program = one block of one sample; the first of a sample writes s*. What it reads itself comes before the sums."""
     program = tl.program_id(0)
     b, block = (program // blocks).to(tl.int64), program % blocks
     i = block * BLOCK + tl.arange(0, BLOCK)
@@ -52,25 +55,27 @@ def velocity_kernel(
     at = b * elements + i
     conditional = tl.load(cond + at, mask=inside, other=0)
     c = conditional.to(tl.float32)
+    scaled = tl.load(x + at, mask=inside, other=0).to(tl.float32)
+    if SCALED:
+        scaled *= load_one(x_scale, b * x_scale_stride)
+    noise = load_one(sigma, b * sigma_stride)
     s = tl.full([1], 1.0, tl.float32)
     if GUIDED:
-        if OPTIMIZED:
-            product = add_parts(partials, 2 * b, parts, PARTS)
-            square = add_parts(partials, 2 * b + 1, parts, PARTS)
-            s = tl.div_rn(product, square + eps)
         u = tl.load(uncond + at, mask=inside, other=0).to(tl.float32)
         w = load_one(guidance_scale, b * guidance_stride)
         if MASKED:
             w = tl.where(load_beside(mask, b, i, inside, mask_stride, period) != 0, w, background)
+        if OPTIMIZED:
+            if OVERLAPS:
+                tl.extra.cuda.gdc_wait()
+            product, square = add_parts(partials, b, parts, PARTS)
+            s = tl.div_rn(product, square + eps)
         v = tl.where(w == 1, c, (1 - w) * s * u + w * c)
         tl.store(velocity + at, tl.where(w == 1, conditional, v.to(conditional.dtype)), mask=inside)
     else:
         v = c
         tl.store(velocity + at, conditional, mask=inside)
-    scaled = tl.load(x + at, mask=inside, other=0).to(tl.float32)
-    if SCALED:
-        scaled *= load_one(x_scale, b * x_scale_stride)
-    tl.store(x0 + at, scaled - load_one(sigma, b * sigma_stride) * v, mask=inside)
+    tl.store(x0 + at, scaled - noise * v, mask=inside)
     if block == 0:
         store_one(s_star, b, s)
 
@@ -100,8 +105,11 @@ def guided_velocity(
     guided, optimized = uncond is not None, uncond is not None and optimized_scale
     other = cond if uncond is None else uncond.contiguous()
     partials = cond.new_empty((samples, 2, parts) if optimized else (0,), dtype=torch.float32)
+    early = optimized and overlaps(cond)
     if optimized:
-        projection_kernel[(samples * parts,)](cond, other, partials, elements, blocks, parts, BLOCK=BLOCK)
+        projection_kernel[(samples * parts,)](
+            cond, other, partials, elements, blocks, parts, BLOCK=BLOCK, OVERLAPS=early,
+        )
     if not guided or background_guidance is None:
         mask = None  # without effect
     inside, mask_stride, period = (cond, 0, 1) if mask is None else beside(mask, cond)
@@ -111,7 +119,7 @@ def guided_velocity(
         elements, blocks, parts, sample_stride(guidance_scale, samples), sample_stride(sigma, samples), mask_stride,
         sample_stride(scale, samples), period, background_guidance or 0.0, eps,
         GUIDED=guided, OPTIMIZED=optimized, MASKED=mask is not None, SCALED=x_scale is not None,
-        BLOCK=BLOCK, PARTS=PARTS,
+        BLOCK=BLOCK, PARTS=PARTS, OVERLAPS=early, launch_pdl=early,
         enable_fp_fusion=False,  # the reference's roundings, and the same ones with and without a mask
     )
     return velocity, s_star, x0

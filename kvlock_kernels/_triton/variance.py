@@ -12,6 +12,7 @@ from kvlock_kernels._triton.blocks import (
     beside,
     load_beside,
     load_one,
+    overlaps,
     sample_stride,
     store_one,
 )
@@ -51,8 +52,10 @@ def welford(x, at, valid, used, share, mean, squares):
 
 @triton.jit
 def ring_kernel(x0, history, step, weight, partials, elements, blocks, parts, stride_w, stride_b, weight_stride, period,
-                WEIGHTED: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr):
+                WEIGHTED: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr):
     """Program = one part of one sample: writes x0 to the ring and sums w * squared deviations and w."""
+    if OVERLAPS:
+        tl.extra.cuda.gdc_launch_dependents()
     program = tl.program_id(0)
     b, part = (program // parts).to(tl.int64), program % parts
     now = load_one(step, 0)
@@ -74,12 +77,13 @@ def ring_kernel(x0, history, step, weight, partials, elements, blocks, parts, st
 
 
 @triton.jit
-def mean_kernel(partials, step, variance, parts, W: tl.constexpr, PARTS: tl.constexpr):
+def mean_kernel(partials, step, variance, parts, W: tl.constexpr, PARTS: tl.constexpr, OVERLAPS: tl.constexpr):
     """Program = one sample: its weighted mean."""
     b = tl.program_id(0).to(tl.int64)
-    weighted = add_parts(partials, 2 * b, parts, PARTS)
-    total = add_parts(partials, 2 * b + 1, parts, PARTS)
     n = tl.minimum(load_one(step, 0) + 1, W)
+    if OVERLAPS:
+        tl.extra.cuda.gdc_wait()
+    weighted, total = add_parts(partials, b, parts, PARTS)
     mean = tl.div_rn(tl.div_rn(weighted, total), (n - 1).to(tl.float32))
     store_one(variance, b, tl.where((n < 2) | (total == 0), 0.0, mean))
 
@@ -111,12 +115,14 @@ def windowed_variance_(x0: Tensor, history: Tensor, step: Tensor, *, weight: Ten
     elements, blocks, parts = Blocks.of(x0, BLOCK)
     weights, weight_stride, period = (history, 0, 1) if weight is None else beside(weight, x0)
     ring = history if history[0, 0].is_contiguous() else history.contiguous()
-    partials = history.new_empty((samples, 2, parts))
+    partials, early = history.new_empty((samples, 2, parts)), overlaps(history)
     ring_kernel[(samples * parts,)](
         x0.contiguous(), ring, step, weights, partials, elements, blocks, parts, *ring.stride()[:2],
-        weight_stride, period, WEIGHTED=weight is not None, W=slots, BLOCK=BLOCK,
+        weight_stride, period, WEIGHTED=weight is not None, W=slots, BLOCK=BLOCK, OVERLAPS=early,
     )
-    mean_kernel[(samples,)](partials, step, variance, parts, W=slots, PARTS=PARTS)
+    mean_kernel[(samples,)](
+        partials, step, variance, parts, W=slots, PARTS=PARTS, OVERLAPS=early, launch_pdl=early,
+    )
     if ring is not history:
         history.copy_(ring)
     return variance

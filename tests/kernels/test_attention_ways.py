@@ -191,8 +191,9 @@ def test_large_scores_neither_overflow_nor_vanish(way: Way, dtype: torch.dtype) 
     scores = options["scale"] * torch.einsum("bmhd,bnhd->bhmn", q.float(), k.float())
     assert scores.max() > 1e4 and scores.min() < -1e4
     exact = attended(*(x.double() for x in (q, k, rest[0])), options["scale"])
-    native = attended(q, k, rest[0], options["scale"])
-    assert_as_accurate_as_torch(way(q, k, *rest, **options), native, exact)
+    # One key has all the weight, so that torch gives its value without an error. A GPU multiplies and subtracts in one
+    # rounding, which leaves a weight near 1 to be rounded, and the result after it.
+    assert_within_roundings(way(q, k, *rest, **options), exact.to(dtype), 2)
 
 
 @each_way

@@ -63,6 +63,18 @@ def test_sums_have_a_fixed_order_because_no_kernel_adds_up_by_atomics(
     assert (sum(kernel["atomics"] for kernel in kernels) > 0) == (case.op in WITH_ATOMICS)
 
 
+SECOND = {"mean_kernel", "velocity_kernel"}  # they need the sums of the kernel before them
+
+
+@each_case_and_arch
+def test_a_kernel_that_starts_under_the_one_before_it_waits_for_its_end(
+    kernels: list[dict[str, Any]], case: Case, arch: int
+) -> None:
+    for kernel in kernels:
+        early = arch >= 90 and kernel["kernel"] in SECOND
+        assert (kernel["starts_early"], kernel["waits"]) == (early, int(early))
+
+
 @each_case_and_arch
 def test_nothing_spills(kernels: list[dict[str, Any]], case: Case, arch: int) -> None:
     assert sum(kernel["spills"] for kernel in kernels) == 0
