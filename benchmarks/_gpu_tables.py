@@ -8,7 +8,7 @@ from benchmarks.__main__ import CASES
 from benchmarks._case import SHAPES, WAN_1_3B_480P, Case, Shape, rates
 from benchmarks._harness import read
 from benchmarks._model import predict
-from benchmarks.attention import serving
+from benchmarks.attention import HEADS, LENGTHS, TOKENS, serving
 from benchmarks.roofline import BY_KEY, Line
 
 LOCK, PASS = "share 0.8, ratio 0.3", "qk_norm_rope_kv_lerp_"
@@ -21,7 +21,6 @@ TARGETS = (  # operator, how its rows are stored, setting, and what was asked of
     (PASS, "bf16", LOCK, "at most 1.15 times the same pass without the lock, and faster than the compiled sequence of "
      "diffusers"),
 )  # fmt: skip
-LENGTHS = {4096: "small-h12", 8192: "n8192-h12", 16384: "n16384-h12", 32760: "wan-1.3b-480p", 75600: "wan-14b-720p"}
 RATED = (CUDNN, "SDPA FLASH", "FlexAttention", "SageAttention", "kvlock sm_90")
 RATE_TARGETS = {4096: "1.08", 32760: "1.02"}
 CAUSES = {  # of the misses of this package's own rows on the H100, by operator and provider, where they are known
@@ -100,31 +99,38 @@ def operators(path: Path) -> str:
     return markdown(["operator", "target", "predicted", "measured", "share of the copy"], lines)
 
 
-def rate_table(path: Path) -> str:
+def lengths(heads: int, dim: int) -> dict[int, Shape]:
+    """The shape of each length of attention with these heads."""
+    found = {shape.tokens: shape for shape in (*SHAPES, *LENGTHS) if (shape.heads, shape.dim) == (heads, dim)}
+    return {tokens: found[tokens] for tokens in TOKENS}
+
+
+def rate_table(path: Path, dim: int = 128) -> str:
     """TFLOP/s of plain attention over the tokens, and what mixing adds: measured, or predicted and said so."""
-    found, lines = Measured(path), []
-    shapes = {case.shape.name: case.shape for case in BY_KEY.values()}
-    for tokens, name in LENGTHS.items():
-        plain = BY_KEY["attention", name, "", "no rows"]
-        rates_ = [_rate(found, plain, provider) for provider in RATED]
-        locked, alone, cudnn = found.locked_and_plain(shapes[name])
-        guess = found.predicted(BY_KEY["kv_lerp_attention_", name, "int8", LOCK], "kvlock")
-        over = [
-            times(locked, other).replace(NOT_YET, f"{NOT_YET} (predicted {guess / found.predicted(plain, by):.2f})")
-            for other, by in ((alone, serving(shapes[name])), (cudnn, CUDNN))
-        ]
-        lines.append((str(tokens), *rates_, *over, RATE_TARGETS.get(tokens, "")))
-    header = ["tokens", "cuDNN", "FLASH", "FlexAttention", "SageAttention", "`kvlock` sm_90"]
+    found = Measured(path)
+    header = ["heads", "tokens", "cuDNN", "FLASH", "FlexAttention", "SageAttention", "`kvlock` sm_90"]
+    lines = (_rates(found, shape) for heads in HEADS for shape in lengths(heads, dim).values())
     return markdown([*header, "locked over the same kernel", "locked over cuDNN", "target"], lines)
 
 
+def _rates(found: Measured, shape: Shape) -> tuple[str, ...]:
+    plain = BY_KEY["attention", shape.name, "", "no rows"]
+    locked, alone, cudnn = found.locked_and_plain(shape)
+    guess = found.predicted(BY_KEY["kv_lerp_attention_", shape.name, "int8", LOCK], "kvlock")
+    over = [
+        times(locked, other).replace(NOT_YET, f"{NOT_YET} (predicted {guess / found.predicted(plain, by):.2f})")
+        for other, by in ((alone, serving(shape)), (cudnn, CUDNN))
+    ]
+    rates_, target = (_rate(found, plain, provider) for provider in RATED), RATE_TARGETS.get(shape.tokens, "")
+    return str(shape.heads), str(shape.tokens), *rates_, *over, target
+
+
 def _rate(found: Measured, case: Case, provider: str) -> str:
-    """A star marks a row that was measured otherwise."""
     line = found.line("attention", provider, case.shape.name, "", "no rows")
     if line is None or line.row is None:
         rate = case.work(case.shape).amount / found.predicted(case, provider) / 1e6
         return f"{NOT_YET} (predicted {rate:.0f})"
-    return f"{float(line.row.rate):.0f}" + "*" * bool(line.row.note)
+    return f"{float(line.row.rate):.0f}"
 
 
 def models(path: Path) -> str:

@@ -188,10 +188,10 @@ HOPPER = Case(
 )  # fmt: skip
 
 
-HEADS = (12, 40)
+TOKENS, HEADS = (4096, 8192, 16384, 32760, 75600), (12, 40)
 LENGTHS = (
     *(Shape(f"n{n}-h{heads}", (1, 1, n), heads) for n in (8192, 16384) for heads in HEADS),
-    *(Shape(f"n{n}-h{h}-d64", (1, 1, n), h, 64) for n in (4096, 8192, 16384, 32760, 75600) for h in HEADS),
+    *(Shape(f"n{n}-h{heads}-d64", (1, 1, n), heads, 64) for n in TOKENS for heads in HEADS),
     *(Shape(f"n{n}-h16-d96", (1, 1, n), 16, 96) for n in (4096, 16384, 32760)),
 )
 
