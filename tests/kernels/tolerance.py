@@ -1,24 +1,34 @@
 """The one author of tolerances: as accurate as torch itself in the dtype of the result."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 
-def assert_as_accurate_as_torch(actual: Tensor, native: Tensor, exact: Tensor, *, roundings: int = 0) -> None:
-    """Wants the error of `actual` to be at most twice that of `native`.
+def assert_as_accurate_as_torch(
+    actual: Tensor, native: Tensor | Sequence[Tensor], exact: Tensor, *, roundings: int = 0
+) -> None:
+    """Wants the error of `actual` to be at most twice torch's.
 
     `native` is the same formula by plain torch in the dtype of `actual`, `exact` the same in float64 from the same
     inputs. Errors are largest absolute differences. Where torch may be all but exact by luck, in one sum for example,
-    a test asks for `roundings` besides, each of the largest exact value to the dtype.
+    a test gives several evaluations of the formula, see `evaluations`: torch's error is the largest of theirs.
+    Others ask for `roundings` besides, each of the largest exact value to the dtype.
     """
+    natives = [native] if isinstance(native, Tensor) else native
     assert actual.shape == exact.shape, f"shape {tuple(actual.shape)} instead of {tuple(exact.shape)}"
-    assert actual.dtype == native.dtype
+    assert all(one.shape == actual.shape and one.dtype == actual.dtype for one in natives)
     if actual.numel() == 0:
         return
-    error = (actual.double() - exact).abs().max().item()
-    allowed = 2 * (native.double() - exact).abs().max().item()
+    error = largest_error(actual, exact)
+    allowed = 2 * max(largest_error(one, exact) for one in natives)
     allowed += roundings * torch.finfo(actual.dtype).eps * exact.abs().max().item()
     assert error <= allowed, f"error {error:.3e}, allowed {allowed:.3e}"
+
+
+def largest_error(x: Tensor, exact: Tensor) -> float:
+    return (x.double() - exact).abs().max().item()
 
 
 def assert_within_roundings(actual: Tensor, expected: Tensor, roundings: int) -> None:
