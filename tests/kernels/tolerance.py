@@ -6,15 +6,12 @@ import torch
 from torch import Tensor
 
 
-def assert_as_accurate_as_torch(
-    actual: Tensor, native: Tensor | Sequence[Tensor], exact: Tensor, *, roundings: int = 0
-) -> None:
+def assert_as_accurate_as_torch(actual: Tensor, native: Tensor | Sequence[Tensor], exact: Tensor) -> None:
     """Wants the error of `actual` to be at most twice torch's.
 
     `native` is the same formula by plain torch in the dtype of `actual`, `exact` the same in float64 from the same
     inputs. Errors are largest absolute differences. Where torch may be all but exact by luck, in one sum for example,
     a test gives several evaluations of the formula, see `evaluations`: torch's error is the largest of theirs.
-    Others ask for `roundings` besides, each of the largest exact value to the dtype.
     """
     natives = [native] if isinstance(native, Tensor) else native
     assert actual.shape == exact.shape, f"shape {tuple(actual.shape)} instead of {tuple(exact.shape)}"
@@ -23,7 +20,6 @@ def assert_as_accurate_as_torch(
         return
     error = largest_error(actual, exact)
     allowed = 2 * max(largest_error(one, exact) for one in natives)
-    allowed += roundings * torch.finfo(actual.dtype).eps * exact.abs().max().item()
     assert error <= allowed, f"error {error:.3e}, allowed {allowed:.3e}"
 
 
