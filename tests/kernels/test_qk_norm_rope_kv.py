@@ -84,10 +84,11 @@ def step_by_step(
 def evaluations(*args: Any) -> list[tuple[Tensor, ...]]:
     """All of q, of k and of v with the squares in several orders and both ways to turn.
 
-    All elements of a token rest on one sum of squares, and one or two sums may be all but exact by luck.
+    All elements of a token rest on one sum of squares: one or two may be all but exact by luck, and of many the order
+    decides which of the largest elements are furthest off.
     """
     b, n, c = args[0][0].shape
-    ways = itertools.product(orders(c, len(repeats(b * n))), (rotated, rotated_in_steps))
+    ways = itertools.product(orders(c, max(8, len(repeats(b * n)))), (rotated, rotated_in_steps))
     return list(zip(*(step_by_step(*args, order, turn) for order, turn in ways), strict=True))
 
 
