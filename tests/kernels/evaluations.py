@@ -7,6 +7,7 @@ is less precise than torch's in that dtype: it only adds up in another order, or
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 ENOUGH = 64  # errors whose largest is seldom lucky
@@ -24,6 +25,19 @@ def orders(size: int, count: int = ORDERS) -> list[Tensor]:
     seeded = (torch.Generator().manual_seed(seed) for seed in range(1, count))
     shuffled = [torch.randperm(size, generator=generator, device="cpu").to(device) for generator in seeded]
     return [torch.arange(size), *shuffled]
+
+
+def attentions(q: Tensor, k: Tensor, v: Tensor, scale: float) -> list[Tensor]:
+    """softmax(scale * q k^T) v [B, M, H, D] step by step, with channels and keys in several orders, and torch's own.
+
+    The order of the sums decides which of the many outputs is furthest off. Torch's own attention divides after the
+    second product, as kernels do, and is what serves fp32 on a GPU.
+    """
+    found = [F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), scale=scale).transpose(1, 2)]
+    for channels, keys in zip(orders(q.shape[3]), orders(k.shape[1]), strict=True):
+        products = torch.einsum("bmhd,bnhd->bhmn", q[..., channels], k[:, keys][..., channels])
+        found.append(torch.einsum("bhmn,bnhd->bmhd", (scale * products).softmax(-1), v[:, keys]))
+    return found
 
 
 def log_sum_exps(q: Tensor, k: Tensor, scale: float) -> list[Tensor]:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from evaluations import log_sum_exps, orders, repeats
+from evaluations import attentions, log_sum_exps, repeats
 from refusals import Bad, assert_refused, bad_inputs
 from samples import DTYPES, NAN, int32, normal, packed, scattered
 from tolerance import assert_as_accurate_as_torch, assert_bit_identical, assert_within_roundings
@@ -58,13 +58,8 @@ def test_it_is_as_accurate_as_torch_on_lerped_copies(shape: Any, dtype: torch.dt
     k, v = lerped(args)
     scale = shape[-1] ** -0.5
     out = kv_lerp_attention(**args).out
-    # The order of the sums decides which of the many outputs is furthest off, and each implementation has its own.
-    native = [
-        plain_attention(args["q"][..., channels], k[:, keys][..., channels], v[:, keys], scale)[0]
-        for channels, keys in zip(orders(shape[-1]), orders(k.shape[1]), strict=True)
-    ]
     exact, _ = plain_attention(args["q"].double(), k.double(), v.double(), scale)
-    assert_as_accurate_as_torch(out, native, exact)
+    assert_as_accurate_as_torch(out, attentions(args["q"], k, v, scale), exact)
 
 
 @each_shape
@@ -128,7 +123,7 @@ def test_ratio_one_attends_to_the_source_only() -> None:
 def test_in_place_it_is_attention_to_lerped_copies_and_uses_up_nothing_else(shape: Any, dtype: torch.dtype) -> None:
     args = inputs(shape, dtype)
     before, (k, v) = {name: tensor.clone() for name, tensor in args.items()}, lerped(args)
-    native, _ = plain_attention(args["q"], k, v, shape[-1] ** -0.5)
+    native = attentions(args["q"], k, v, shape[-1] ** -0.5)
     exact, _ = plain_attention(args["q"].double(), k.double(), v.double(), shape[-1] ** -0.5)
     assert_as_accurate_as_torch(kv_lerp_attention_(**args), native, exact)
     for name, mixed in (("k", k), ("v", v)):
@@ -157,8 +152,8 @@ def test_the_log_sum_exp_comes_on_request_only() -> None:
     args = inputs(SHAPES["B1-M45-N45-H2-D32-tail"], torch.float32)
     out, lse = kv_lerp_attention(**args)
     assert lse is None
-    widths = ((args["q"].to(dtype), *(x.to(dtype) for x in lerped(args))) for dtype in (torch.float32, torch.float64))
-    native, exact = (plain_attention(*qkv, 32**-0.5)[0] for qkv in widths)
+    qkv = args["q"], *lerped(args)
+    native, (exact, _) = attentions(*qkv, 32**-0.5), plain_attention(*(x.double() for x in qkv), 32**-0.5)
     for one in (out, kv_lerp_attention(**args, return_lse=True).out):  # perhaps from another kernel
         assert_as_accurate_as_torch(one, native, exact)
 
