@@ -16,7 +16,8 @@ from benchmarks._model import Prediction, predict
 
 RESULTS = Path(__file__).with_name("results")
 MISS = 0.2  # of the prediction, either way
-Key = tuple[str, str, str, str]
+STEADY = 1.25  # times its p20 that the p80 of a row may be; beyond it the host or another program was in its way
+Key = tuple[str, ...]
 BY_KEY: dict[Key, Case] = {(case.op, case.shape.name, case.source, case.setting): case for case in CASES}
 
 
@@ -42,6 +43,15 @@ class Line(NamedTuple):
     def flagged(self) -> bool:
         return abs(self.missed) > MISS
 
+    @property
+    def steady(self) -> bool:
+        return self.row is None or is_steady(self.row)
+
+
+def is_steady(row: Row) -> bool:
+    """Whether its times lie near each other."""
+    return not row.p20 or float(row.p80) <= STEADY * float(row.p20)
+
 
 def micro_results() -> list[Path]:
     """The files with rows of operators on GPUs."""
@@ -60,8 +70,13 @@ def measured(path: Path) -> list[Line]:
 
 
 def latest(lines: list[Line]) -> list[Line]:
-    """The last measurement of each row, in the order of the first."""
-    return [*{line[:5]: line for line in lines}.values()]
+    """The last steady measurement of each row, or the last where none is; in the order of the first."""
+    found: dict[Key, Line] = {}
+    for line in lines:
+        before = found.get(line[:5])
+        if before is None or line.steady or not before.steady:
+            found[line[:5]] = line
+    return [*found.values()]
 
 
 def beside(lines: list[Line], line: Line | None, op: str, provider: str, source: str, setting: str) -> Line | None:

@@ -21,7 +21,7 @@ class Clock:
     """CUDA's events on a clock that only a call moves, by the milliseconds that it is said to take."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now = 0.0
+        self.now, self.lead, self.host_took = 0.0, 0, -1
 
         class Event:
             def __init__(event, enable_timing: bool) -> None:
@@ -33,8 +33,11 @@ class Clock:
             def elapsed_time(event, end: "Event") -> float:
                 return end.at - event.at
 
+            def query(event) -> bool:
+                return self.host_took > self.lead
+
         monkeypatch.setattr(torch.cuda, "Event", Event)
-        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: setattr(self, "lead", cycles))
         monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
 
 
@@ -49,12 +52,12 @@ def test_percentiles_are_those_of_the_times_after_the_warm_up(monkeypatch: pytes
         clock.now += 100.0 if warm else [5, 1, 9, 3, 7, 11, 2, 10, 4, 8, 6][len(calls) - 4]
 
     timing = _harness.measure(call, [{"set": i} for i in range(3)])
-    assert timing == (3000, 6000, 9000)  # microseconds; 1 to 11 ms in another order
+    assert timing == (3000, 6000, 9000, 0)  # microseconds; 1 to 11 ms in another order
     assert calls == [0, 1, 2] + [i % 3 for i in range(11)]
 
 
-def test_times_are_many_within_a_second_and_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    for milliseconds, wanted in ((1000.0, 20), (20.0, 50), (0.1, 200)):
+def test_times_are_many_within_half_a_second_and_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    for milliseconds, wanted in ((1000.0, 20), (10.0, 50), (0.1, 200)):
         clock, calls = Clock(monkeypatch), []
         monkeypatch.setattr(_harness, "WARM_UP_SECONDS", 0.0)
 
@@ -64,6 +67,32 @@ def test_times_are_many_within_a_second_and_within_bounds(monkeypatch: pytest.Mo
 
         _harness.measure(call, [{}])
         assert len(calls) == 1 + wanted
+
+
+@pytest.mark.parametrize(
+    ("took", "p50", "late"), [(10**5, 7000, 0), (2_000_000, 7000, 0), (10**9, 90_000, 1)], ids=["fast", "slow", "never"]
+)
+def test_what_the_host_was_late_to_queue_does_not_count(
+    monkeypatch: pytest.MonkeyPatch, took: int, p50: float, late: float
+) -> None:
+    clock = Clock(monkeypatch)
+    clock.host_took = took
+    monkeypatch.setattr(_harness, "REPEATS", (20, 20))
+    monkeypatch.setattr(_harness, "WARM_UP_SECONDS", 0.0)
+
+    def call(inputs: dict) -> None:  # 7 ms, 90 where the GPU waits for the host
+        clock.now += 7.0 if took <= clock.lead else 90.0
+
+    timing = _harness.measure(call, [{}])
+    assert (timing.p50, timing.p80, timing.late) == (p50, p50, late)
+
+
+def test_a_row_of_the_hosts_times_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_harness, "measure", lambda *_: _harness.Timing(1.0, 2.0, 3.0, late=0.6))
+    monkeypatch.setattr(_harness, "rotation", lambda *_: [])
+    machine = SimpleNamespace(gpu="none", now=dict, memory=dict)
+    (row,) = _harness.rows([CASE.by("eager")], machine, Ceilings(1.0), "cpu")
+    assert (row.p20, row.p50, row.note) == ("1.00", "2.00", "host's times: it was late to queue 60% of the calls")
 
 
 def test_a_row_says_what_the_gpu_was_doing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,6 +94,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
         def record(self) -> None:
             self.at = time.perf_counter()
 
+        def query(self) -> bool:
+            return False
+
         def elapsed_time(self, end: "Event") -> float:
             return 1e3 * (end.at - self.at)
 
