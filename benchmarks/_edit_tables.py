@@ -188,11 +188,12 @@ def places(path: Path) -> str:
             (
                 name, f"{costs.bytes_kept / 2**30:.1f} GiB", f"{moved / 2**30:.1f} GiB", _slowest(costs, moved, files),
                 f"{(2 if mode.recorded else 3) / 2 * float(plain.step_s):.2f} s",
+                f"{float(measured[name].row.locked_step_s):.2f} s" if name in measured else "",
                 f"{float(measured[name].row.edit_ratio):.2f}" if name in measured else guess, _target(mode),
             )
         )  # fmt: skip
     header = ["mode", "rows of a step", "moved in a locked step", "its slowest part", "the step's forwards"]
-    return markdown([*header, "an edit over plain", "target"], lines)
+    return markdown([*header, "a locked step", "an edit over plain", "target"], lines)
 
 
 def _slowest(costs: Cost, moved: int, files: bool) -> str:

@@ -16,6 +16,7 @@ from benchmarks._model import Prediction, predict
 
 RESULTS = Path(__file__).with_name("results")
 MISS = 0.2  # of the prediction, either way
+LAUNCH_US = 1.0  # a call that would need less is all launch, of which predictions know nothing
 STEADY = 1.25  # times its p20 that the p80 of a row may be; beyond it the host or another program was in its way
 Key = tuple[str, ...]
 BY_KEY: dict[Key, Case] = {(case.op, case.shape.name, case.source, case.setting): case for case in CASES}
@@ -35,9 +36,14 @@ class Line(NamedTuple):
     run: tuple[int, str] = (0, "")  # what it shares with the rows of its run: how many came before, and the commit
 
     @property
+    def predictable(self) -> bool:
+        """Whether there is more to predict than the start of a launch."""
+        return self.prediction.us >= LAUNCH_US
+
+    @property
     def missed(self) -> float:
-        """Of the prediction, by how much; 0 where nothing is measured."""
-        return self.measured / self.prediction.us - 1 if self.measured and self.prediction.us else 0.0
+        """Of the prediction, by how much; 0 where nothing is measured, or nothing to be predicted."""
+        return self.measured / self.prediction.us - 1 if self.measured and self.predictable else 0.0
 
     @property
     def flagged(self) -> bool:

@@ -1,50 +1,31 @@
 """What the documents and the choice of kernels say of measurements is what the committed rows say."""
 
-import csv
-import itertools
 import re
-from pathlib import Path
 
 import pytest
+from benchmark_readme import README, RESULTS, ROOT, table, text
 
 from benchmarks import __main__ as runner
-from benchmarks import _edit_rows, _edit_tables, _gpu_tables, accuracy, edit, report, roofline
+from benchmarks import _gpu_tables, accuracy, report, roofline
 from benchmarks._case import RATES, WAN_1_3B_480P
 from benchmarks._case import SHAPES as SHAPES_OF_MODELS
-from benchmarks._edit_rows import EditRow
 from benchmarks._harness import Row, read
 from benchmarks._model import predict
 from benchmarks.figures import OURS
 from kvlock_kernels._triton import attend
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
-README = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
 ROWS = read(RESULTS / "nvidia-h100-80gb-hbm3.csv")
 STORED = {"kv_lerp_": "bf16", "pack_kv": "int8", "qk_norm_rope_kv_lerp_": "bf16"}  # the rows of the table
-SHAPES = {4096: "small-h12", 8192: "n8192-h12", 16384: "n16384-h12", 32760: "wan-1.3b-480p", 75600: "wan-14b-720p"}
+SHAPES = {tokens: shape.name for tokens, shape in _gpu_tables.lengths(heads=12).items()}
 NOT_YET = re.compile(r"not yet measured \(predicted [\d.]+\)")
 PLAIN = ("SDPA cuDNN", "SDPA FLASH", "FlexAttention", "SageAttention", "kvlock sm_90")
 
 
-def table(first: str) -> list[list[str]]:
-    """The cells of the Markdown table whose header begins with `first`."""
-    lines = README.split(f"| {first} |", 1)[1].splitlines()[2:]
-    rows = itertools.takewhile(lambda line: line.startswith("|"), lines)
-    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in rows]
-
-
-def table_of(name: str) -> list[list[str]]:
-    """The cells of a block of the report."""
-    lines = [line for line in report.BLOCKS[name]().splitlines() if line.startswith("|")][2:]
-    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-
-
 def row(op: str, provider: str, shape: str, source: str = "") -> Row | None:
-    """The last that was measured."""
+    """The last steady one that was measured at the usual setting."""
     wanted = op, provider, shape, source, "ok"
     found = (r for r in reversed(ROWS) if (r.op, r.provider, r.shape, r.source, r.status) == wanted)
-    return next((r for r in found if r.setting != "without the lock"), None)
+    return next((r for r in found if r.setting != "without the lock" and roofline.is_steady(r)), None)
 
 
 def test_every_operator_of_the_table_has_its_prediction_and_its_row() -> None:
@@ -70,75 +51,44 @@ def test_what_misses_its_target_beside_the_table_is_what_the_rows_say() -> None:
     assert f"`kv_lerp_` at 4096 tokens: {share} of the copy" in prose
     assert f"At 4096 tokens it misses the target: {share} of the copy ({float(own.p50):.1f} us)" in prose
     assert f"`torch.lerp` on a slice {share_of_torch} ({float(by_torch.p50):.1f} us)" in prose
+    many = row("kv_lerp_", "kvlock", "small-h40", "bf16")
+    assert many is not None and f"With 40 heads it is at {100 * float(many.share_of_copy):.0f} %" in prose
     op = "qk_norm_rope_kv_lerp_"
     locked = row(op, "kvlock", WAN_1_3B_480P.name, "bf16")
-    plain = [r for r in ROWS if (r.op, r.provider, r.setting) == (op, "kvlock", "without the lock")][-1]
+    alone = op, "kvlock", WAN_1_3B_480P.name, "without the lock"
+    plain = [r for r in ROWS if (r.op, r.provider, r.shape, r.setting) == alone][-1]
     assert locked is not None
     times = f"{float(locked.p50) / float(plain.p50):.2f}"
     assert f"takes {times} times as long with the lock, where the target is 1.15" in prose
 
 
-def test_rows_without_percentiles_are_as_many_as_the_readme_says() -> None:
-    without = [r for r in ROWS if not r.p20]
-    short = [r for r in without if r.note.startswith("short run")]
-    assert len(short) == 18 and "Eighteen of its rows were taken by another procedure" in README
-    rest = [r.provider for r in without if r not in short]
-    assert len(rest) == 6 and set(rest) == {f"flash-attn {generation}" for generation in (2, 3, 4)}
-    assert "Six more have no times at all, those of flash-attn 2, 3 and 4" in README
+def test_rows_of_other_times_are_as_many_as_the_readme_says() -> None:
+    words = {3: "three", 70: "Seventy"}
+    assert all(r.status == "ok" and r.p20 and r.p80 for r in ROWS)
+    runs, first = {r.commit for r in ROWS}, [r for r in ROWS if not r.used_mib]
+    text(f"The {len(ROWS)} rows of the H100 are from {words[len(runs)]} runs. {words[len(first)]} of them are older")
+    assert all(r.library for r in ROWS if r not in first and r.provider in ("kvlock", "SDPA cuDNN"))
+    text(f"{sum(not roofline.is_steady(r) for r in ROWS)} rows are spread as said above.")
+    assert not any("flash-attn" in r.provider for r in ROWS)
 
 
 def test_the_rates_of_attention_are_those_of_the_rows() -> None:
-    cells = table("tokens")
-    assert [int(line[0]) for line in cells] == list(SHAPES)
+    cells = table("heads")
+    assert [(int(line[0]), int(line[1])) for line in cells] == [(heads, n) for heads in (12, 40) for n in SHAPES]
     for line in cells:
-        shape = SHAPES[int(line[0])]
-        measured = [row("attention", provider, shape) for provider in PLAIN]
-        for cell, r in zip(line[1:6], measured, strict=True):
-            assert NOT_YET.fullmatch(cell) if r is None else cell == f"{float(r.rate):.0f}" + "*" * bool(r.note)
-        locked, cudnn, own = row("kv_lerp_attention_", "kvlock", shape, "int8"), measured[0], measured[-1]
-        for cell, plain in ((line[6], own if int(line[0]) >= 32760 else cudnn), (line[7], cudnn)):
-            assert plain is not None
-            ratio = NOT_YET.fullmatch(cell) if locked is None else cell == f"{float(locked.p50) / float(plain.p50):.2f}"
-            assert ratio
-
-
-def test_the_edits_of_the_table_are_those_of_the_rows() -> None:
-    with (RESULTS / "edit-nvidia-h100-80gb-hbm3.csv").open(newline="", encoding="utf-8") as file:
-        rows = [*{r["mode"]: r for r in csv.DictReader(file) if r["model"] == "wan-1.3b, random"}.values()]
-    cells = table("mode")
-    assert len(cells) == len(rows)
-    for line, measured in zip(cells, rows, strict=True):
-        seconds = [f"{float(measured[name]):.3f} s" if measured[name] else "" for name in ("step_s", "locked_step_s")]
-        assert line[1:3] == seconds
-        assert line[3] == (f"{float(measured['locked_ratio']):.2f}" if measured["locked_ratio"] else "")
-        assert float(line[4]) == round(float(measured["edit_ratio"]), 2)
-        assert line[5] == {"2": "1.00", "3": "1.20", "4": "1.40"}[measured["forwards"]] or line[0] == "pipeline alone"
-        assert line[-1] == f"{float(measured['peak_gib']):.1f} GiB"
-
-
-def test_the_first_lines_say_of_whole_edits_what_the_rows_say() -> None:
-    with (RESULTS / "edit-nvidia-h100-80gb-hbm3.csv").open(newline="", encoding="utf-8") as file:
-        rows = {r["mode"]: r for r in csv.DictReader(file) if r["model"] == "wan-1.3b, random"}
-    plain, fused, hooks = (rows[name] for name in ("pipeline", "store, fused", "store, hooks"))
-    step, *locked = plain["step_s"], fused["locked_step_s"], hooks["locked_step_s"]
-    ratios = [f"{float(each['edit_ratio']):.2f}" for each in (fused, hooks)]
-    more = f"{float(hooks['peak_gib']) - float(plain['peak_gib']):.1f} GiB more memory"
-    text(f"takes {ratios[0]} (`fused`) to {ratios[1]} (`hooks`) times as long as the plain pipeline, and {more}")
-    torch, triton = (".".join(plain[name].split(".")[:2]) for name in ("torch", "triton"))
-    said = (
-        f"81 frames, bf16, torch {torch}, triton {triton}), a step of the plain pipeline takes {float(step):.2f} s, "
-        f'a locked one {float(locked[0]):.2f} s with `kernel="fused"` and {float(locked[1]):.2f} s with hooks; an edit '
-        f"that locks the last 40 % of its steps takes {ratios[0]} and {ratios[1]} times the time of the plain one, "
-        f"and {more}"
-    )
-    assert said in " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-
-
-def test_the_larger_model_is_predicted_beside_every_mode_and_says_so() -> None:
-    predicted = {line[0]: line[4:8] for line in table_of("larger")}
-    assert predicted["store, fused"] == ["not yet measured", "1.20", "1.22", "20.0 GiB"]
-    assert predicted["batch, hooks"] == ["not yet measured", "1.40", "", "0.0 GiB"]
-    assert [*predicted][1:] == [name for name in edit.MODES if not _edit_tables.outside(name)]
+        tokens = int(line[1])
+        shape = _gpu_tables.lengths(int(line[0]))[tokens].name
+        for cell, provider in zip(line[2:7], PLAIN, strict=True):
+            r = row("attention", provider, shape)
+            assert NOT_YET.fullmatch(cell) if r is None else cell == f"{float(r.rate):.0f}"
+        locked = row("kv_lerp_attention_", "kvlock", shape, "int8")
+        for cell, provider in ((line[7], PLAIN[-1] if tokens >= 32760 else PLAIN[0]), (line[8], PLAIN[0])):
+            if locked is None:
+                assert NOT_YET.fullmatch(cell)
+                continue
+            plain = [r for r in ROWS if (r.op, r.provider, r.shape) == ("attention", provider, shape)]
+            plain = [r for r in plain if r.commit == locked.commit]
+            assert cell == f"{float(locked.p50) / float(plain[-1].p50):.2f}"
 
 
 @pytest.mark.parametrize("name", sorted({*report.BLOCKS} - {"cost"}))
@@ -154,29 +104,6 @@ def test_every_table_names_the_command_behind_its_rows(name: str) -> None:
 def test_how_many_rows_miss_their_prediction_is_counted() -> None:
     lines = roofline.measured(report.H100)
     text(f"by more than 20 %: on the H100 {sum(line.flagged for line in lines)} of {len(lines)}.")
-
-
-def test_the_miniature_says_which_targets_it_meets() -> None:
-    rows = {one.row.mode: one.row for one in _edit_rows.latest(report.EDITS_ON_CPU)}
-    said = {line[0]: line[3:5] for line in table_of("miniature")}
-    assert {*said} == {"pipeline", *edit.MODES}
-    every = [float(row.step_s) for row in rows.values()]
-    noise = max(every) / min(every)
-    for name, mode in edit.MODES.items():
-        ratio = float(rows[name].edit_ratio)
-        missed, met = ratio / noise > mode.target, ratio * noise <= mode.target
-        verdict = "missed" if missed else "met" if met else "within the noise"
-        assert said[name] == [f"{ratio:.3f}", f"{mode.target:.2f}, {verdict}" if mode.target < 10 else ""]
-    missed, met, unknown = (sum(word in line[1] for line in said.values()) for word in ("missed", "met", "noise"))
-    text(f"Beyond it {missed} modes miss their target, {met} meet it, and of {unknown} the run does not tell.")
-    steps = [step / every[0] for step in every[1:]]
-    text(f"take {min(steps):.2f} to {max(steps):.2f} times as long, which is the noise of the run.")
-
-
-@pytest.mark.parametrize(("ratio", "verdict"), [(1.5, "missed"), (1.2, "within the noise"), (1.1, "met")])
-def test_a_target_is_met_or_missed_beyond_the_noise_only(ratio: float, verdict: str) -> None:
-    row = EditRow(*[""] * len(EditRow._fields))._replace(mode="store, hooks", edit_ratio=str(ratio))
-    assert _edit_tables._verdict(row, 1.1) == f"1.22, {verdict}"
 
 
 def test_the_accuracy_of_packed_rows_is_that_of_the_rows() -> None:
@@ -225,12 +152,11 @@ def test_mixing_first_is_chosen_where_rows_show_it_faster_than_the_other_ways() 
 
 def test_every_row_says_what_it_was_measured_on() -> None:
     assert all(r.gpu and r.torch and r.triton and r.commit and r.date for r in ROWS)
-    assert all(r.max_error or r.op == "copy" for r in ROWS if r.status == "ok")
+    assert all(r.max_error or r.op in ("copy", "matmul") for r in ROWS)
 
 
-def test_rows_of_a_gpu_say_what_it_was_doing_where_that_was_asked() -> None:
-    asked = [r for r in ROWS if not r.note.startswith("short run") and r.status == "ok"]
-    assert all(r.driver and r.sm_mhz and r.memory_mhz and r.power_w for r in asked)
+def test_rows_of_a_gpu_say_what_it_was_doing() -> None:
+    assert all(r.driver and r.sm_mhz and r.memory_mhz and r.power_w for r in ROWS)
 
 
 @pytest.mark.parametrize("name", report.BLOCKS)
@@ -265,13 +191,6 @@ def test_rows_of_a_cpu_say_what_they_were_measured_on() -> None:
     assert all(r.gpu.endswith("one core") and "changes" not in r.commit for r in rows)
 
 
-def test_every_mode_of_an_edit_was_measured_on_a_cpu_in_one_run_of_a_commit() -> None:
-    found = _edit_rows.latest(report.EDITS_ON_CPU)
-    assert [one.row.mode for one in found] == ["pipeline", *edit.MODES]
-    assert len({(one.plain, one.row.gpu, one.row.torch, one.row.commit) for one in found}) == 1
-    assert "changes" not in found[0].row.commit and found[0].row.gpu.endswith("one thread")
-
-
 def test_what_loses_on_a_cpu_is_said() -> None:
     found = read(report.CPU)
     rows = {(r.op, r.source, r.provider): r for r in found if r.date == found[-1].date}
@@ -282,12 +201,6 @@ def test_what_loses_on_a_cpu_is_said() -> None:
     assert "kv_lerp_pair_" in faster and "kv_lerp_" not in faster
 
 
-def text(*wanted: str) -> None:
-    """Wants each in the README, wherever its lines break."""
-    flat = " ".join(README.split())
-    assert [each for each in wanted if each not in flat] == []
-
-
 def test_what_the_text_says_of_attention_is_what_the_rows_say() -> None:
     us = lambda *names: float(found.p50) if (found := row(*names)) is not None else float("nan")
     wan, small = "wan-1.3b-480p", "small-h12"
@@ -296,7 +209,8 @@ def test_what_the_text_says_of_attention_is_what_the_rows_say() -> None:
     fused, compiled = (us(_gpu_tables.PASS, name, wan, "bf16") for name in ("kvlock", "diffusers, compiled"))
     text(
         f"32760 that lerp takes {us('kv_lerp_pair_', 'kvlock', wan, 'int8') / 1e3:.2f} ms; the medians of plain and "
-        f"locked attention lie {(us(op, 'kvlock', wan, 'int8') - us('attention', 'kvlock sm_90', wan)) / 1e3:.2f} ms",
+        f"locked attention lie {(us('attention', 'kvlock sm_90', wan) - us(op, 'kvlock', wan, 'int8')) / 1e3:.2f} ms "
+        "apart there, the locked one below",
         f"takes {us(op, one, wan, 'int8') / alone[0]:.3f} times its own plain time at 32760 tokens (target 1.01; "
         f"{us(op, one, small, 'int8') / alone[1]:.2f} at 4096)",
         f"It takes {fused / compiled:.2f} times the time of diffusers' compiled sequence",
@@ -306,29 +220,48 @@ def test_what_the_text_says_of_attention_is_what_the_rows_say() -> None:
     names = "kvlock sm_90", "SDPA cuDNN"
     own, cudnn = ([us("attention", name, shape) for shape in SHAPES.values()] for name in names)
     slower = [ours / theirs for ours, theirs in zip(own, cudnn, strict=True)]
-    text(f"takes {slower[0]:.2f} and {slower[1]:.2f} times cuDNN's time at 4096 and 8192 tokens and the same at 16384;")
-    assert f"{slower[2]:.2f}" == "1.00"
+    text("takes {:.2f}, {:.2f} and {:.2f} times cuDNN's time at 4096, 8192 and 16384 tokens with 12".format(*slower))
+    many = [us("attention", name, "wan-14b-480p") for name in names]
+    text(f"for sm_90 is {1 / slower[3]:.2f} (12 heads) and {many[1] / many[0]:.2f} times (40) as fast there")
 
 
 def test_what_the_text_says_of_predictions_is_what_was_and_is_predicted() -> None:
     case = roofline.BY_KEY["kv_lerp_attention_", "wan-1.3b-480p", "int8", _gpu_tables.LOCK]
     small = roofline.BY_KEY["kv_lerp_attention_", "small-h12", "int8", _gpu_tables.LOCK]
     us = lambda case, name: predict(case, name, RATES["NVIDIA H100"]).us
-    then = row("kv_lerp_attention_", "in loop", "wan-1.3b-480p", "int8")
+    then = row("kv_lerp_attention_", "in loop", "wan-1.3b-480p", "int8")  # of the first run
     assert then is not None
     text(
         f"it had given them FLOP at cuDNN's rate, {float(then.predicted_us):.1f} us",
-        f"now it gives {us(case, 'in loop'):.1f} us to mixing in the loop and {us(case, 'one launch'):.1f} us to",
+        f"it gives {us(case, 'in loop'):.1f} us to mixing in the loop and {us(case, 'one launch'):.1f} us to",
         f"where the cost model says {us(small, 'in loop') / us(small, 'kvlock'):.1f}:",
     )
 
 
-def test_the_rows_of_another_procedure_are_counted_and_the_others_have_percentiles() -> None:
-    numbers = {18: "Eighteen"}
-    others = [r for r in ROWS if r.note.startswith("short run")]
-    text(f"{numbers[len(others)]} of its rows were taken by another procedure")
-    assert not any(r.p20 or r.p80 or r.power_w for r in others)
-    assert all(r.p20 and r.p80 for r in ROWS if r.status == "ok" and r not in others)
+def test_what_the_text_says_of_operators_is_what_the_rows_say() -> None:
+    found = {line[:5]: line for line in roofline.latest(roofline.measured(report.H100))}
+    at = lambda *key: found[key].row
+    share = lambda *key: f"{100 * float(at(*key).share_of_copy):.0f} %"
+    wide = "guided_velocity", "kvlock", "wan-1.3b-720p", "", "guidance 5 and 1.5"
+    text(
+        f"At 75600 tokens it is at {share('windowed_variance_', 'kvlock', 'wan-1.3b-720p', '', '10 slots')}.",
+        f"At 75600 tokens it takes {float(at(*wide).p50):.1f} us, {share(*wide)} of the copy",
+    )
+    late = [r for r in ROWS if (r.op, r.provider, r.shape) == ("guided_velocity", "kvlock", "wan-1.3b-480p")][-1]
+    text(f"has a p20 of {float(late.p20):.1f} us, but a p50 of {float(late.p50):.1f} us")
+    many = lambda source: at(_gpu_tables.PASS, "kvlock", "wan-14b-480p", source, _gpu_tables.LOCK)
+    packed = sorted(f"{100 * float(many(source).share_of_copy):.0f}" for source in ("e4m3", "int8"))
+    text(f"With 40 heads it is at {100 * float(many('bf16').share_of_copy):.0f} % of the copy, with rows in 8 bits at "
+         f"{packed[0]} to {packed[1]} %")  # fmt: skip
+    times = sorted(f"{float(many(source).p50) / float(many('bf16').p50):.1f}" for source in ("e4m3", "int8"))
+    text(f"that pass takes {times[0]} to {times[1]} times as long as with rows in bf16")
+    unpacked = [
+        float(at("unpack_kv", "kvlock", shape, "int8", "share 0.8").p50)
+        / next(float(r.p50) for r in reversed(ROWS)
+               if (r.op, r.provider, r.shape, r.source) == ("unpack_kv", "torch.compile", shape, "int8"))
+        for shape in ("wan-1.3b-480p", "small-h12")
+    ]  # fmt: skip
+    text("{:.2f} times the time of the compiled formula at 32760 tokens and 12 heads, and {:.2f} ".format(*unpacked))
 
 
 def test_the_noise_of_a_cpu_is_said() -> None:

@@ -28,16 +28,16 @@ class Choice(NamedTuple):
 
 # The first line that applies. Rows of benchmarks/results, all from one H100 in bf16, chose them:
 # - The way, for source rows of every dtype: at 4096 tokens mixing first takes 1.11 times as long as plain attention,
-#   mixing in the loop 4 (bf16) to 11 times (int8) as long as that, one launch 3.6 times; at 32760 tokens one launch
+#   mixing in the loop 4 (bf16) to 10 times (int8) as long as that, one launch 3.7 times; at 32760 tokens one launch
 #   takes twice as long. The cost model would mix in the loop before Hopper and where tokens are few. By these rows it
 #   is wrong about that kernel on the H100, so that mixing first stands there too until something is measured.
-# - Plain attention at D = 128: the own kernel takes 0.92 and 0.91 times cuDNN's time at 32760 and 75600 tokens, and
-#   1.12, 1.04 and 1.00 times at 4096, 8192 and 16384; at D = 64 and 96, 1.04 and 1.05 times at 16384. cuDNN reaches
-#   580 TFLOP/s at 32760 tokens, FLASH 350, EFFICIENT 180. Before Hopper FLASH, which is FlashAttention-2, is what is
-#   published as the fastest of torch's.
+# - Plain attention at D = 128: with 12 heads the own kernel takes 0.95 and 0.93 times cuDNN's time at 32760 and 75600
+#   tokens, and 1.12, 1.04 and 1.03 times at 4096, 8192 and 16384; with 40 heads less at 32760 and 75600, and more below
+#   too. cuDNN reaches 570 TFLOP/s at 32760 tokens, FLASH 350, EFFICIENT 180. At D = 64 and 96 nothing is measured:
+#   cuDNN is what is published as the fastest there, too. Before Hopper FLASH, which is FlashAttention-2, is.
 # - FlashAttention's own packages can be named here, and are asked where they can be imported. None is before a row
 #   shows it right and faster: the third is published at 638, 646 and 648 TFLOP/s for 4096, 8192 and 16384 tokens on an
-#   H100, where cuDNN was measured at 629, 666 and 634; the fourth at up to 1.3 times cuDNN's rate on a B200.
+#   H100, where cuDNN was measured at 634, 660 and 626; the fourth at up to 1.3 times cuDNN's rate on a B200.
 TABLE = (
     Choice(9, None, 128, 32760, LERP_FIRST, (OWN, *TORCH)),
     Choice(9, None, None, 0, LERP_FIRST, TORCH),

@@ -47,7 +47,7 @@ def velocity_kernel(
     GUIDED: tl.constexpr, OPTIMIZED: tl.constexpr, MASKED: tl.constexpr, SCALED: tl.constexpr, BLOCK: tl.constexpr,
     PARTS: tl.constexpr, OVERLAPS: tl.constexpr,
 ):
-    """Program = one block of one sample; the first of a sample writes s*. What it reads itself comes before the sums."""
+    """Program = one block of one sample; the first of a sample writes s*. What is its own is read before the sums."""
     program = tl.program_id(0)
     b, block = (program // blocks).to(tl.int64), program % blocks
     i = block * BLOCK + tl.arange(0, BLOCK)
