@@ -14,6 +14,7 @@ from benchmarks.roofline import Line
 from kvlock.plots import BLUE, DARK_RED, GREEN, GREY, ORANGE
 
 OURS = ("kvlock", "kvlock sm_90", "in loop", "one launch", "kvlock in loop, no rows", "one launch, no rows")
+KERNELS = ("Triton", "C++")  # of this package too, called without the operator's checks
 LINES = {  # of the figure of attention: colour and marker
     "SDPA cuDNN": (BLUE, "o"), "SDPA FLASH": (GREY, "s"), "SDPA EFFICIENT": (GREY, "v"), "FlexAttention": (GREEN, "^"),
     "SageAttention": (GREEN, "D"), "kvlock sm_90": (ORANGE, "o"), "kvlock": (DARK_RED, "*"),
@@ -45,12 +46,12 @@ def limit(lines: list[Line], gpu: Rates, name: str) -> Figure:
     bars = []
     for line in lines:
         case = roofline.BY_KEY.get((line.op, line.shape, line.source, line.setting))
-        if case is not None and line.shape == WAN_1_3B_480P.name:
+        if case is not None and line.shape == WAN_1_3B_480P.name and line.predictable:
             bars.append((line, predict(case, "", gpu).us))
     bars.sort(key=lambda bar: (bar[0].op, bar[0].source, bar[0].setting, bar[0].measured))
     figure = Figure(figsize=(8, 1 + 0.17 * len(bars)), layout="constrained")
     axes = figure.add_subplot()
-    colours = [ORANGE if line.provider in OURS else BLUE for line, _ in bars]
+    colours = [ORANGE if line.provider in (*OURS, *KERNELS) else BLUE for line, _ in bars]
     axes.barh(range(len(bars)), [100 * least / (line.measured or 1) for line, least in bars], color=colours)
     predicted = [100 * least / line.prediction.us for line, least in bars]
     axes.plot(predicted, range(len(bars)), "|", color="black", markersize=8)
@@ -58,7 +59,7 @@ def limit(lines: list[Line], gpu: Rates, name: str) -> Figure:
     axes.set_ylim(len(bars) - 0.4, -0.6)
     axes.set_xlim(0, 105)
     axes.set_xlabel(f"limit over time (%): {gpu.bandwidth / 1e12:g} TB/s, {gpu.products / 1e12:g} TFLOP/s")
-    axes.set_title(f"{WAN_1_3B_480P.name}, {name}; orange: this package; |: predicted", fontsize=9, loc="left")
+    axes.set_title(f"{WAN_1_3B_480P.name}, {name}\norange: this package; |: predicted", fontsize=9, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 
