@@ -184,16 +184,20 @@ def locked(
 
 
 def profiled(edit: Edit, device: str, mode: Mode) -> str:
-    """What the timed steps spend their time on, by kernel, or by operator on a CPU: the largest shares."""
+    """What the timed steps spend their time on, by kernel, or by operator on a CPU: the largest shares.
+
+    On a GPU also how much of these steps there is work for it: what is missing there, the host takes.
+    """
     on_gpu = device.startswith("cuda")
     activities = [ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]
     seen = profile(activities=activities)
-    locked(edit, device, mode, seen)
+    steps, _ = locked(edit, device, mode, seen)
     spent = {event.key: event.self_device_time_total if on_gpu else event.self_cpu_time_total
              for event in seen.key_averages()}  # fmt: skip
     whole = sum(spent.values()) or 1
     largest = sorted(spent, key=lambda key: -spent[key])[:LARGEST]
-    return ", ".join(f"{key[:60]} {spent[key] / whole:.0%}" for key in largest)
+    shares = ", ".join(f"{key[:60]} {spent[key] / whole:.0%}" for key in largest)
+    return f"GPU work of {whole / 1e6 / sum(steps.seconds):.0%} of the time: {shares}" if on_gpu else shares
 
 
 def _blank(edit: Edit, name: str) -> EditRow:

@@ -200,16 +200,20 @@ class DiskShelf(FileShelf):
             self._open(StepFile(self._path))
 
     def clear(self) -> None:
-        super().clear()
-        self._outbox.discard()
-        if self._writer is not None:
-            self._writer.discard()
-            self._writer = None
-        self._path.unlink(missing_ok=True)
+        try:
+            super().clear()
+            self._outbox.discard()
+        finally:  # also where the device is lost, and no copy can be waited for
+            if self._writer is not None:
+                self._writer.discard()
+                self._writer = None
+            self._path.unlink(missing_ok=True)
 
     def close(self) -> None:
-        super().close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        try:
+            super().close()
+        finally:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def shelf_of(store: Store) -> Shelf | None:

@@ -152,15 +152,20 @@ class Recorder(Shelf):
             check_path(self._target)
             os.rename(self._folder, self._target)
 
+    def clear(self) -> None:
+        super().clear()
+        self._outbox.discard()
+
     def close(self) -> None:
         """Remove what has not become a recording."""
-        super().close()
-        self._outbox.discard()
-        if self._writer is not None:
-            self._writer.discard()
-        shutil.rmtree(self._folder, ignore_errors=True)
-        if not os.path.lexists(self._target):
-            self._remove_parents()
+        try:
+            super().close()
+        finally:  # also where the device is lost, and no copy can be waited for
+            if self._writer is not None:
+                self._writer.discard()
+            shutil.rmtree(self._folder, ignore_errors=True)
+            if not os.path.lexists(self._target):
+                self._remove_parents()
 
     def _remove_parents(self) -> None:
         for folder in self._made:

@@ -126,10 +126,12 @@ class Outbox:
 
     def discard(self) -> None:
         """Forget what is left, once no copy needs its memory."""
-        for copied, *_ in self._leaving:
-            copied.synchronize()
-        self._leaving.clear()
-        self._free.clear()
+        try:
+            for copied, *_ in self._leaving:
+                copied.synchronize()
+        finally:
+            self._leaving.clear()
+            self._free.clear()
 
     def _write_first(self, writer: StepWriter) -> None:
         copied, piece, _, room = self._leaving[0]

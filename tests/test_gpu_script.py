@@ -29,7 +29,7 @@ def run(folder: Path, *parts: str, missing: int = 0) -> tuple[int, str, list[str
 @pytest.mark.parametrize(
     ("part", "command"),
     [
-        ("tests", "-m pytest -m gpu and not slow -n auto --dist loadfile"),
+        ("tests", "-m pytest -m gpu and not slow -n auto --dist worksteal"),
         ("times", "-m benchmarks --gpu --core"),
         ("full", "-m benchmarks --gpu"),
         ("edits", "-m benchmarks.edit --gpu --out benchmarks/results"),

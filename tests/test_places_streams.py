@@ -217,6 +217,42 @@ def test_what_is_recorded_is_what_was_put(monkeypatch, tmp_path, ahead):
         assert found == {piece: [100.0 * step + 2 * piece.block + (piece.tensor == "v")] for piece in pieces}
 
 
+def lost(event: Event) -> None:
+    raise RuntimeError("an error of the device, after which every wait for it fails")
+
+
+@pytest.mark.parametrize("place", ["disk", "recording"])
+def test_after_an_error_of_the_device_nothing_stays(monkeypatch, tmp_path, place):
+    gpu = GPU(monkeypatch, "the host")
+    shelf, pieces = served("disk", tmp_path)
+    if place == "recording":
+        shelf.close()
+        shelf = Recorder(tmp_path / "source.kvlock")
+        shelf.serve(torch.device("cuda"), [(0, "blocks", i) for i in range(LAYERS)])
+    shelf.turn_to(0)
+    for piece in pieces[:3]:
+        shelf.put(piece, Rows(gpu.empty()), BEFORE_ROPE)
+    monkeypatch.setattr(Event, "synchronize", lost)
+    with pytest.raises(RuntimeError, match="an error of the device"):
+        shelf.close()
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_what_a_failed_call_put_is_in_no_later_file_and_holds_no_memory(monkeypatch, tmp_path):
+    gpu, recorder = GPU(monkeypatch, "the host"), Recorder(tmp_path / "source.kvlock")
+    recorder.serve(torch.device("cuda"), [(0, "blocks", i) for i in range(LAYERS)])
+    recorder.turn_to(5)
+    recorder.put(Piece(0, "blocks", 0, "k"), Rows(gpu.empty()), BEFORE_ROPE)
+    recorder.clear()
+    gpu.finish()
+    assert len(gpu.freed) == 1 and gpu.pinned_bytes == 0
+    recorder.turn_to(6)
+    recorder.seal()
+    (folder,) = tmp_path.iterdir()
+    assert StepFile(folder / step_name(6)).pieces == []
+    recorder.close()
+
+
 def test_a_file_is_written_while_the_source_computes_and_holds_few_rows_on_the_device(monkeypatch, tmp_path):
     gpu = GPU(monkeypatch, "the host")
     shelf, pieces = served("disk", tmp_path)

@@ -27,10 +27,11 @@ class Choice(NamedTuple):
 
 
 # The first line that applies. Rows of benchmarks/results, all from one H100 in bf16, chose them:
-# - The way, for source rows of every dtype: at 4096 tokens mixing first takes 1.11 times as long as plain attention,
-#   mixing in the loop 4 (bf16) to 10 times (int8) as long as that, one launch 3.7 times; at 32760 tokens one launch
-#   takes twice as long. The cost model would mix in the loop before Hopper and where tokens are few. By these rows it
-#   is wrong about that kernel on the H100, so that mixing first stands there too until something is measured.
+# - The way, for source rows of every dtype: at 4096 tokens mixing first takes 1.10 to 1.13 times as long as plain
+#   attention, mixing in the loop 4 (bf16) to 10 times (int8) as long as that, one launch 3.7 times; at 32760 tokens
+#   one launch takes twice as long. The cost model would mix in the loop before Hopper and where tokens are few. By
+#   these rows it is wrong about that kernel on the H100, so that mixing first stands there too until something is
+#   measured.
 # - Plain attention at D = 128: with 12 heads the own kernel takes 0.95 and 0.93 times cuDNN's time at 32760 and 75600
 #   tokens, and 1.12, 1.04 and 1.03 times at 4096, 8192 and 16384; with 40 heads less at 32760 and 75600, and more below
 #   too. cuDNN reaches 570 TFLOP/s at 32760 tokens, FLASH 350, EFFICIENT 180. At D = 64 and 96 nothing is measured:
@@ -57,8 +58,8 @@ def kv_lerp_attention(
 ) -> tuple[Tensor, Tensor]:
     """See `kvlock_kernels.kv_lerp_attention`: mixes copies of k and v, unless it mixes in the loop.
 
-    Torch's attention keeps the log-sum-exp to itself: it comes from the kernel of this package for sm_90, or from the
-    one that mixes in its loop.
+    Torch's attention keeps the log-sum-exp to itself: it comes from the kernel of this package for sm_90, whose values
+    and log-sum-exp were right on an H100 in fp16 and bf16 at D from 24 to 128, or from the one that mixes in its loop.
     """
     own = own_kernel(q, k, scale) if return_lse else None
     if choice(q, k, k_source).way == IN_LOOP or (return_lse and own is None):

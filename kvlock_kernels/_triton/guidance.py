@@ -106,16 +106,17 @@ def guided_velocity(
     other = cond if uncond is None else uncond.contiguous()
     partials = cond.new_empty((samples, 2, parts) if optimized else (0,), dtype=torch.float32)
     early = optimized and overlaps(cond)
-    if optimized:
-        projection_kernel[(samples * parts,)](
-            cond, other, partials, elements, blocks, parts, BLOCK=BLOCK, OVERLAPS=early,
-        )
     if not guided or background_guidance is None:
         mask = None  # without effect
     inside, mask_stride, period = (cond, 0, 1) if mask is None else beside(mask, cond)
     scale = sigma if x_scale is None else x_scale  # read only where given
+    x = x.contiguous()  # a copy must come before the first kernel: the second one reads it before it waits
+    if optimized:
+        projection_kernel[(samples * parts,)](
+            cond, other, partials, elements, blocks, parts, BLOCK=BLOCK, OVERLAPS=early,
+        )
     velocity_kernel[(samples * blocks,)](
-        cond, other, guidance_scale, x.contiguous(), sigma, inside, scale, partials, velocity, s_star, x0,
+        cond, other, guidance_scale, x, sigma, inside, scale, partials, velocity, s_star, x0,
         elements, blocks, parts, sample_stride(guidance_scale, samples), sample_stride(sigma, samples), mask_stride,
         sample_stride(scale, samples), period, background_guidance or 0.0, eps,
         GUIDED=guided, OPTIMIZED=optimized, MASKED=mask is not None, SCALED=x_scale is not None,

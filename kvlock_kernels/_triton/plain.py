@@ -21,7 +21,7 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, kernels: tupl
     if scale < 0:  # kernels take the maximum before they multiply
         q, scale = -q, -scale
     if scale == 0:  # and cuDNN multiplies the -inf of what is not there by it
-        q, scale = torch.zeros_like(q), 1.0
+        q, scale = 0 * q, 1.0  # NaN stays NaN
     for name in kernels:
         if name == OWN and (own := own_kernel(q, k, scale)) is not None:
             return own(q, k, v, scale=scale, return_lse=False)[0]
