@@ -1,15 +1,20 @@
 """The benchmark runner: `python -m benchmarks --gpu` measures, without --gpu it lists the cases."""
 
 import argparse
+import dataclasses
+import math
 import sys
+import time
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import torch
 
 from benchmarks import attention, guidance, lerp, norm_rope, packing, variance
-from benchmarks._case import RATES, TARGET_GPU, Case
-from benchmarks._harness import Ceilings, Machine, Results, copy_row, matmul_row, rows
+from benchmarks._case import RATES, TARGET_GPU, Case, Provider
+from benchmarks._harness import Ceilings, Key, Machine, Results, copy_row, is_steady, key, matmul_row, read, rows
 from benchmarks._model import predict
+from benchmarks.plain_attention import FORCED
 
 CASES = (*lerp.CASES, *packing.CASES, *norm_rope.CASES, *variance.CASES, *guidance.CASES, *attention.CASES)
 
@@ -21,6 +26,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--core", action="store_true", help="the core, about 40 rows, marked in the list")
     parser.add_argument("--only", metavar="NAME", default="", help="cases whose line in the list has NAME in it")
     parser.add_argument("--by", metavar="NAME", default="", help="providers whose name has NAME in it")
+    parser.add_argument("--new", action="store_true", help="only rows that this GPU's file has no steady one of")
+    parser.add_argument("--minutes", type=float, default=math.inf, metavar="N", help="begin no row after so many")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", metavar="DIR")
     parser.add_argument("--commit", help="what was measured, where this is no git checkout")
     options = parser.parse_args(arguments)
@@ -39,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("python -m benchmarks --gpu needs a CUDA GPU, and torch sees none", file=sys.stderr)
         return 2
-    measure(cases, options.out, options.commit)
+    measure(cases, options.out, options.commit, new=options.new, minutes=options.minutes)
     return 0
 
 
@@ -55,10 +62,35 @@ def describe(case: Case) -> str:
     return f"{case.label}: {amount}, predicted {predicted:.1f} us; {providers}"
 
 
-def measure(cases: list[Case], out: Path, commit: str | None) -> None:
+def missing(cases: list[Case], seen: Collection[Key]) -> Iterator[Case]:
+    """The cases with those of their providers that have no row, and plain attention that these are set against."""
+
+    def without(case: Case) -> list[Provider]:
+        return [p for p in case.providers if (case.op, p.name, case.shape.name, case.source, case.setting) not in seen]
+
+    locked = [(case.shape.name, p.over) for case in cases for p in without(case) if p.over]
+    beside = {(shape, name) for shape, over in locked for name in (over, FORCED)}
+    for case in cases:
+        wanted = without(case)
+        if case.op == "attention":
+            wanted = [p for p in case.providers if p in wanted or (case.shape.name, p.name) in beside]
+        if wanted:
+            yield dataclasses.replace(case, providers=tuple(wanted))
+
+
+def measured(path: Path) -> set[Key]:
+    """What a file has steady rows of."""
+    return {key(row) for row in read(path) if row.status == "ok" and is_steady(row)} if path.exists() else set()
+
+
+def measure(
+    cases: list[Case], out: Path, commit: str | None, *, new: bool = False, minutes: float = math.inf
+) -> None:
     """Measures, writes and draws the cases; what a cut run has measured stays."""
-    machine = Machine(commit)
+    machine, end = Machine(commit), time.monotonic() + 60 * minutes
     path = out / machine.file
+    if new:
+        cases = [*missing(cases, measured(path))]
     with Results(path) as results:
         row, copy = copy_row(machine)
         results.write(row)
@@ -69,8 +101,11 @@ def measure(cases: list[Case], out: Path, commit: str | None) -> None:
         for row in rows(cases, machine, Ceilings(copy, matmul)):
             results.write(row)
             share = f"{row.share_of_copy or row.share_of_matmul or '-'} of {'copy' if row.share_of_copy else 'matmul'}"
-            time = f"{row.p50} us, {share}" if row.status == "ok" else row.note
-            print(f"{row.op} {row.source} {row.shape} {row.setting} {row.provider}: {row.status}, {time}", flush=True)
+            took = f"{row.p50} us, {share}" if row.status == "ok" else row.note
+            print(f"{row.op} {row.source} {row.shape} {row.setting} {row.provider}: {row.status}, {took}", flush=True)
+            if time.monotonic() > end:
+                print(f"stopped after {minutes:g} minutes; --new goes on")
+                break
     from benchmarks import figures  # needs matplotlib, which nothing else here does
 
     figures.draw(path)

@@ -19,8 +19,12 @@ REPEATS = (20, 200)
 WARM_UP_SECONDS = 0.2
 # The host queues a call in them, so that the events time the GPU and not the host: 0.2 ms, up to 13 where that is slow.
 LEAD_CYCLES = (400_000, 25_600_000)
+STEADY = 1.25  # times its p20 that the p80 of a row may be; beyond it the host or another program was in its way
 COPY_BYTES = 2**30
 MATMUL_SIDE = 8192
+
+
+Key = tuple[str, str, str, str, str]  # operator, provider, shape, source and setting
 
 
 class Row(NamedTuple):
@@ -91,6 +95,16 @@ def read(path: Path) -> list[Row]:
     """The rows of a results file."""
     with path.open(newline="", encoding="utf-8") as file:
         return [Row(**line) for line in csv.DictReader(file)]
+
+
+def key(row: Row) -> Key:
+    """What tells a row from the others of a run."""
+    return row.op, row.provider, row.shape, row.source, row.setting
+
+
+def is_steady(row: Row) -> bool:
+    """Whether its times lie near each other."""
+    return not row.p20 or (not row.note.startswith("host's times") and float(row.p80) <= STEADY * float(row.p20))
 
 
 class Timing(NamedTuple):

@@ -11,15 +11,15 @@ from typing import NamedTuple
 
 from benchmarks.__main__ import CASES
 from benchmarks._case import Case, Rates, rates
-from benchmarks._harness import Row, read
+from benchmarks._harness import Key, Row, is_steady, key, read
 from benchmarks._model import Prediction, predict
 
 RESULTS = Path(__file__).with_name("results")
 MISS = 0.2  # of the prediction, either way
 LAUNCH_US = 1.0  # a call that would need less is all launch, of which predictions know nothing
-STEADY = 1.25  # times its p20 that the p80 of a row may be; beyond it the host or another program was in its way
-Key = tuple[str, ...]
-BY_KEY: dict[Key, Case] = {(case.op, case.shape.name, case.source, case.setting): case for case in CASES}
+BY_KEY: dict[tuple[str, str, str, str], Case] = {
+    (case.op, case.shape.name, case.source, case.setting): case for case in CASES
+}  # fmt: skip
 
 
 class Line(NamedTuple):
@@ -54,11 +54,6 @@ class Line(NamedTuple):
         return self.row is None or is_steady(self.row)
 
 
-def is_steady(row: Row) -> bool:
-    """Whether its times lie near each other."""
-    return not row.p20 or (not row.note.startswith("host's times") and float(row.p80) <= STEADY * float(row.p20))
-
-
 def micro_results() -> list[Path]:
     """The files with rows of operators on GPUs."""
     return sorted(path for path in RESULTS.glob("*.csv") if not path.name.startswith(("edit-", "cpu", "accuracy-")))
@@ -91,11 +86,6 @@ def beside(lines: list[Line], line: Line | None, op: str, provider: str, source:
         return None
     wanted = (op, provider, line.shape, source, setting)
     return next((other for other in reversed(lines) if other[:5] == wanted and other.run == line.run), None)
-
-
-def key(row: Row) -> tuple[str, str, str, str, str]:
-    """What tells a row from the others of a run."""
-    return row.op, row.provider, row.shape, row.source, row.setting
 
 
 def _prediction(row: Row, gpu: Rates) -> Prediction:

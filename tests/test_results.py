@@ -9,7 +9,7 @@ from benchmarks import __main__ as runner
 from benchmarks import _gpu_tables, accuracy, report, roofline
 from benchmarks._case import RATES, WAN_1_3B_480P
 from benchmarks._case import SHAPES as SHAPES_OF_MODELS
-from benchmarks._harness import Row, read
+from benchmarks._harness import Row, is_steady, read
 from benchmarks._model import predict
 from benchmarks.figures import OURS
 from kvlock_kernels._triton import attend
@@ -25,7 +25,7 @@ def row(op: str, provider: str, shape: str, source: str = "") -> Row | None:
     """The last steady one that was measured at the usual setting."""
     wanted = op, provider, shape, source, "ok"
     found = (r for r in reversed(ROWS) if (r.op, r.provider, r.shape, r.source, r.status) == wanted)
-    return next((r for r in found if r.setting != "without the lock" and roofline.is_steady(r)), None)
+    return next((r for r in found if r.setting != "without the lock" and is_steady(r)), None)
 
 
 def shares(op: str, shape: str) -> str:
@@ -79,7 +79,7 @@ def test_rows_of_other_times_are_as_many_as_the_readme_says() -> None:
     runs, first = {r.commit for r in ROWS}, [r for r in ROWS if not r.used_mib]
     text(f"The {len(ROWS)} rows of the H100 are from {words[len(runs)]} runs. {words[len(first)]} of them are older")
     assert all(r.library for r in ROWS if r not in first and r.provider in ("kvlock", "SDPA cuDNN"))
-    text(f"{sum(not roofline.is_steady(r) for r in ROWS)} rows are spread as said above.")
+    text(f"{sum(not is_steady(r) for r in ROWS)} rows are spread as said above.")
     assert not any("flash-attn" in r.provider for r in ROWS)
 
 

@@ -1,0 +1,69 @@
+"""A run on a GPU that goes on where another one stopped."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from benchmarks import __main__ as runner
+from benchmarks._harness import Ceilings, Row, read
+from benchmarks.report import H100
+
+SHAPES = ("small-h12", "wan-1.3b-480p")
+CASES = [case for case in runner.CASES if case.shape.name in SHAPES and case.op in ("attention", "kv_lerp_attention_")]
+CASES += [case for case in runner.CASES if case.op == "lock_schedule"]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A run whose every row takes a minute; gives the names of its rows."""
+    copy, clock = read(H100)[0], SimpleNamespace(now=0.0)
+
+    def rows(cases: Any, machine: Any, ceilings: Ceilings) -> Iterator[Row]:
+        for case in cases:
+            for provider in case.providers:
+                clock.now += 60
+                yield copy._replace(op=case.op, provider=provider.name, shape=case.shape.name, source=case.source,
+                                    setting=case.setting, **spread.get(provider.name, {}))  # fmt: skip
+
+    spread: dict[str, dict[str, str]] = {}
+    monkeypatch.setattr(runner, "Machine", lambda commit: SimpleNamespace(file="gpu.csv"))
+    monkeypatch.setattr(runner, "copy_row", lambda machine: (copy, 3e12))
+    monkeypatch.setattr(runner, "matmul_row", lambda machine: (copy._replace(op="matmul"), 7e14))
+    monkeypatch.setattr(runner, "rows", rows)
+    monkeypatch.setattr(runner.time, "monotonic", lambda: clock.now)
+
+    def once(minutes: float = 1e9, late: str = "") -> list[tuple[str, str, str]]:
+        before = len(read(tmp_path / "gpu.csv")) if (tmp_path / "gpu.csv").exists() else 0
+        spread.clear()
+        spread.update({late: {"p80": "9999"}} if late else {})
+        runner.measure(CASES, tmp_path, None, new=True, minutes=minutes)
+        return [(row.op, row.provider, row.shape) for row in read(tmp_path / "gpu.csv")[before + 2 :]]
+
+    return once
+
+
+def every() -> list[tuple[str, str, str]]:
+    return [(case.op, provider.name, case.shape.name) for case in CASES for provider in case.providers]
+
+
+def test_what_has_a_row_is_not_measured_again(run: Any) -> None:
+    assert run() == every()
+    assert run() == []
+
+
+def test_after_its_minutes_a_run_stops_and_the_next_one_goes_on(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    first = run(minutes=4.5)
+    assert first == every()[:5] and "stopped after 4.5 minutes; --new goes on" in capsys.readouterr().out
+    assert {*first, *run()} == {*every()}
+
+
+def test_a_row_whose_times_are_spread_is_measured_again_beside_plain_attention(run: Any) -> None:
+    run(late="one launch")
+    again = run()
+    locked = {row for row in again if row[0] == "kv_lerp_attention_"}
+    assert locked == {("kv_lerp_attention_", "one launch", shape) for shape in SHAPES}
+    plain = {("attention", name, shape) for name in ("one launch, no rows", "SDPA cuDNN") for shape in SHAPES}
+    assert {*again} - locked == plain
