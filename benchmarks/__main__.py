@@ -63,7 +63,7 @@ def describe(case: Case) -> str:
 
 
 def missing(cases: list[Case], seen: Collection[Key]) -> Iterator[Case]:
-    """The cases with those of their providers that have no row, and plain attention that these are set against."""
+    """The cases with those of their providers whose key is not in `seen`, and plain attention beside these."""
 
     def without(case: Case) -> list[Provider]:
         return [p for p in case.providers if (case.op, p.name, case.shape.name, case.source, case.setting) not in seen]
@@ -78,8 +78,8 @@ def missing(cases: list[Case], seen: Collection[Key]) -> Iterator[Case]:
             yield dataclasses.replace(case, providers=tuple(wanted))
 
 
-def measured(path: Path) -> set[Key]:
-    """What a file has steady rows of."""
+def steady_keys(path: Path) -> set[Key]:
+    """Keys of the steady rows of a file; none where there is no file."""
     return {key(row) for row in read(path) if row.status == "ok" and is_steady(row)} if path.exists() else set()
 
 
@@ -90,7 +90,7 @@ def measure(
     machine, end = Machine(commit), time.monotonic() + 60 * minutes
     path = out / machine.file
     if new:
-        cases = [*missing(cases, measured(path))]
+        cases = [*missing(cases, steady_keys(path))]
     with Results(path) as results:
         row, copy = copy_row(machine)
         results.write(row)

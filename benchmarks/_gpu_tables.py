@@ -24,10 +24,12 @@ TARGETS = (  # operator, how its rows are stored, setting, and what was asked of
 RATED = (CUDNN, "SDPA FLASH", "FlexAttention", "SageAttention", "kvlock sm_90")
 RATE_TARGETS = {4096: "1.08", 32760: "1.02"}
 SHORT = "at 4096 tokens: the start of a launch, which no prediction counts"
-PADDED = "heads are padded to a power of two; at 40 heads one program with 8-bit rows fills a multiprocessor"
-SLOW_LOADS = "loads depend on the row of each token, and nothing prefetches them"
+PADDED = (
+    "not profiled; heads are padded to a power of two, at 4096 tokens the start of a launch comes in, and at 40 heads "
+    "one program with 8-bit rows fills a multiprocessor"
+)
 CAUSES = {  # of the misses of this package's own rows on the H100, by operator and provider, where they are known
-    ("kv_lerp_", "kvlock"): f"{SHORT}; `torch.lerp` on a slice misses as far",
+    ("kv_lerp_", "kvlock"): f"{SHORT}; `torch.lerp` on a slice misses there too, by less",
     ("kv_lerp_pair_", "kvlock"): SHORT,
     ("pack_kv", "kvlock"): SHORT,
     ("unpack_kv", "kvlock"): SHORT,
@@ -37,7 +39,7 @@ CAUSES = {  # of the misses of this package's own rows on the H100, by operator 
     ("guided_velocity", "kvlock"): "two launches that depend on each other, see above",
     ("attention", "kvlock in loop, no rows"): "not profiled; the loop is the one that mixes",
     ("attention", "one launch, no rows"): "not profiled; one program on each multiprocessor",
-    ("kv_lerp_attention_", "in loop"): SLOW_LOADS,
+    ("kv_lerp_attention_", "in loop"): "loads depend on the row of each token, and nothing prefetches them",
     ("kv_lerp_attention_", "one launch"): "not profiled; its own plain time misses nearly as far",
 }
 NOT_YET = "not yet measured"
@@ -166,7 +168,8 @@ def _model(found: Measured, shape: Shape) -> tuple[str, ...]:
 def misses(path: Path) -> str:
     """This package's rows that miss their prediction by more than 20 %, with the cause; the others in one line."""
     lines = [line for line in Measured(path).lines if line.steady]
-    own = [line for line in lines if line.provider in figures.OURS]
+    ours = (*figures.OURS, *figures.KERNELS)
+    own = [line for line in lines if line.provider in ours]
     groups: dict[tuple[str, str], list[Line]] = {}
     for line in own:
         groups.setdefault((line.op, line.provider), []).append(line)
@@ -183,7 +186,7 @@ def misses(path: Path) -> str:
     )  # fmt: skip
     others: dict[str, list[Line]] = {}
     for line in lines:
-        if line.provider not in figures.OURS and line.predictable:
+        if line.provider not in ours and line.predictable:
             others.setdefault(line.provider, []).append(line)
     ranges = ", ".join(
         f"{name} {_range([1 + line.missed for line in group])}"

@@ -17,8 +17,9 @@ from benchmarks._model import predict
 SECONDS = 0.5  # of repeats for a row, within the bounds of the next line
 REPEATS = (20, 200)
 WARM_UP_SECONDS = 0.2
-# The host queues a call in them, so that the events time the GPU and not the host: 0.2 ms, up to 13 where that is slow.
+# That the GPU sleeps while the host queues a call, so that events time the GPU: 0.2 ms, up to 13 for a slow host.
 LEAD_CYCLES = (400_000, 25_600_000)
+LATE = "host's times"  # how the note of a row begins most of whose calls were queued late
 STEADY = 1.25  # times its p20 that the p80 of a row may be; beyond it the host or another program was in its way
 COPY_BYTES = 2**30
 MATMUL_SIDE = 8192
@@ -103,8 +104,8 @@ def key(row: Row) -> Key:
 
 
 def is_steady(row: Row) -> bool:
-    """Whether its times lie near each other."""
-    return not row.p20 or (not row.note.startswith("host's times") and float(row.p80) <= STEADY * float(row.p20))
+    """Whether its times are the GPU's and lie near each other."""
+    return not row.p20 or (not row.note.startswith(LATE) and float(row.p80) <= STEADY * float(row.p20))
 
 
 class Timing(NamedTuple):
@@ -114,9 +115,6 @@ class Timing(NamedTuple):
     p50: float
     p80: float
     late: float = 0.0  # the share of calls that the host was late to queue, so that these are the host's times
-
-
-PERCENTILES = Timing._fields[:3]
 
 
 def ready(provider: Provider) -> Provider:
@@ -252,7 +250,7 @@ def _measured(case: Case, provider: Provider, ceilings: Ceilings, device: str) -
         note = f"not timed: error {check.error:.3g}, allowed {check.allowed:.3g}"
         return _blank(case, provider, "failed", note=note, **errors)
     timing = measure(provider.run, rotation(case, provider, device))
-    note = f"host's times: it was late to queue {timing.late:.0%} of the calls" if timing.late else ""
+    note = f"{LATE}: it was late to queue {timing.late:.0%} of the calls" if timing.late else ""
     row = _blank(case, provider, "ok", note=note, **errors)
     return row._replace(**_timed(timing, case.work(case.shape), ceilings))
 
@@ -264,7 +262,7 @@ def _blank(case: Case, provider: Provider, status: str, **more: str) -> Row:
 
 
 def _timed(timing: Timing, work: Traffic | Products, ceilings: Ceilings) -> dict[str, str]:
-    columns = {name: f"{getattr(timing, name):.2f}" for name in PERCENTILES} | {"work": f"{work.amount:.0f}"}
+    columns = {name: f"{getattr(timing, name):.2f}" for name in ("p20", "p50", "p80")} | {"work": f"{work.amount:.0f}"}
     if work.amount == 0:
         return columns
     rate = work.amount / timing.p50 * 1e6

@@ -186,7 +186,8 @@ def locked(
 def profiled(edit: Edit, device: str, mode: Mode) -> str:
     """What the timed steps spend their time on, by kernel, or by operator on a CPU: the largest shares.
 
-    On a GPU also how much of these steps there is work for it: what is missing there, the host takes.
+    On a GPU also the time of its kernels and copies as a share of the steps': what is missing is the host's. Streams
+    that overlap count twice.
     """
     on_gpu = device.startswith("cuda")
     activities = [ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]

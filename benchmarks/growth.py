@@ -109,7 +109,7 @@ def over_kappa(axes: Axes, rows: Sequence[EditRow]) -> None:
         points = [
             (DEFAULT_KAPPA, float(row.edit_ratio))
             for row in rows
-            if row.mode.startswith(f"{source}, ") and row.locked_ratio  # the others wait for another place
+            if row.mode.startswith(f"{source}, ") and row.locked_ratio  # not in 8 bits or elsewhere
         ]
         _points(axes, points, colour, f"measured, {source}")
     axes.set_xlabel("kappa, the share of locked steps")

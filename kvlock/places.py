@@ -14,7 +14,7 @@ import torch
 
 from kvlock import transit
 from kvlock.step_file import Piece, StepFile, StepWriter
-from kvlock.store import LAYERS_ON_DEVICE, Rows, Store
+from kvlock.store import Rows, Store
 from kvlock.transit import Courier, Layer, Outbox
 
 
@@ -36,7 +36,7 @@ class Shelf(ABC):
             self._courier = Courier(device)
 
     @property
-    def _copies(self) -> Any:
+    def _copy_stream(self) -> Any:
         """The stream of copies, where the device is a CUDA one."""
         return self._courier.stream if self._courier is not None else None
 
@@ -100,7 +100,7 @@ class HostShelf(Shelf):
     def _put(self, piece: Piece, rows: Rows) -> None:
         if any(kept.expert != piece.expert for kept in self._kept):
             self._kept.clear()
-        stream = self._copies
+        stream = self._copy_stream
         pinned = stream is not None
         room = self._kept[piece] = transit.room_for(rows, self._kept.get(piece), torch.device("cpu"), pinned=pinned)
         if stream is None:
@@ -110,7 +110,7 @@ class HostShelf(Shelf):
         with torch.cuda.stream(stream):  # after what it still reads of the last step
             transit.copy(rows, room, non_blocking=True)
             self._leaving.append((stream.record_event(), rows))
-        self._wait_for_all_but(2 * LAYERS_ON_DEVICE)  # the host may run ahead, and rows of all layers be alive
+        self._wait_for_all_but(transit.LEAVING)  # the host may run ahead, and rows of all layers be alive
 
     def _wait_for_all_but(self, last: int) -> None:
         while len(self._leaving) > last:
@@ -189,7 +189,7 @@ class DiskShelf(FileShelf):
     def _put(self, piece: Piece, rows: Rows) -> None:
         if self._writer is None:
             self._writer = StepWriter(self._path)
-        self._outbox.add(self._writer, piece, rows, self._copies)
+        self._outbox.add(self._writer, piece, rows, self._copy_stream)
         self._bytes += rows.bytes_kept
 
     def seal(self) -> None:

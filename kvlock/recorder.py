@@ -178,7 +178,7 @@ class Recorder(Shelf):
 
     def _put(self, piece: Piece, rows: Rows) -> None:
         assert self._writer is not None
-        self._outbox.add(self._writer, piece, rows, self._copies)
+        self._outbox.add(self._writer, piece, rows, self._copy_stream)
         self._step_bytes += rows.bytes_kept
 
     def _load(self, layer: Layer) -> dict[str, Rows]:

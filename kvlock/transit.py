@@ -11,6 +11,7 @@ import torch
 from kvlock.step_file import Piece, StepWriter
 from kvlock.store import LAYERS_ON_DEVICE, Rows
 
+LEAVING = 2 * LAYERS_ON_DEVICE  # pieces whose copies off the device may be under way: K and V of so many layers
 Layer = tuple[int, str, int]  # a `Piece` but for its tensor
 
 
@@ -101,15 +102,19 @@ class Outbox:
     """Rows on their way from the device into a file, by way of pinned memory: written once their copy is over."""
 
     def __init__(self) -> None:
-        self._leaving: deque[tuple[Any, Piece, Rows, Rows]] = deque()  # event of a copy, of what, from where and to
+        self._leaving: deque[tuple[Any, Piece, Rows, Rows]] = deque()  # end of a copy, piece, rows, copy
         self._free: deque[Rows] = deque()
 
     def add(self, writer: StepWriter, piece: Piece, rows: Rows, stream: Any) -> None:
-        """Write rows, in the order in which they come; those on the device while the device goes on with the next."""
+        """Write rows, in the order in which they come.
+
+        With a stream they go to pinned memory on it, and to the file once that copy is over, while the device computes
+        on; without one at once.
+        """
         if stream is None:
             writer.add(piece, rows)
             return
-        if len(self._leaving) == 2 * LAYERS_ON_DEVICE:
+        if len(self._leaving) == LEAVING:
             self._write_first(writer)
         before = self._free.popleft() if self._free else None
         room = room_for(rows, before, torch.device("cpu"), pinned=True)
@@ -135,7 +140,7 @@ class Outbox:
 
     def _write_first(self, writer: StepWriter) -> None:
         copied, piece, _, room = self._leaving[0]
-        copied.synchronize()  # the rows are held meanwhile
+        copied.synchronize()  # till then the rows are held, so that nothing else gets their memory
         self._leaving.popleft()
         writer.add(piece, room)
         self._free.append(room)

@@ -131,7 +131,7 @@ def kv_lerp_attention_(
     kv_lerp_pair_(
         k, v, k_source, v_source, index, ratio, k_scale=k_scale, v_scale=v_scale, k_mean=k_mean, v_mean=v_mean
     )
-    if scale == 0:  # of which cuDNN makes NaN
+    if scale == 0:  # cuDNN gives NaN for it
         q, scale = 0 * q, 1.0
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).contiguous()

@@ -33,9 +33,10 @@ class Choice(NamedTuple):
 #   these rows it is wrong about that kernel on the H100, so that mixing first stands there too until something is
 #   measured.
 # - Plain attention at D = 128: with 12 heads the own kernel takes 0.95 and 0.93 times cuDNN's time at 32760 and 75600
-#   tokens, and 1.12, 1.04 and 1.03 times at 4096, 8192 and 16384; with 40 heads less at 32760 and 75600, and more below
-#   too. cuDNN reaches 570 TFLOP/s at 32760 tokens, FLASH 350, EFFICIENT 180. At D = 64 and 96 nothing is measured:
-#   cuDNN is what is published as the fastest there, too. Before Hopper FLASH, which is FlashAttention-2, is.
+#   tokens, and 1.12, 1.04 and 1.03 times at 4096, 8192 and 16384; with 40 heads 0.90 and 0.91 at 32760 and 75600, and
+#   1.10, 1.04 and 1.02 below. cuDNN reaches 570 TFLOP/s at 32760 tokens, FLASH 350, EFFICIENT 180. At D = 64 and 96
+#   there is no row: cuDNN, published as the fastest of torch's, is taken there too. Before Hopper that is FLASH, which
+#   is FlashAttention-2.
 # - FlashAttention's own packages can be named here, and are asked where they can be imported. None is before a row
 #   shows it right and faster: the third is published at 638, 646 and 648 TFLOP/s for 4096, 8192 and 16384 tokens on an
 #   H100, where cuDNN was measured at 634, 660 and 626; the fourth at up to 1.3 times cuDNN's rate on a B200.
@@ -58,8 +59,8 @@ def kv_lerp_attention(
 ) -> tuple[Tensor, Tensor]:
     """See `kvlock_kernels.kv_lerp_attention`: mixes copies of k and v, unless it mixes in the loop.
 
-    Torch's attention keeps the log-sum-exp to itself: it comes from the kernel of this package for sm_90, whose values
-    and log-sum-exp were right on an H100 in fp16 and bf16 at D from 24 to 128, or from the one that mixes in its loop.
+    Torch's attention keeps the log-sum-exp to itself: it comes from the kernel of this package for sm_90, which has
+    tests of its own for a GPU, or from the one that mixes in its loop.
     """
     own = own_kernel(q, k, scale) if return_lse else None
     if choice(q, k, k_source).way == IN_LOOP or (return_lse and own is None):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvlock_kernels._triton import Unsupported
 
-OVERLAPS = 90  # compute capability from which a kernel can start under the one before it
+EARLY_ARCH = 90  # compute capability from which a kernel can start under the one before it
 PARTS = 512  # most programs that share a sample's sum: about four on each SM, and few enough to add up in one load
 
 
@@ -54,13 +54,13 @@ def sample_stride(value: Tensor, samples: int) -> int:
     return value.expand(samples).stride(0)
 
 
-def overlaps(x: Tensor) -> bool:
-    """Whether kernels on the device of x can wait for the one before them by themselves.
+def starts_early(x: Tensor) -> bool:
+    """Whether a kernel on the device of x can start while the one before it ends.
 
-    Such a kernel starts under the other one's end, reads what that has no part in, and then waits until that is over;
-    all its programs have to, lest a third one come too early.
+    It may read what that one does not write, and has to wait before it reads the rest. Every program waits, so that a
+    third kernel cannot start before the first is over.
     """
-    return not x.is_cpu and triton.runtime.driver.active.get_current_target().arch >= OVERLAPS
+    return not x.is_cpu and triton.runtime.driver.active.get_current_target().arch >= EARLY_ARCH
 
 
 @triton.jit

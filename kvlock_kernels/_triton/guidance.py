@@ -12,8 +12,8 @@ from kvlock_kernels._triton.blocks import (
     beside,
     load_beside,
     load_one,
-    overlaps,
     sample_stride,
+    starts_early,
     store_one,
 )
 
@@ -21,9 +21,9 @@ BLOCK = 1024  # elements: 8 a thread at four warps, 16 bytes of bf16
 
 
 @triton.jit
-def projection_kernel(cond, uncond, partials, elements, blocks, parts, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr):
+def projection_kernel(cond, uncond, partials, elements, blocks, parts, BLOCK: tl.constexpr, EARLY: tl.constexpr):
     """Program = one part of one sample: sums c * u and u * u."""
-    if OVERLAPS:
+    if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
     program = tl.program_id(0)
     b, part = (program // parts).to(tl.int64), program % parts
@@ -45,9 +45,9 @@ def velocity_kernel(
     cond, uncond, guidance_scale, x, sigma, mask, x_scale, partials, velocity, s_star, x0, elements, blocks, parts,
     guidance_stride, sigma_stride, mask_stride, x_scale_stride, period, background, eps,
     GUIDED: tl.constexpr, OPTIMIZED: tl.constexpr, MASKED: tl.constexpr, SCALED: tl.constexpr, BLOCK: tl.constexpr,
-    PARTS: tl.constexpr, OVERLAPS: tl.constexpr,
+    PARTS: tl.constexpr, EARLY: tl.constexpr,
 ):
-    """Program = one block of one sample; the first of a sample writes s*. What is its own is read before the sums."""
+    """Program = one block of one sample; the first of a sample writes s*. All but the sums is read before it waits."""
     program = tl.program_id(0)
     b, block = (program // blocks).to(tl.int64), program % blocks
     i = block * BLOCK + tl.arange(0, BLOCK)
@@ -66,7 +66,7 @@ def velocity_kernel(
         if MASKED:
             w = tl.where(load_beside(mask, b, i, inside, mask_stride, period) != 0, w, background)
         if OPTIMIZED:
-            if OVERLAPS:
+            if EARLY:
                 tl.extra.cuda.gdc_wait()
             product, square = add_parts(partials, b, parts, PARTS)
             s = tl.div_rn(product, square + eps)
@@ -105,7 +105,7 @@ def guided_velocity(
     guided, optimized = uncond is not None, uncond is not None and optimized_scale
     other = cond if uncond is None else uncond.contiguous()
     partials = cond.new_empty((samples, 2, parts) if optimized else (0,), dtype=torch.float32)
-    early = optimized and overlaps(cond)
+    early = optimized and starts_early(cond)
     if not guided or background_guidance is None:
         mask = None  # without effect
     inside, mask_stride, period = (cond, 0, 1) if mask is None else beside(mask, cond)
@@ -113,14 +113,14 @@ def guided_velocity(
     x = x.contiguous()  # a copy must come before the first kernel: the second one reads it before it waits
     if optimized:
         projection_kernel[(samples * parts,)](
-            cond, other, partials, elements, blocks, parts, BLOCK=BLOCK, OVERLAPS=early,
+            cond, other, partials, elements, blocks, parts, BLOCK=BLOCK, EARLY=early,
         )
     velocity_kernel[(samples * blocks,)](
         cond, other, guidance_scale, x, sigma, inside, scale, partials, velocity, s_star, x0,
         elements, blocks, parts, sample_stride(guidance_scale, samples), sample_stride(sigma, samples), mask_stride,
         sample_stride(scale, samples), period, background_guidance or 0.0, eps,
         GUIDED=guided, OPTIMIZED=optimized, MASKED=mask is not None, SCALED=x_scale is not None,
-        BLOCK=BLOCK, PARTS=PARTS, OVERLAPS=early, launch_pdl=early,
+        BLOCK=BLOCK, PARTS=PARTS, EARLY=early, launch_pdl=early,
         enable_fp_fusion=False,  # the reference's roundings, and the same ones with and without a mask
     )
     return velocity, s_star, x0

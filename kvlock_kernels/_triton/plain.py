@@ -20,7 +20,7 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, kernels: tupl
     """Attention of q [B, M, H, D] to k, v [B, N, H, D] by the first of `kernels` that serves: names before backends."""
     if scale < 0:  # kernels take the maximum before they multiply
         q, scale = -q, -scale
-    if scale == 0:  # and cuDNN multiplies the -inf of what is not there by it
+    if scale == 0:  # 0 * -inf is NaN: cuDNN scales what it has masked
         q, scale = 0 * q, 1.0  # NaN stays NaN
     for name in kernels:
         if name == OWN and (own := own_kernel(q, k, scale)) is not None:

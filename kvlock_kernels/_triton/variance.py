@@ -12,8 +12,8 @@ from kvlock_kernels._triton.blocks import (
     beside,
     load_beside,
     load_one,
-    overlaps,
     sample_stride,
+    starts_early,
     store_one,
 )
 
@@ -52,9 +52,9 @@ def welford(x, at, valid, used, share, mean, squares):
 
 @triton.jit
 def ring_kernel(x0, history, step, weight, partials, elements, blocks, parts, stride_w, stride_b, weight_stride, period,
-                WEIGHTED: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr):
+                WEIGHTED: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
     """Program = one part of one sample: writes x0 to the ring and sums w * squared deviations and w."""
-    if OVERLAPS:
+    if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
     program = tl.program_id(0)
     b, part = (program // parts).to(tl.int64), program % parts
@@ -77,11 +77,11 @@ def ring_kernel(x0, history, step, weight, partials, elements, blocks, parts, st
 
 
 @triton.jit
-def mean_kernel(partials, step, variance, parts, W: tl.constexpr, PARTS: tl.constexpr, OVERLAPS: tl.constexpr):
+def mean_kernel(partials, step, variance, parts, W: tl.constexpr, PARTS: tl.constexpr, EARLY: tl.constexpr):
     """Program = one sample: its weighted mean."""
     b = tl.program_id(0).to(tl.int64)
     n = tl.minimum(load_one(step, 0) + 1, W)
-    if OVERLAPS:
+    if EARLY:
         tl.extra.cuda.gdc_wait()
     weighted, total = add_parts(partials, b, parts, PARTS)
     mean = tl.div_rn(tl.div_rn(weighted, total), (n - 1).to(tl.float32))
@@ -115,13 +115,13 @@ def windowed_variance_(x0: Tensor, history: Tensor, step: Tensor, *, weight: Ten
     elements, blocks, parts = Blocks.of(x0, BLOCK)
     weights, weight_stride, period = (history, 0, 1) if weight is None else beside(weight, x0)
     ring = history if history[0, 0].is_contiguous() else history.contiguous()
-    partials, early = history.new_empty((samples, 2, parts)), overlaps(history)
+    partials, early = history.new_empty((samples, 2, parts)), starts_early(history)
     ring_kernel[(samples * parts,)](
         x0.contiguous(), ring, step, weights, partials, elements, blocks, parts, *ring.stride()[:2],
-        weight_stride, period, WEIGHTED=weight is not None, W=slots, BLOCK=BLOCK, OVERLAPS=early,
+        weight_stride, period, WEIGHTED=weight is not None, W=slots, BLOCK=BLOCK, EARLY=early,
     )
     mean_kernel[(samples,)](
-        partials, step, variance, parts, W=slots, PARTS=PARTS, OVERLAPS=early, launch_pdl=early,
+        partials, step, variance, parts, W=slots, PARTS=PARTS, EARLY=early, launch_pdl=early,
     )
     if ring is not history:
         history.copy_(ring)

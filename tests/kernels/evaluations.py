@@ -1,7 +1,7 @@
 """Several evaluations of one formula by plain torch in one dtype: what shows the error that torch has in it.
 
 One sum, or one number, may be all but exact by luck. Each evaluation here has the same exact value, and no step of it
-is less precise than torch's in that dtype: it only adds up in another order, or rounds at other places.
+rounds to fewer bits than torch's in that dtype: it only adds up in another order, or rounds at other places.
 """
 
 import math
@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ENOUGH = 64  # errors whose largest is seldom lucky
-ORDERS = 32
+ORDERS = 32  # of a sum, whose largest error is seldom lucky either
 
 
-def repeats(numbers: int) -> range:
-    """Counts how often `numbers` errors are taken until there are ENOUGH."""
+def draws(numbers: int) -> range:
+    """As many draws, of `numbers` errors each, as give ENOUGH."""
     return range(-(-ENOUGH // numbers))
 
 

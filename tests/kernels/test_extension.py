@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from regimes import each_regime, rows_of
 from samples import DTYPES, int32, normal, packed, scattered, source_rows
@@ -34,10 +34,10 @@ def assert_same(actual: Tensor, expected: Tensor) -> None:
 def assert_packs_as_the_reference(
     x: Tensor, index: Tensor, dtype: torch.dtype, mean: Tensor | None, *, payloads: bool = False
 ) -> None:
-    """Wants the same bytes of codes and scales, for a NaN too; in a scale any NaN where those of x have payloads."""
+    """Wants the same bytes of codes and scales; for a NaN in a code any, in a scale where those of x have payloads."""
     data, scale = torch.ops.kvlock_kernels.pack_kv(x, index, dtype, mean=mean)
     expected, expected_scale = reference.pack_kv(x, index, dtype, mean=mean)
-    (assert_bit_identical if dtype in reference.EIGHT_BIT else assert_same)(data, expected)
+    (assert_bit_identical if dtype == torch.int8 else assert_same)(data, expected)
     (assert_same if payloads else assert_bit_identical)(scale, expected_scale)
     data, scale = expected, expected_scale if dtype in reference.EIGHT_BIT else None
     for back in DTYPES:
@@ -124,6 +124,10 @@ def laid_out(layout: str, x: Tensor) -> Tensor:
 
 
 @settings(max_examples=150, deadline=None)
+@example(  # too large for fp16: a code is the product of two NaN
+    size=(1, 2, 1, 8), share=1.0, exponent=5, values=[], layout="dense", seed=0, dtype=torch.float16,
+    storage=torch.float8_e4m3fn, means=None,
+)  # fmt: skip
 @given(
     size=sizes, share=st.floats(0, 1), exponent=exponents, values=special, layout=layouts, seed=st.integers(0, 1000),
     dtype=st.sampled_from(DTYPES), storage=st.sampled_from(STORAGE), means=st.sampled_from((None, "one", "each")),

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from absent_gpu import printed_by
-from evaluations import log_sum_exps, repeats
+from evaluations import draws, log_sum_exps
 from regimes import each_regime
 from samples import NAN, normal
 from tolerance import assert_as_accurate_as_torch, assert_bit_identical, assert_within_roundings
@@ -66,7 +66,7 @@ def torch_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 def test_it_is_as_accurate_as_torch(regime: dict[str, Any]) -> None:
     scale = regime["scale"] or regime["d"] ** -0.5
     actual, native, exact = [], [], []
-    for draw in repeats(B * H * regime["m"]):
+    for draw in draws(B * H * regime["m"]):
         q, k, v = inputs(*(regime[name] for name in ("m", "n", "d", "dtype", "fused")), seed=10 * draw)
         out, lse = hopper.attention(q, k, v, scale=scale, return_lse=True)
         doubles = (q.double(), k.double(), v.double())

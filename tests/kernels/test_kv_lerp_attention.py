@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from evaluations import attentions, log_sum_exps, repeats
+from evaluations import attentions, draws, log_sum_exps
 from refusals import Bad, assert_refused, bad_inputs
 from samples import DTYPES, NAN, int32, normal, packed, scattered
 from tolerance import assert_as_accurate_as_torch, assert_bit_identical, assert_within_roundings
@@ -67,7 +67,7 @@ def test_it_is_as_accurate_as_torch_on_lerped_copies(shape: Any, dtype: torch.dt
 def test_the_log_sum_exp_is_as_accurate_as_torch_in_fp32(shape: Any, dtype: torch.dtype) -> None:
     b, _, m, *_, h, d = shape
     actual, native, exact = [], [], []
-    for draw in repeats(b * m * h):
+    for draw in draws(b * m * h):
         args = inputs(shape, dtype, seed=10 * draw)
         k, v = lerped(args)
         lse = kv_lerp_attention(**args, return_lse=True).lse

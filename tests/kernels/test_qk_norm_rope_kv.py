@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from evaluations import orders, repeats
+from evaluations import draws, orders
 from refusals import Bad, assert_refused, bad_inputs
 from regimes import STREAMING, each_regime, rows_of, sources_of_values
 from samples import DTYPES, NAN, int32, nan_with_payload, normal, packed, projections, source_rows
@@ -88,7 +88,7 @@ def evaluations(*args: Any) -> list[tuple[Tensor, ...]]:
     decides which of the largest elements are furthest off.
     """
     b, n, c = args[0][0].shape
-    ways = itertools.product(orders(c, max(8, len(repeats(b * n)))), (rotated, rotated_in_steps))
+    ways = itertools.product(orders(c, max(8, len(draws(b * n)))), (rotated, rotated_in_steps))
     return list(zip(*(step_by_step(*args, order, turn) for order, turn in ways), strict=True))
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from evaluations import log_sum_exps, orders, repeats
+from evaluations import draws, log_sum_exps, orders
 from samples import normal
 from tolerance import assert_as_accurate_as_torch
 from torch import Tensor
@@ -50,7 +50,7 @@ def test_an_order_has_every_term_once_and_differs_from_the_others() -> None:
 
 
 def test_repeats_give_enough_numbers() -> None:
-    assert [len(repeats(numbers)) for numbers in (1, 6, 63, 64, 1000)] == [64, 11, 2, 1, 1]
+    assert [len(draws(numbers)) for numbers in (1, 6, 63, 64, 1000)] == [64, 11, 2, 1, 1]
 
 
 def to_tf32(x: Tensor) -> Tensor:
