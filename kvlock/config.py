@@ -135,16 +135,15 @@ class KVLockConfig:
         return self.fusion != "off"
 
     @property
+    def guides(self) -> bool:
+        """Whether two guidance branches are, in some step, combined otherwise than the pipeline does."""
+        given = self.guidance_scale is not None or self.background_guidance is not None
+        return self.optimized_scale or self.dynamic_guidance or given
+
+    @property
     def passthrough(self) -> bool:
         """Whether denoising is exactly the pipeline's own, only traced; says nothing of `composite`."""
-        return (
-            not self.locks
-            and not self.optimized_scale
-            and not self.dynamic_guidance
-            and self.guidance_scale is None
-            and self.background_guidance is None
-            and self.zero_init_steps == 0
-        )
+        return not self.locks and not self.guides and self.zero_init_steps == 0
 
     def locked_steps(self, num_steps: int, sigmas: Sequence[float] | None = None, *, start: int = 0) -> range:
         """Steps of the window in which alpha and a boosted omega act, as indices into the scheduler's full table.

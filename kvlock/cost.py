@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from kvlock.config import KVLockConfig
+from kvlock.geometry import patch_of
 from kvlock.store import LAYERS_ON_DEVICE, Store
 
 KERNELS = ("hooks", "fused", "backend")  # as `kvlock.attach` knows them
@@ -20,6 +21,7 @@ class ModelSizes(NamedTuple):
     head_dim: int
     token_values: int  # of the latents that one token stands for: channels times the sides of its patch
     control_layers: int = 0  # VACE's control blocks
+    joint_branches: bool = False  # whether one forward has both guidance branches, which the config does not say
 
     @classmethod
     def of(cls, transformer_config: Any) -> ModelSizes:
@@ -28,9 +30,7 @@ class ModelSizes(NamedTuple):
         Raises:
             ValueError: the config names no layers, heads, head dimension, channels or patch.
         """
-        patch = getattr(transformer_config, "patch_size", None)
-        if not isinstance(patch, tuple | list):
-            raise ValueError(f"the transformer's config has patch_size={patch!r}; wanted its three sides")
+        patch = patch_of(transformer_config)
         return cls(
             layers=_size(transformer_config, "num_layers"),
             heads=_size(transformer_config, "num_attention_heads"),
@@ -62,9 +62,9 @@ class Cost(NamedTuple):
     bytes_device: int  # of these on the device: all, or two layers of a store in another place
     bytes_host: int  # in host memory, where the device is not the host: all, or two layers on their way from the disk
     bytes_disk: int
-    bytes_moved: int  # between device and place in a locked step: written once, read for every branch
+    bytes_moved: int  # between device and place in a locked step: written once, read for every call
     bytes_recording: int  # of all locked steps, which `kvlock record` writes
-    bytes_moved_replay: int  # in a locked step of an edit from a recording: read for every branch
+    bytes_moved_replay: int  # in a locked step of an edit from a recording: read for every call
     bytes_predictions: int  # of the clean predictions that the variance looks back on, with or without a lock
 
 
@@ -82,13 +82,14 @@ def estimate(
     store: Store | None = None,
     kernel: str = "hooks",
 ) -> Cost:
-    """The cost of one edit, for a pipeline that runs the guidance branches one after the other.
+    """The cost of one edit.
 
     With K steps of which L are locked, and both branches guided and locked::
 
         forwards = 2 K                 without KV-Lock
         forwards = 2 K + L             source="store": the source runs once and serves both branches
-        forwards = 2 K + 2 L           source="batch": the source runs beside each branch and is never stored
+        forwards = 2 K + 2 L           source="batch": the source runs beside each branch and is never stored;
+                                       once a step, 2 K + L, where a call of the transformer has both branches
         bytes    = layers * 2 * rows * heads * head_dim * bytes_per_value, in 8 bits (head_dim + 4) for the last two
 
     The predictions are the guided and the conditional ones of a window of W steps, in fp32::
@@ -127,6 +128,7 @@ def estimate(
     locked_branches = 1 if config.branches != "both" else branches
     if config.branches == "uncond" and branches == 1:
         locked = 0
+    locked_calls = 1 if model.joint_branches else locked_branches
     plain = branches * (num_steps - start)
     layers = len(config.layers) if config.layers is not None else model.layers
     layers += model.control_layers if config.control_blocks else 0
@@ -140,8 +142,8 @@ def estimate(
     with_room = kernel == "backend" and config.fusion == "full" and not elsewhere and not store.packs
     kept = (full if with_room else background) if stores else 0
     passing = kept * min(LAYERS_ON_DEVICE, layers) // layers
-    # Every branch needs every layer, and after the last one the first sets off once more; two layers just stay.
-    passes = locked_branches * layers + 1 if layers > LAYERS_ON_DEVICE else layers
+    # Every call needs every layer, and after the last one the first sets off once more; two layers just stay.
+    passes = locked_calls * layers + 1 if layers > LAYERS_ON_DEVICE else layers
     recorded = background if stores else 0
     return Cost(
         tokens=tokens,
@@ -149,7 +151,7 @@ def estimate(
         steps=num_steps - start,
         locked_steps=locked,
         forwards_plain=plain,
-        forwards=plain + locked * (1 if config.source == "store" else locked_branches),
+        forwards=plain + locked * (1 if config.source == "store" else locked_calls),
         bytes_full=full,
         bytes_background=background,
         bytes_kept=kept,

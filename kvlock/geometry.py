@@ -46,7 +46,7 @@ class Geometry:
             missing = "VAE (pipe.vae)" if vae is None else "transformer (pipe.transformer)"
             raise ValueError(f"{type(pipe).__name__} has no {missing}; the masks are made from its sizes")
         temporal, spatial = _vae_strides(vae)
-        return cls(temporal, spatial, _patch(transformer))
+        return cls(temporal, spatial, patch_of(transformer.config))
 
     @property
     def pixels_per_token(self) -> tuple[int, int]:
@@ -63,6 +63,10 @@ def transformer_of(pipe: Any) -> Any:
 def _vae_strides(vae: Any) -> tuple[int, int]:
     temporal = _named_int(vae, "scale_factor_temporal", "temporal_compression_ratio")
     spatial = _named_int(vae, "scale_factor_spatial", "spatial_compression_ratio")
+    halvings = getattr(vae.config, "spatio_temporal_scaling", None)
+    if halvings:  # LTX's VAE, whose config may leave the ratios to the class
+        temporal = temporal or vae.config.patch_size_t * 2 ** sum(halvings)
+        spatial = spatial or vae.config.patch_size * 2 ** sum(halvings)
     levels = getattr(vae.config, "block_out_channels", None)
     if spatial is None and levels:
         spatial = 2 ** (len(levels) - 1)  # CogVideoX's VAE names no spatial ratio; it halves the picture between levels
@@ -83,16 +87,18 @@ def _named_int(vae: Any, *names: str) -> int | None:
     return None
 
 
-def _patch(transformer: Any) -> tuple[int, int, int]:
-    size = getattr(transformer.config, "patch_size", None)
+def patch_of(transformer_config: Any) -> tuple[int, int, int]:
+    """The sides of a transformer's patch in latents (time, height, width), by attribute of its config.
+
+    Raises:
+        ValueError: the config does not say.
+    """
+    size = getattr(transformer_config, "patch_size", None)
     if isinstance(size, int):
-        return getattr(transformer.config, "patch_size_t", None) or 1, size, size
+        return getattr(transformer_config, "patch_size_t", None) or 1, size, size
     if isinstance(size, tuple | list) and len(size) == 3:
         return size[0], size[1], size[2]
-    raise ValueError(
-        f"the patch of {type(transformer).__name__} is unknown: its config has patch_size={size!r}; "
-        "wanted an int or three ints"
-    )
+    raise ValueError(f"the transformer's config has patch_size={size!r}; wanted an int or three ints")
 
 
 def legal_frames(num_frames: int, temporal_stride: int) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvlock.adapters.families import PIPELINES
 from kvlock.adapters.vae import encode
-from kvlock.geometry import latent_frames, legal_frames
+from kvlock.geometry import Geometry, latent_frames, legal_frames
 from kvlock.masks import Masks, binarize
 
 # Of the pipeline's call: they follow from the video and from what KVLockPipeline returns.
@@ -56,10 +56,11 @@ def prepare(
         raise ValueError(
             f"mask has [F, H, W] = {list(inside.shape)}, the video {list(pixels.shape[:3])}; wanted them alike"
         )
+    stride = Geometry.of(pipe).temporal_stride
     if trim:
-        keep = legal_frames(len(pixels), pipe.vae_scale_factor_temporal)
+        keep = legal_frames(len(pixels), stride)
         pixels, inside = pixels[:keep], inside[:keep]
-    latent_frames(len(pixels), pipe.vae_scale_factor_temporal)
+    latent_frames(len(pixels), stride)
     for name, text in (("prompt", given["prompt"]), ("source_prompt", source_prompt)):
         if not isinstance(text, str):
             raise ValueError(f"{name} is a {type(text).__name__}; wanted one str")
@@ -88,7 +89,7 @@ def encode_source(pipe: Any, video: Tensor) -> Tensor:
     """The latents that `kvlock.attach` takes for a source video: [1, C, T, h, w] fp32, normalised as the pipeline does.
 
     Args:
-        video: [F, H, W, 3], uint8 or floating point in [0, 1]; F = 4n + 1.
+        video: [F, H, W, 3], uint8 or floating point in [0, 1]; F = s * n + 1 with the VAE's stride s in time.
 
     Raises:
         ValueError: the video has another shape, dtype or range.

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvlock.adapters.attach import attach, check_recording, check_store, fitting, notice_empty_prompt
+from kvlock.adapters.attach import attach, check_recording, check_store, fitting
 from kvlock.adapters.families import check_pipeline
 from kvlock.adapters.kernels import check_kernel
+from kvlock.adapters.prompts import encode_prompt, notice_empty_prompt
 from kvlock.adapters.record import check_recordable, record
 from kvlock.adapters.vae import repair_stride
 from kvlock.config import KVLockConfig
@@ -35,7 +36,7 @@ class KVLockOutput(NamedTuple):
 
 
 class KVLockPipeline:
-    """Edit videos with `pipe`, a Wan VACE, T2V or V2V pipeline of diffusers, under one set of settings.
+    """Edit videos with `pipe`, one of diffusers' pipelines that `attach` supports, under one set of settings.
 
     `kernel` and `store` are `attach`'s: where the lock acts, and how source rows are stored.
     """
@@ -76,7 +77,8 @@ class KVLockPipeline:
         """Change what the mask marks, as the prompt says, and leave the rest alone.
 
         Args:
-            video: [F, H, W, 3], uint8 or floating point in [0, 1]; F = 4n + 1, H and W multiples of a token's side.
+            video: [F, H, W, 3], uint8 or floating point in [0, 1]; F = s * n + 1 with the VAE's stride s in time (4 for
+                Wan, 8 for LTX), H and W multiples of a token's side.
             mask: [F, H, W], bool, uint8 in 0..255 or floating point in 0..1; above one half = edit.
             prompt: what the edited video shows.
             source_prompt: what the source shows; "" works and is noticed, a description locks better.
@@ -87,7 +89,7 @@ class KVLockPipeline:
                 `guidance_scale`, where set, then takes its place.
             generator: of the initial noise; None draws from torch's own.
             composite: overrides the config's: "none", "latent" or "pixel" (the source's own pixels outside the mask).
-            trim: drop trailing frames down to 4n + 1 instead of refusing the video.
+            trim: drop trailing frames down to s * n + 1 instead of refusing the video.
             progress: called after every step with (step, steps, trace).
             recording: the source's rows, from `record` with the same video, mask, references and steps; the source then
                 does not run, and `source_prompt` is the recording's.
@@ -175,7 +177,7 @@ class KVLockPipeline:
         if not text:
             notice_empty_prompt(stacklevel=4)
         length = sequence_length(self.pipe, pipeline_arguments)
-        return self.pipe.encode_prompt(text, do_classifier_free_guidance=False, **length)[0]
+        return encode_prompt(self.pipe, text, **length)
 
 
 def pictures(images: Any) -> list[Tensor]:

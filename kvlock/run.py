@@ -52,6 +52,7 @@ class Run:
         self.expert = expert
         self.forwards = 0
         self.extra_rows = 0  # of the source, in front of the edit's in the call under way
+        self.branches: tuple[str, ...] = ()  # of the call under way, in the order of its samples
         self.outputs: list[Tensor] = []  # of this step: conditional, then unconditional
         self.recorded_step = -1
         self.mixes = False  # whether the lock acts on the call under way
@@ -111,6 +112,41 @@ class Run:
     @property
     def _zeroed(self) -> bool:
         return self.step - self.flow.start < self.config.zero_init_steps
+
+    @property
+    def call_ratio(self) -> Tensor:
+        """The fusion ratio of every sample of the call under way, [B] a branch: 0 in one that is not locked."""
+        ratio = self.fusion_ratio
+        if len(self.branches) == 1:
+            return ratio
+        return torch.cat([ratio if self._locks(branch) else torch.zeros_like(ratio) for branch in self.branches])
+
+    def _locks(self, branch: str) -> bool:
+        return self.config.locks and self.config.branches in ("both", branch)
+
+    def begin_call(self, samples: int, branches: int) -> None:
+        """The transformer is about to run on one or both guidance branches of so many samples.
+
+        Raises:
+            ValueError: the step has had two branches; or there are several samples of both, which have no one source.
+        """
+        if len(self.outputs) + branches > 2:
+            raise ValueError("the transformer ran more than twice in one step; wanted one or two guidance branches")
+        if branches == 2 and samples > 1 and self.config.locks:
+            raise ValueError(
+                f"{samples} videos in a call of the transformer that has both guidance branches; wanted one video"
+            )
+        self.branches = ("uncond", "cond") if branches == 2 else (("cond", "uncond")[len(self.outputs)],)
+        self.mixes = self.locked and self.has_ratio and any(map(self._locks, self.branches))
+        self.forwards += branches * samples
+        self.extra_rows = 0
+
+    def end_call(self, output: Tensor) -> Tensor:
+        """Take the transformer's prediction; returns the edit's part of it, its branches in the order of the call."""
+        output = output[self.extra_rows :]
+        found = dict(zip(self.branches, output.chunk(len(self.branches)), strict=True))
+        self.outputs += [found[branch] for branch in ("cond", "uncond") if branch in found]
+        return output
 
     def use_expert(self, expert: int, guidance_of: Callable[[int], float]) -> bool:
         """Another transformer takes over: its predictions start a new window, with its own guidance scale.

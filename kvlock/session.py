@@ -27,7 +27,7 @@ class Session:
 
         set_schedule                                    once, when the pipeline sets its timesteps
         begin_call [source_pass] end_call               conditional branch
-        begin_call               end_call               unconditional branch, if there is one
+        begin_call               end_call               unconditional branch, if there is one, and not in the first call
         guide, finish_step                              around scheduler.step
 
     Nothing in this loop reads a device tensor on the host, except once a run the first timestep and, where there is a
@@ -79,9 +79,18 @@ class Session:
         self.release()
 
     def begin_call(
-        self, expert: int, x: Tensor, timestep: Tensor, conditions: Mapping[str, Any] | None = None
+        self,
+        expert: int,
+        x: Tensor,
+        timestep: Tensor,
+        conditions: Mapping[str, Any] | None = None,
+        *,
+        branches: int = 1,
     ) -> Tensor | None:
         """The transformer is about to run on latents `x` [B, ...]; the source gets the same `conditions`, by name.
+
+        Args:
+            branches: 2 where it runs on both guidance branches of them at once, the unconditional one first.
 
         Returns:
             The noised source [B, ...] fp32 that must run before this call (`source="store"`) or beside it
@@ -93,14 +102,8 @@ class Session:
         run = self._run
         if run.use_expert(expert, self._guidance_of):
             self._rows.free()
-        if len(run.outputs) == 2:
-            raise ValueError("the transformer ran more than twice in one step; wanted one or two guidance branches")
-        branch = ("cond", "uncond")[len(run.outputs)]
-        run.forwards += len(x)
-        mixes = run.locked and run.has_ratio and self.config.locks and self.config.branches in ("both", branch)
-        run.extra_rows = 0
-        run.mixes = mixes
-        if not mixes:
+        run.begin_call(len(x), branches)
+        if not run.mixes:
             self._rows.off()
             return None
         run.mixed = run.ever_mixed = True
@@ -108,14 +111,14 @@ class Session:
             source = run.noised_source(x)
             run.forwards += len(source)
             run.extra_rows = len(source)
-            self._rows.lerp_batch(run.fusion_ratio, len(source))
+            self._rows.lerp_batch(run.call_ratio, len(source))
             return source
         if isinstance(self._ledger, Recording) and run.recorded_step != run.step:
             run.noise_from(x)  # as a source that runs would
             self._rows.turn_to(run.step)
             run.recorded_step = run.step
         if run.recorded_step == run.step:
-            self._rows.lerp(run.fusion_ratio)
+            self._rows.lerp(run.call_ratio)
             return None
         source = run.noised_source(x)
         run.forwards += len(source)
@@ -136,7 +139,7 @@ class Session:
             self.in_source_pass = False
             self._rows.off()
         run.recorded_step = run.step
-        self._rows.lerp(run.fusion_ratio)
+        self._rows.lerp(run.call_ratio)
 
     def source_prompt(self, prompt: Tensor, batch: int) -> Tensor:
         """The source prompt's embeddings [batch, L, C], where and as the edit's `prompt` [B, L, C] is.
@@ -156,14 +159,19 @@ class Session:
             self._run_prompt = F.pad(embeds.to(prompt), (0, 0, 0, prompt.shape[1] - embeds.shape[1]))
         return self._run_prompt.expand(batch, -1, -1)
 
+    def source_prompt_mask(self, mask: Tensor, batch: int) -> Tensor:
+        """As `mask` [B, L] marks the prompt's tokens: those of `source_prompt` in front of its padding, [batch, L]."""
+        assert self._source_prompt_embeds is not None
+        marked = torch.zeros_like(mask[:1])
+        marked[:, : self._source_prompt_embeds.shape[1]] = 1
+        return marked.expand(batch, -1)
+
     def end_call(self, output: Tensor) -> Tensor:
         """The transformer has run; returns the edit's part of its prediction."""
         run = self._require_run()
         if run.mixes:
             self._rows.require_all(run.expert)
-        output = output[run.extra_rows :]
-        run.outputs.append(output)
-        return output
+        return run.end_call(output)
 
     def guide(self, model_output: Tensor, sample: Tensor) -> Tensor:
         """The velocity the scheduler gets in place of the pipeline's `model_output`, both [B, ...].
@@ -171,6 +179,7 @@ class Session:
         Where the settings do not touch guidance it is that very tensor.
         """
         run = self._require_run()
+        run.outputs = [output.to(model_output.dtype) for output in run.outputs]  # some pipelines guide in fp32
         guided = run.guided_velocity(sample)
         if self._ledger is not None and run.step == run.flow.start:
             # A source that runs in the first step has its noise from what the transformer is given, perhaps rounded.
@@ -246,8 +255,7 @@ class Session:
         pipeline_guidance = self._guidance_of(0)  # by this one alone a pipeline decides whether there are two branches
         if not math.isfinite(pipeline_guidance):
             raise ValueError(f"guidance_scale={pipeline_guidance} is not allowed; wanted a finite number")
-        guides = config.optimized_scale or config.dynamic_guidance or config.background_guidance is not None
-        if pipeline_guidance <= 1 and (guides or config.guidance_scale is not None):
+        if pipeline_guidance <= 1 and config.guides:
             warnings.warn(
                 f"guidance_scale={pipeline_guidance:g} means no unconditional branch: s*, the guidance schedule, "
                 "guidance_scale and background_guidance of the config have no effect in this run",

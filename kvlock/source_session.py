@@ -15,11 +15,17 @@ class SourceSession(Session):
     """A session that records the source and lets the transformer run on nothing else."""
 
     def begin_call(
-        self, expert: int, x: Tensor, timestep: Tensor, conditions: Mapping[str, Any] | None = None
+        self,
+        expert: int,
+        x: Tensor,
+        timestep: Tensor,
+        conditions: Mapping[str, Any] | None = None,
+        *,
+        branches: int = 1,
     ) -> Tensor | None:
-        source = super().begin_call(expert, x, timestep, conditions)
+        source = super().begin_call(expert, x, timestep, conditions, branches=branches)
         run = self._require_run()
-        run.forwards -= len(x)
+        run.forwards -= branches * len(x)
         run.mixes = run.mixed = False
         return source
 

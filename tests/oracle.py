@@ -73,7 +73,7 @@ class Desk:
 
 
 class MixingProcessor:
-    """Wan's self-attention, with keys and values mixed after RoPE."""
+    """Wan's self-attention, with keys and values [B, N, H, D] mixed after RoPE."""
 
     def __init__(self, desk: Desk, name: str) -> None:
         self.desk = desk
@@ -83,7 +83,9 @@ class MixingProcessor:
         heads = lambda t: t.unflatten(2, (attn.heads, -1))
         q = _rotate(heads(attn.norm_q(attn.to_q(x))), *rotary_emb)
         k = _rotate(heads(attn.norm_k(attn.to_k(x))), *rotary_emb)
-        v = heads(attn.to_v(x))
+        return self.attend(attn, q, k, heads(attn.to_v(x)))
+
+    def attend(self, attn, q, k, v):
         desk = self.desk
         if desk.mode == "record":
             desk.kept[self.name] = (k, v)
@@ -105,13 +107,15 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.view_as_real(pairs * turn).flatten(-2)
 
 
-def edit(transformers: list[Any], scheduler: Any, steps: int, job: Edit, recipe: Recipe) -> Result:
+def edit(
+    transformers: list[Any], scheduler: Any, steps: int, job: Edit, recipe: Recipe, processor: type = MixingProcessor
+) -> Result:
     """Denoise `job.start` in `steps` steps; the processors of the transformers are put back at the end."""
     desk = Desk(job.rows)
     before = [(block.attn1, block.attn1.processor) for t in transformers for block in _stacks(t, range(99), True)]
     for t in transformers:
         for i, block in enumerate(_stacks(t, recipe.blocks, recipe.control)):
-            block.attn1.processor = MixingProcessor(desk, f"{i}")
+            block.attn1.processor = processor(desk, f"{i}")
     try:
         with torch.no_grad():
             return _loop(transformers, scheduler, steps, job, recipe, desk)

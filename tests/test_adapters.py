@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from diffusers import (
     EulerDiscreteScheduler,
     FirstBlockCacheConfig,
-    LTXVideoTransformer3DModel,
+    MochiTransformer3DModel,
     UniPCMultistepScheduler,
     WanPipeline,
     WanVACEPipeline,
@@ -215,9 +215,9 @@ def test_a_deep_copy_of_the_scheduler_works_on_its_own_state_inside_the_block(wa
 
 REFUSALS = {
     "an-unknown-transformer": (
-        lambda pipe: setattr(pipe, "transformer", LTXVideoTransformer3DModel(num_layers=1, num_attention_heads=1)),
+        lambda pipe: setattr(pipe, "transformer", MochiTransformer3DModel(num_layers=1, num_attention_heads=1)),
         {},
-        "transformer LTXVideoTransformer3DModel is not supported; supported transformers: WanTransformer3DModel, Wan",
+        "transformer MochiTransformer3DModel is not supported; supported transformers: WanTransformer3DModel, Wan",
     ),
     "no-transformer": (lambda pipe: setattr(pipe, "transformer", None), {}, "WanPipeline has no transformer"),
     "one-module-twice": (

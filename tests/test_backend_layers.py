@@ -1,4 +1,4 @@
-"""Layers of the backend held by hand, without a session: several samples of one source, a tiny LTX, what is refused."""
+"""Layers of the backend held by hand, without a session: several samples of one source, what is refused."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from diffusers import LTXVideoTransformer3DModel, WanPipeline
+from diffusers import WanPipeline
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
@@ -16,7 +16,6 @@ from kvlock.adapters import backend_registry
 from kvlock.adapters.backend import BackendLayers
 from kvlock.adapters.families import locked_attentions, tapped_modules
 from kvlock.adapters.fused import FusedLayers
-from kvlock.adapters.kernels import listen
 from kvlock.adapters.taps import Taps
 from kvlock.locked_layers import AFTER_ROPE, BEFORE_ROPE, LayerKey, LockState, Recorded
 from kvlock.places import shelf_of
@@ -65,70 +64,6 @@ def test_source_rows_of_another_number_of_samples_are_refused():
     layer, x = unit_layer(full=True, samples=2)
     with pytest.raises(ValueError, match=r"blocks\[0\] has source rows of 2 samples; wanted 1 or 4"):
         layer.attend(*x.values(), scale=None)
-
-
-def tiny_ltx() -> LTXVideoTransformer3DModel:
-    torch.manual_seed(0)
-    return LTXVideoTransformer3DModel(
-        in_channels=8,
-        out_channels=8,
-        num_attention_heads=2,
-        attention_head_dim=16,
-        cross_attention_dim=32,
-        num_layers=2,
-        caption_channels=16,
-    ).eval()
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("full", [True, False], ids=["full", "half"])
-def test_a_tiny_ltx_goes_round_set_run_restore(full):
-    """At the level of the transformer: its pipelines are not supported."""
-    model = tiny_ltx()
-    state = LockState(torch.arange(0, 18, 2).int(), 18, full=full)
-    attentions = [(i, block.attn1) for i, block in enumerate(model.transformer_blocks)]
-    taps = [(i, name, part) for i, attn in attentions for name, part in (("k", attn.norm_k), ("v", attn.to_v))]
-
-    def run(seed: int) -> torch.Tensor:
-        return model(
-            hidden_states=tiny.rand(1, 18, 8, seed=seed),
-            encoder_hidden_states=tiny.rand(1, 4, 16, seed=9),
-            timestep=torch.tensor([500.0]),
-            encoder_attention_mask=torch.ones(1, 4),
-            num_frames=2,
-            height=3,
-            width=3,
-        ).sample
-
-    def locked(layers: Any) -> torch.Tensor:
-        layers.record()
-        source = run(1)
-        layers.require_all(0)
-        assert torch.equal(source, plain[1])  # recording changes nothing
-        layers.lerp(torch.full((1,), 1.0 if full else 0.5))
-        found = run(2)
-        layers.require_all(0)
-        return found
-
-    plain = {seed: run(seed) for seed in (1, 2)}
-    hooks = Taps(state)
-    hooks.install((LayerKey("transformer_blocks", i, name), part) for i, name, part in taps)
-    expected = locked(hooks)
-    hooks.remove()
-    backend = BackendLayers(state)
-    stop = listen(
-        model, lambda: backend.install((LayerKey("transformer_blocks", i, "kv"), attn) for i, attn in attentions)
-    )
-    model.set_attention_backend("kvlock")
-    assert len(backend) == 2
-    with tiny.Operators() as operators:
-        torch.testing.assert_close(locked(backend), expected, rtol=1e-5, atol=1e-5)
-    assert operators.locks == ({} if full else {"kv_lerp_attention_": 2})
-    backend.remove()
-    stop()
-    assert not torch.allclose(expected, plain[2], atol=1e-3)
-    assert torch.equal(run(2), plain[2])
-    assert all(vars(attn.processor) == {} for _, attn in attentions)
 
 
 def test_a_processor_that_stops_calling_the_dispatcher_is_named():

@@ -94,7 +94,7 @@ def test_a_vae_without_one_number_a_channel_is_refused_before_denoising(kvlock, 
     change(copy / "vae/config.json", **{name: values})
     code, out, err = kvlock("edit", "--example", "--model", copy, "--steps", 2)
     assert (code, out) == (2, [])
-    assert f"the VAE's config has {name}=" in err[-1] and "wanted 16 finite numbers" in err[-1]
+    assert f"the VAE has {name}=" in err[-1] and "wanted 16 finite numbers" in err[-1]
     assert not any("1/2" in line for line in err)
 
 
@@ -102,4 +102,4 @@ def test_a_vae_without_one_number_a_channel_is_refused_before_denoising(kvlock, 
 def test_a_vae_whose_latents_have_no_spread_is_refused(kvlock, here, copy, value):
     change(copy / "vae/config.json", latents_std=[1.0] * 15 + [value])
     code, _, err = kvlock("edit", "--example", "--model", copy, "--steps", 2)
-    assert code == 2 and "the VAE's config has latents_std=" in err[-1] and "finite numbers > 0" in err[-1]
+    assert code == 2 and "the VAE has latents_std=" in err[-1] and "finite numbers > 0" in err[-1]

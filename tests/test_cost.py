@@ -84,7 +84,9 @@ def test_sizes_are_read_from_a_transformer_config():
     with pytest.raises(ValueError, match="num_layers=None; wanted an int"):
         ModelSizes.of(config)
     config.num_layers, config.patch_size = 30, 2
-    with pytest.raises(ValueError, match="patch_size=2; wanted its three sides"):
+    assert ModelSizes.of(config).token_values == 64
+    config.patch_size = [2, 2]
+    with pytest.raises(ValueError, match=r"patch_size=\[2, 2\]; wanted an int or three ints"):
         ModelSizes.of(config)
 
 
@@ -131,6 +133,8 @@ def test_rows_elsewhere_leave_two_layers_on_the_device_and_move_for_every_branch
     assert on_host.bytes_moved == on_disk.bytes_moved == kept + 61 * layer
     one_branch = cost(KVLockConfig(branches="cond"), store=Store(place="host"))
     assert (one_branch.bytes_moved, one_branch.bytes_moved_replay) == (kept + 31 * layer, 31 * layer)
+    joint = WAN_1_3B._replace(joint_branches=True)
+    assert cost(store=Store(place="host"), model=joint).bytes_moved == kept + 31 * layer
     assert cost(KVLockConfig(layers=(3, 5)), store=Store(place="host")).bytes_moved_replay == 2 * layer  # they stay
     assert cost(KVLockConfig(layers=(3,)), store=Store(place="host")).bytes_device == kept // 30
     assert cost(preset("plain"), store=Store(place="host")).bytes_recording == 0

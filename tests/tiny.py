@@ -11,6 +11,8 @@ import torch
 from diffusers import (
     AutoencoderKLWan,
     FlowMatchEulerDiscreteScheduler,
+    SkyReelsV2Pipeline,
+    SkyReelsV2Transformer3DModel,
     UniPCMultistepScheduler,
     WanPipeline,
     WanTransformer3DModel,
@@ -69,8 +71,8 @@ def vae() -> AutoencoderKLWan:
 
 
 def pipeline(kind: type = WanPipeline, schedule: str = "euler", *, layers: int = 2, **extra: Any):
-    of_kind = WanVACETransformer3DModel if kind is WanVACEPipeline else WanTransformer3DModel
-    model = transformer(of_kind, layers=layers, **extra)
+    others = {WanVACEPipeline: WanVACETransformer3DModel, SkyReelsV2Pipeline: SkyReelsV2Transformer3DModel}
+    model = transformer(others.get(kind, WanTransformer3DModel), layers=layers, **extra)
     pipe = kind(tokenizer=None, text_encoder=None, vae=vae(), scheduler=scheduler(schedule), transformer=model)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import warnings
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from kvlock.adapters import root, shim
 from kvlock.adapters.belongings import agree_on_model, agree_on_source
 from kvlock.adapters.families import STARTS_FROM_VIDEO, check_pipeline, family_of, is_one_of
 from kvlock.adapters.kernels import Lock, check_kernel, listen, point_of
+from kvlock.adapters.layout import Layout
+from kvlock.adapters.prompts import empty_prompt, without_padding
 from kvlock.config import KVLockConfig
 from kvlock.locked_layers import LockState
 from kvlock.masks import Masks
@@ -49,7 +49,8 @@ def attach(
         masks: what to lock, measure and guide, for the same size.
         config: settings; None is `KVLockConfig()`.
         source_prompt_embeds: [1 or B, L, C] as ``pipe.encode_prompt`` gives them; zero rows at the end are padding, and
-            become as many as the call's own prompt has; None encodes "" and says so.
+            become as many as the call's own prompt has; None encodes "" and says so. LTX gives a mask beside them
+            instead, whose tokens alone are wanted: ``embeds[:, mask[0]]``.
         kernel: where the lock acts. ``"hooks"`` on the outputs of key norm and value projection, with every attention;
             ``"fused"`` in one pass with Wan's QK norm and RoPE, rounded once instead of three times (so that in half
             precision a ratio of 0 is not the plain pipeline to the last bit); ``"backend"`` in the attention itself,
@@ -150,11 +151,15 @@ def on_pipeline(
         raise ValueError("transformer and transformer_2 are one module; wanted two, or transformer_2=None")
     families = {i: family_of(module) for i, module in experts}
     if config.locks and source_prompt_embeds is None and not isinstance(ledger, Recording):
-        source_prompt_embeds = _empty_prompt(pipe)
+        source_prompt_embeds = empty_prompt(pipe)
     if config.locks and source_prompt_embeds is not None:
-        source_prompt_embeds = _without_padding(source_prompt_embeds)
+        source_prompt_embeds = without_padding(source_prompt_embeds)
 
-    state = LockState(masks.index, masks.num_tokens, full=config.fusion == "full", store=store, shelf=shelf)
+    family = families[experts[0][0]]
+    joint = family.joint_branches
+    layout = Layout.of(masks.latent if family.token_latents else None)
+    full = config.fusion == "full" and (config.branches == "both" or not joint)  # for each sample of a call
+    state = LockState(masks.index, masks.num_tokens, full=full, store=store, shelf=shelf)
     lock = Lock(kernel, state, experts, config)
     if ledger is not None:
         agree_on_model(ledger, pipe, [module for _, module in experts], kernel, point_of(kernel), config)
@@ -166,7 +171,7 @@ def on_pipeline(
         source_prompt_embeds,
         rows=lock.layers,
         check_layers=lock.require_same,
-        guidance_of=lambda expert: _guidance(pipe, expert),
+        guidance_of=lambda expert: _guidance(pipe, expert, config),
         begin_index_of=lambda: getattr(pipe.scheduler, "begin_index", None),
         starts_from_video=is_one_of(pipe, STARTS_FROM_VIDEO),
         ledger=ledger,
@@ -180,13 +185,16 @@ def on_pipeline(
         finally:
             session.use_rows(lock.layers)
 
+    def branches_of() -> int:
+        return 2 if joint and pipe.do_classifier_free_guidance else 1
+
     with contextlib.ExitStack() as undo:
-        shim.install(pipe.scheduler, session)
+        shim.install(pipe.scheduler, session, layout)
         undo.callback(shim.remove, pipe.scheduler)
         undo.callback(lock.remove)
         undo.callback(session.close)
         for i, module in experts:
-            for handle in root.install(module, families[i], session, i):
+            for handle in root.install(module, families[i], session, i, layout, branches_of):
                 undo.callback(handle.remove)
         lock.install()
         for _, module in experts:
@@ -250,28 +258,11 @@ def _check_numbers(name: str, value: Tensor) -> None:
         raise ValueError(f"{name} holds NaN or infinity; wanted finite numbers")
 
 
-def _guidance(pipe: Any, expert: int) -> float:
+def _guidance(pipe: Any, expert: int, config: KVLockConfig) -> float:
+    rescale = getattr(pipe, "_guidance_rescale", 0.0)
+    if rescale and config.guides and pipe.guidance_scale > 1:
+        raise ValueError(
+            f"guidance_rescale={rescale:g} rescales the pipeline's own guidance, which these settings replace; wanted 0"
+        )
     second = getattr(pipe, "_guidance_scale_2", None)
     return float(second if expert == 1 and second is not None else pipe.guidance_scale)
-
-
-def _without_padding(embeds: Tensor) -> Tensor:
-    """Without the zero rows at the end, which each run adds again at the length of its own prompt."""
-    if embeds.ndim != 3:
-        return embeds
-    filled = embeds.ne(0).any(dim=2).any(dim=0).nonzero()
-    return embeds[:, : int(filled.max()) + 1] if len(filled) else embeds[:, :1]
-
-
-@torch.no_grad()
-def _empty_prompt(pipe: Any) -> Tensor:
-    if getattr(pipe, "text_encoder", None) is None:
-        raise ValueError("source_prompt_embeds is None and the pipeline has no text encoder; pass source_prompt_embeds")
-    notice_empty_prompt(stacklevel=5)
-    return pipe.encode_prompt("", do_classifier_free_guidance=False)[0]
-
-
-def notice_empty_prompt(stacklevel: int) -> None:
-    """The warning that the source runs without a description."""
-    text = 'no source prompt: the source runs with "" (a description of the source locks better)'
-    warnings.warn(text, stacklevel=stacklevel)

@@ -22,6 +22,9 @@ class Family:
         attention: name of the video self-attention inside a block.
         key, value: names inside the attention whose outputs are K (after its norm, before RoPE) and V.
         batched: keyword arguments of the forward with a sample axis, beside hidden_states, timestep and the prompt.
+        prompt_mask: name of the forward's argument that marks the prompt's tokens [B, L], or None where zeros pad it.
+        token_latents: whether latents reach transformer and scheduler as tokens [B, T * h * w, C].
+        joint_branches: whether one forward has both guidance branches, the unconditional samples first.
     """
 
     blocks: str
@@ -30,12 +33,21 @@ class Family:
     key: str
     value: str
     batched: tuple[str, ...]
+    prompt_mask: str | None = None
+    token_latents: bool = False
+    joint_branches: bool = False
 
 
 FAMILIES = {
     "WanTransformer3DModel": Family("blocks", None, "attn1", "norm_k", "to_v", ("encoder_hidden_states_image",)),
     "WanVACETransformer3DModel": Family(
         "blocks", "vace_blocks", "attn1", "norm_k", "to_v", ("encoder_hidden_states_image", "control_hidden_states")
+    ),
+    "SkyReelsV2Transformer3DModel": Family(
+        "blocks", None, "attn1", "norm_k", "to_v", ("encoder_hidden_states_image",)
+    ),
+    "LTXVideoTransformer3DModel": Family(
+        "transformer_blocks", None, "attn1", "norm_k", "to_v", (), "encoder_attention_mask", True, True
     ),
 }
 
@@ -47,6 +59,8 @@ PIPELINES = {
     "WanPipeline": "WanTransformer3DModel",
     "WanVideoToVideoPipeline": "WanTransformer3DModel",
     "WanVACEPipeline": "WanVACETransformer3DModel",
+    "SkyReelsV2Pipeline": "SkyReelsV2Transformer3DModel",
+    "LTXPipeline": "LTXVideoTransformer3DModel",
 }
 
 # Pipelines whose first latents are the noised video, not pure noise.
@@ -107,6 +121,8 @@ def family_of(transformer: nn.Module) -> Family:
     if getattr(module, "is_cache_enabled", False) or _has_cache_hook(module):
         raise ValueError(f"{name} has a block cache enabled, which skips the blocks to lock; disable the cache first")
     family = FAMILIES[name]
+    if family.token_latents and (sides := (module.config.patch_size_t, module.config.patch_size)) != (1, 1):
+        raise ValueError(f"{name} has patches of {sides} latents (time, side); wanted a token for each latent")
     for block in getattr(module, family.blocks):
         if getattr(getattr(block, family.attention), "fused_projections", False):
             raise ValueError(f"{name} has fused QKV projections that bypass to_v; call unfuse_qkv_projections() first")

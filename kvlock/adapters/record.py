@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvlock.adapters import root
 from kvlock.adapters.attach import check_settings, fitting, on_pipeline
+from kvlock.adapters.families import family_of
 from kvlock.config import KVLockConfig
 from kvlock.masks import Masks
 from kvlock.recorder import Recorder
@@ -74,7 +75,7 @@ def record(
         for part in ("transformer", "transformer_2"):
             module = getattr(pipe, part, None)
             if module is not None:
-                undo.callback(root.run_on_source_only(module, session))
+                undo.callback(root.run_on_source_only(module, family_of(module), session))
         yield session
         recorder.finish()
 

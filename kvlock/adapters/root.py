@@ -12,11 +12,24 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 from kvlock.adapters.families import Family, unwrap
+from kvlock.adapters.layout import Layout
 from kvlock.session import Session
 
 
-def install(transformer: nn.Module, family: Family, session: Session, expert: int) -> list[Any]:
-    """Hook the module the pipeline calls; returns the handles to remove. `expert` numbers a pipeline's transformers.
+def install(
+    transformer: nn.Module,
+    family: Family,
+    session: Session,
+    expert: int,
+    layout: Layout,
+    branches_of: Callable[[], int],
+) -> list[Any]:
+    """Hook the module the pipeline calls; returns the handles to remove.
+
+    Args:
+        expert: number of the transformer in its pipeline.
+        layout: of the latents that it takes and gives.
+        branches_of: tells, in a call, how many guidance branches it has.
 
     Raises:
         ValueError: another session is on this transformer, through another pipeline perhaps.
@@ -24,8 +37,16 @@ def install(transformer: nn.Module, family: Family, session: Session, expert: in
     if any(getattr(hook, "func", None) is _before for hook in transformer._forward_pre_hooks.values()):
         raise ValueError(f"{type(unwrap(transformer)).__name__} is attached already; leave that context first")
     names = tuple(inspect.signature(type(unwrap(transformer)).forward).parameters)[1:]
-    before = functools.partial(_before, names=names, family=family, session=session, expert=expert)
-    after = functools.partial(_after, session=session)
+    before = functools.partial(
+        _before,
+        names=names,
+        family=family,
+        session=session,
+        expert=expert,
+        layout=layout,
+        branches_of=branches_of,
+    )
+    after = functools.partial(_after, session=session, layout=layout)
     return [
         transformer.register_forward_pre_hook(before, with_kwargs=True),
         transformer.register_forward_hook(after),
@@ -41,26 +62,31 @@ def _before(
     family: Family,
     session: Session,
     expert: int,
+    layout: Layout,
+    branches_of: Callable[[], int],
 ) -> tuple[tuple, dict[str, Any]] | None:
     if session.in_source_pass:
         return None
     call = dict(zip(names, args, strict=False)) | kwargs
-    x = session.begin_call(expert, call["hidden_states"], call["timestep"], _conditions(call, family))
+    edit, branches = layout.video(call["hidden_states"]), branches_of()
+    samples = edit[: len(edit) // branches]  # every branch has the same latents
+    x = session.begin_call(expert, samples, call["timestep"], _conditions(call, family), branches=branches)
     if x is None:  # nothing of the source is needed for this call
         return None
-    source = call | _source_rows(call, x, family, session)
+    source = call | _source_rows(call, layout.of_model(x), family, session)
     if session.config.source == "store":
         with session.source_pass():
             module(**source)
         return None
-    names = ("hidden_states", "timestep", "encoder_hidden_states", *family.batched)
-    given = [name for name in names if call.get(name) is not None]
-    return (), call | {name: torch.cat([_expand(source[name], len(x)), _expand(call[name], len(x))]) for name in given}
+    names = tuple(name for name in ("hidden_states", "timestep", "encoder_hidden_states", family.prompt_mask) if name)
+    given = [name for name in (*names, *family.batched) if call.get(name) is not None]
+    both = {name: torch.cat([_expand(source[name], len(x)), _expand(call[name], len(edit))]) for name in given}
+    return (), call | both
 
 
 def _conditions(call: dict[str, Any], family: Family) -> dict[str, Any]:
     """What the source's forward has in common with the edit's: of batched arguments the first sample."""
-    own = ("hidden_states", "timestep", "encoder_hidden_states", "return_dict")
+    own = ("hidden_states", "timestep", "encoder_hidden_states", "return_dict", family.prompt_mask)
     given = {name: value for name, value in call.items() if value is not None and name not in own}
     given["prompt_tokens"] = call["encoder_hidden_states"].shape[1]  # padding counts: the source's prompt gets the same
     return {name: value[:1] if name in family.batched else value for name, value in given.items()}
@@ -80,19 +106,21 @@ def _source_rows(call: dict[str, Any], x: Tensor, family: Family, session: Sessi
         "timestep": call["timestep"][:batch],
         "encoder_hidden_states": session.source_prompt(prompt, batch),
     }
+    if family.prompt_mask is not None:
+        rows[family.prompt_mask] = session.source_prompt_mask(call[family.prompt_mask], batch)
     return rows | {name: call[name][:batch] for name in family.batched if call.get(name) is not None}
 
 
-def _after(module: nn.Module, args: tuple, output: Any, *, session: Session) -> Any:
+def _after(module: nn.Module, args: tuple, output: Any, *, session: Session, layout: Layout) -> Any:
     if session.in_source_pass:
         return None
     if isinstance(output, tuple):
-        return (session.end_call(output[0]), *output[1:])
-    output.sample = session.end_call(output.sample)
+        return (layout.of_model(session.end_call(layout.video(output[0]))), *output[1:])
+    output.sample = layout.of_model(session.end_call(layout.video(output.sample)))
     return output
 
 
-def run_on_source_only(transformer: Any, session: Session) -> Callable[[], None]:
+def run_on_source_only(transformer: Any, family: Family, session: Session) -> Callable[[], None]:
     """Let the transformer answer every call but the source's with zeros, without running.
 
     Returns:
@@ -107,7 +135,8 @@ def run_on_source_only(transformer: Any, session: Session) -> Callable[[], None]
         if session.in_source_pass or not active:
             return forward(*args, **kwargs)
         call = dict(zip(names, args, strict=False)) | kwargs
-        zeros = torch.zeros_like(call["hidden_states"][:, :channels])
+        x = call["hidden_states"]
+        zeros = torch.zeros_like(x[..., :channels] if family.token_latents else x[:, :channels])
         return (zeros,) if not call.get("return_dict", True) else Transformer2DModelOutput(sample=zeros)
 
     def undo() -> None:

@@ -7,14 +7,15 @@ import inspect
 import types
 from typing import Any
 
+from kvlock.adapters.layout import Layout
 from kvlock.flow import Flow, check_scheduler
 from kvlock.session import Session
 
 STEP_ARGUMENTS = ("model_output", "timestep", "sample")
 
 
-def install(scheduler: Any, session: Session) -> None:
-    """Patch `set_timesteps` and `step` of this scheduler object.
+def install(scheduler: Any, session: Session, layout: Layout) -> None:
+    """Patch `set_timesteps` and `step` of this scheduler object, which steps latents of this layout.
 
     The new methods hold only the class's own function and find the rest on `self`, so that a deep copy of the scheduler
     works on its own state.
@@ -34,14 +35,14 @@ def install(scheduler: Any, session: Session) -> None:
                 f"{type(scheduler).__name__}.{name} is patched on this object already, by another session for example; "
                 "leave that context first"
             )
-    scheduler.kvlock_session = session
+    scheduler.kvlock_session, scheduler.kvlock_layout = session, layout
     scheduler.set_timesteps = types.MethodType(_set_timesteps(type(scheduler).set_timesteps), scheduler)
     scheduler.step = types.MethodType(_step(type(scheduler).step), scheduler)
 
 
 def remove(scheduler: Any) -> None:
     """Undo `install`."""
-    for name in ("set_timesteps", "step", "kvlock_session"):
+    for name in ("set_timesteps", "step", "kvlock_session", "kvlock_layout"):
         vars(scheduler).pop(name, None)
 
 
@@ -58,11 +59,12 @@ def _step(original: Any) -> Any:
     @functools.wraps(original)
     def step(self: Any, model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
         session: Session = self.kvlock_session
-        velocity = session.guide(model_output, sample)
+        layout: Layout = self.kvlock_layout
+        velocity = layout.of_model(session.guide(layout.video(model_output), layout.video(sample)))
         result = original(self, velocity, timestep, sample, *args, **kwargs)
         if isinstance(result, tuple):
-            return (session.finish_step(result[0]), *result[1:])
-        result.prev_sample = session.finish_step(result.prev_sample)
+            return (layout.of_model(session.finish_step(layout.video(result[0]))), *result[1:])
+        result.prev_sample = layout.of_model(session.finish_step(layout.video(result.prev_sample)))
         return result
 
     return step

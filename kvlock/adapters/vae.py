@@ -18,6 +18,8 @@ def repair_stride(pipe: Any) -> None:
     (Wan2.2-TI2V-5B's, the miniature's) folds into channels.
     """
     geometry = Geometry.of(pipe)
+    if not hasattr(pipe, "vae_scale_factor_spatial"):
+        return  # it asks the VAE
     pipe.vae_scale_factor_temporal = geometry.temporal_stride
     if pipe.vae_scale_factor_spatial != geometry.spatial_stride:
         pipe.vae_scale_factor_spatial = geometry.spatial_stride
@@ -38,27 +40,33 @@ def decode(pipe: Any, latents: Tensor) -> Tensor:
     """Video [F, 3, H, W] fp32 in [-1, 1] of normalised latents [1, C, T, h, w]."""
     vae = pipe.vae
     mean, std = _statistics(vae, latents.device)
-    video = vae.decode((latents.float() * std + mean).to(vae.dtype)).sample
+    latents = (latents.float() * std + mean).to(vae.dtype)
+    conditioned = getattr(vae.config, "timestep_conditioning", False)  # on the noise that is left: none
+    video = (vae.decode(latents, latents.new_zeros(len(latents))) if conditioned else vae.decode(latents)).sample
     return video[0].transpose(0, 1).float().clamp(-1, 1)
 
 
 def _statistics(vae: Any, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the latents, [1, C, 1, 1, 1] fp32 each.
+    """Mean and scale of the latents, [1, C, 1, 1, 1] fp32 each: normalised ones are (z - mean) / scale.
 
     Raises:
-        ValueError: the VAE's config does not give one finite number a channel, or a deviation that is not above 0.
+        ValueError: the VAE does not have one finite number a channel, or a deviation that is not above 0.
     """
     mean, std = _per_channel(vae, "latents_mean"), _per_channel(vae, "latents_std", positive=True)
-    return mean.to(device), std.to(device)
+    if hasattr(vae.config, "latents_std"):
+        return mean.to(device), std.to(device)
+    return mean.to(device), (std / vae.config.scaling_factor).to(device)  # LTX: beside the statistics among the weights
 
 
 def _per_channel(vae: Any, name: str, *, positive: bool = False) -> Tensor:
-    values, channels = getattr(vae.config, name, None), vae.config.z_dim
+    channels = getattr(vae.config, "z_dim", None) or vae.config.latent_channels
+    values = getattr(vae.config, name, None) if hasattr(vae.config, name) else getattr(vae, name, None)
     try:
-        row = torch.tensor(values, dtype=torch.float32)  # on the CPU, where it can be looked at without waiting
+        # On the CPU, where it can be looked at without waiting.
+        row = torch.as_tensor(values, dtype=torch.float32, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError):  # no numbers, or none that fp32 can hold
         row = torch.empty(0)
     if row.shape != (channels,) or not row.isfinite().all() or (positive and not (row > 0).all()):
         wanted = f"{channels} finite numbers{' > 0' if positive else ''}"
-        raise ValueError(f"the VAE's config has {name}={values}; wanted {wanted}")
+        raise ValueError(f"the VAE has {name}={values}; wanted {wanted}")
     return row[None, :, None, None, None]

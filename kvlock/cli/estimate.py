@@ -85,7 +85,8 @@ def run(args: argparse.Namespace) -> None:
         print("memory     no source keys and values: nothing is locked")
         print(predictions)
         return
-    for cost, how in ((stored, "the source runs once a step"), (beside, "source='batch': it runs beside each branch")):
+    calls = "both branches" if model.sizes.joint_branches else "each branch"
+    for cost, how in ((stored, "the source runs once a step"), (beside, f"source='batch': it runs beside {calls}")):
         print(f"           {cost.forwards} with it ({cost.forwards / cost.forwards_plain:.2f}x), {how}")
     print(f"memory     {_bytes(stored.bytes_background)} of source K and V at a time, background rows in {dtype}")
     for rows_in in ("model", "int8"):

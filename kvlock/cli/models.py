@@ -23,6 +23,7 @@ class Model(NamedTuple):
     geometry: Geometry
     sizes: ModelSizes
     has_vace: bool
+    takes_frame_rate: bool  # whether the pipeline is told of the video's
     strength: float  # the share of its steps that the pipeline runs, the last ones: 1, or less from video to video
 
     def first_step(self, num_steps: int) -> int:
@@ -47,6 +48,8 @@ def describe(model: str | None) -> Model:
         ValueError: there is no such model, it is no diffusers pipeline, or pipeline or transformer is not supported or
             not made for the other.
     """
+    import diffusers
+
     from kvlock.adapters.families import FAMILIES, PIPELINES, STARTS_FROM_VIDEO, check_pair
     from kvlock.cost import ModelSizes
     from kvlock.geometry import Geometry
@@ -59,21 +62,17 @@ def describe(model: str | None) -> Model:
     if name not in FAMILIES:
         raise ValueError(f"transformer {name} is not supported; supported transformers: {', '.join(FAMILIES)}")
     check_pair(pipeline, name)
+    parameters = inspect.signature(getattr(diffusers, pipeline).__call__).parameters
     parts = SimpleNamespace(transformer=SimpleNamespace(config=transformer), vae=SimpleNamespace(config=vae))
     return Model(
         name=model or "embedded miniature",
         geometry=Geometry.of(parts),
-        sizes=ModelSizes.of(transformer),
+        sizes=ModelSizes.of(transformer)._replace(joint_branches=FAMILIES[name].joint_branches),
         has_vace=getattr(transformer, "vace_layers", None) is not None,
-        strength=_default_strength(pipeline) if pipeline in STARTS_FROM_VIDEO else 1.0,
+        takes_frame_rate="frame_rate" in parameters,
+        # What it takes where it is told none, as it is here.
+        strength=parameters["strength"].default if pipeline in STARTS_FROM_VIDEO else 1.0,
     )
-
-
-def _default_strength(pipeline: str) -> float:
-    """What the pipeline's call takes where it is told no `strength`, as it is here."""
-    import diffusers
-
-    return inspect.signature(getattr(diffusers, pipeline).__call__).parameters["strength"].default
 
 
 def _read_config(model: str | None, part: str) -> SimpleNamespace:

@@ -71,6 +71,8 @@ def checked(
         raise ValueError(f"--reference needs a VACE model; {model.name} is none")
     inputs.build_masks(source, model, reference_frames=len(references), dilate_tokens=config.dilate_tokens)
     settings = {"num_inference_steps": args.steps, **prompts, "reference_images": references or None}
+    if model.takes_frame_rate:
+        settings["frame_rate"] = source.fps
     return Task(source, prompts, settings)
 
 
