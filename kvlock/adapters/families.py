@@ -43,11 +43,17 @@ FAMILIES = {
     "WanVACETransformer3DModel": Family(
         "blocks", "vace_blocks", "attn1", "norm_k", "to_v", ("encoder_hidden_states_image", "control_hidden_states")
     ),
-    "SkyReelsV2Transformer3DModel": Family(
-        "blocks", None, "attn1", "norm_k", "to_v", ("encoder_hidden_states_image",)
-    ),
+    "SkyReelsV2Transformer3DModel": Family("blocks", None, "attn1", "norm_k", "to_v", ("encoder_hidden_states_image",)),
     "LTXVideoTransformer3DModel": Family(
-        "transformer_blocks", None, "attn1", "norm_k", "to_v", (), "encoder_attention_mask", True, True
+        "transformer_blocks",
+        None,
+        "attn1",
+        "norm_k",
+        "to_v",
+        (),
+        prompt_mask="encoder_attention_mask",
+        token_latents=True,
+        joint_branches=True,
     ),
 }
 
