@@ -169,7 +169,7 @@ class FileShelf(Shelf):
 
 
 class DiskShelf(FileShelf):
-    """A file that lasts one step, in a temporary folder that lasts as long as the session.
+    """A file that each step writes over, in a temporary folder that lasts as long as the session.
 
     Raises:
         ValueError: there is no such folder, or it cannot be written to.
@@ -188,7 +188,7 @@ class DiskShelf(FileShelf):
 
     def _put(self, piece: Piece, rows: Rows) -> None:
         if self._writer is None:
-            self._writer = StepWriter(self._path)
+            self._writer = StepWriter(self._path, over=True)
         self._outbox.add(self._writer, piece, rows, self._copy_stream)
         self._bytes += rows.bytes_kept
 
@@ -199,7 +199,17 @@ class DiskShelf(FileShelf):
             self._writer = None
             self._open(StepFile(self._path))
 
+    def turn_to(self, step: int) -> None:
+        self._forget()
+
     def clear(self) -> None:
+        try:
+            self._forget()
+        finally:
+            self._path.unlink(missing_ok=True)
+
+    def _forget(self) -> None:
+        """The step's rows, but not the file."""
         try:
             super().clear()
             self._outbox.discard()
@@ -207,7 +217,6 @@ class DiskShelf(FileShelf):
             if self._writer is not None:
                 self._writer.discard()
                 self._writer = None
-            self._path.unlink(missing_ok=True)
 
     def close(self) -> None:
         try:

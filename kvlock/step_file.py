@@ -50,17 +50,20 @@ class Piece(NamedTuple):
 class StepWriter:
     """Writes one file, which an error of the system removes again.
 
+    With `over` a file that is there is written over, which spares the system finding memory for a new one; nobody may
+    read it meanwhile. Without, there must be none.
+
     Raises:
         ValueError: the file cannot be written; the message names it and says why.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, over: bool = False) -> None:
         self.path = path
         self._entries: dict[str, dict] = {}
         self._end = 0  # of the data so far
         self._file: IO[bytes] | None = None
         with self._named_errors():
-            self._file = path.open("xb")
+            self._file = path.open("r+b" if over and path.exists() else "xb")
             self._file.seek(HEADER_BYTES)
 
     def add(self, piece: Piece, rows: Rows) -> None:
@@ -79,6 +82,7 @@ class StepWriter:
         with self._named_errors() as file:
             file.seek(0)
             file.write((HEADER_BYTES - 8).to_bytes(8, "little") + header.ljust(HEADER_BYTES - 8))
+            file.truncate(HEADER_BYTES + self._end)  # of a longer file that was here
             file.close()
 
     def discard(self) -> None:

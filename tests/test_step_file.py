@@ -42,6 +42,26 @@ def test_a_step_file_is_a_file_of_safetensors(tmp_path):
         assert part.data_ptr() % 64 == 0
 
 
+@pytest.mark.parametrize("before", [0, 3, 9], ids=["none", "shorter", "longer"])
+def test_what_is_written_over_a_file_is_all_that_it_holds(tmp_path, before):
+    path, piece = tmp_path / "step", Piece(0, "blocks", 0, "k")
+
+    def write(rows: int, *, value: float) -> None:
+        writer = StepWriter(path, over=True)
+        for tensor in "kv":
+            writer.add(piece._replace(tensor=tensor), Rows(torch.full((1, rows, 2, 8), value)))
+        writer.close()
+
+    if before:
+        write(before, value=1.0)
+        (tmp_path / "same").hardlink_to(path)
+    write(5, value=2.0)
+    assert torch.equal(StepFile(path).rows(piece).data, torch.full((1, 5, 2, 8), 2.0))
+    assert not before or path.samefile(tmp_path / "same")
+    with pytest.raises(ValueError, match=r"cannot write .*step: File exists"):
+        StepWriter(path)
+
+
 def test_rows_of_a_dtype_that_the_format_lacks_are_refused_by_name(tmp_path):
     writer, rows = StepWriter(tmp_path / "step"), Rows(torch.zeros(1, 1, 2, dtype=torch.complex64))
     with pytest.raises(ValueError, match=r"step cannot hold 0.blocks.0.k.data of torch.complex64; wanted one of F64"):
