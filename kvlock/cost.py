@@ -139,7 +139,8 @@ def estimate(
     )
     stores = config.source == "store" and locked > 0
     elsewhere = store.place != "device"
-    with_room = kernel == "backend" and config.fusion == "full" and not elsewhere and not store.packs
+    for_all = config.fusion == "full" and (config.branches == "both" or not model.joint_branches)  # samples of a call
+    with_room = kernel == "backend" and for_all and not elsewhere and not store.packs
     kept = (full if with_room else background) if stores else 0
     passing = kept * min(LAYERS_ON_DEVICE, layers) // layers
     # Every call needs every layer, and after the last one the first sets off once more; two layers just stay.

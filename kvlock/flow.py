@@ -154,6 +154,20 @@ class Flow:
             raise ValueError(f"step {step} lies outside the scheduler's {len(self.timesteps)} timesteps")
 
 
+def entry_of(timestep: Tensor, table: Tensor) -> int | None:
+    """Which entry of `table` [K] a `timestep` is a view of, which is known without a look at its values; or None.
+
+    Args:
+        timestep: of any shape; an expanded entry is one.
+    """
+    same = timestep.dtype == table.dtype and timestep.untyped_storage().data_ptr() == table.untyped_storage().data_ptr()
+    moves = any(size > 1 and stride != 0 for size, stride in zip(timestep.shape, timestep.stride(), strict=True))
+    if not same or moves or table.stride(0) == 0:
+        return None
+    entry, rest = divmod(int(timestep.storage_offset() - table.storage_offset()), table.stride(0))
+    return entry if rest == 0 and 0 <= entry < len(table) else None
+
+
 def _single_value(timestep: float | Tensor) -> float:
     if not isinstance(timestep, Tensor):
         return float(timestep)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvlock.config import MIN_HISTORY, KVLockConfig
-from kvlock.flow import Flow
+from kvlock.flow import Coefficients, Flow
 from kvlock.masks import Masks
 from kvlock_kernels import LockSchedule, guided_velocity, lock_schedule, windowed_variance_
 
@@ -24,7 +24,7 @@ class Guided(NamedTuple):
 
 
 class Run:
-    """Made at a run's first call of the transformer, from its latents `x` [B, C, T, h, w].
+    """Made at a run's first call of the transformer, from its latents `x` [B, C, T, h, w]; all tensors on their device.
 
     Steps count through the scheduler's full table, from `flow.start` to its end.
 
@@ -36,6 +36,7 @@ class Run:
         self,
         config: KVLockConfig,
         flow: Flow,
+        coefficients: Coefficients,
         masks: Masks,
         source_latents: Tensor,
         x: Tensor,
@@ -59,13 +60,14 @@ class Run:
         self.mixed = False  # whether the lock acted on a branch of this step
         self.ever_mixed = False
         self.window = config.locked_steps(steps, flow.sigmas, start=flow.start)  # where lock and boost act
-        self._masks = masks.to(device)
-        self._source = source_latents.to(device, torch.float32)
+        self._masks = masks
+        self._source = source_latents
         self._starts_from_video = starts_from_video
         self._eps: Tensor | None = None
         self.noise_dtype: torch.dtype | None = None  # of what the initial noise was taken from
-        self._coefficients = flow.coefficients(device)
-        self._base_guidance = torch.full((batch,), _base(config, guidance), device=device)
+        self._coefficients = coefficients
+        self._guidance = _base(config, guidance)
+        self._base_guidance = torch.full((batch,), self._guidance, device=device)
         self._boosted = self._base_guidance.clone()
         self._predictions = 0  # clean predictions since the variance's window was reset
         self._seen = torch.zeros(1, dtype=torch.int64, device=device)  # the same, where the kernels read it
@@ -159,9 +161,20 @@ class Run:
         self.expert = expert
         self._predictions = 0
         self._seen.zero_()
-        self._base_guidance.fill_(_base(self.config, guidance_of(expert)))
+        self.set_guidance(guidance_of(expert))
         self._boosted.copy_(self._base_guidance)
         return True
+
+    def set_guidance(self, scale: float) -> None:
+        """The pipeline's guidance scale from now on; this step's boost was planned, and applies to it."""
+        before, self._guidance = self._guidance, _base(self.config, scale)
+        if self._guidance == before:
+            return
+        self._base_guidance.fill_(self._guidance)
+        if before == 0:
+            self._boosted.copy_(self._base_guidance)
+        else:
+            self._boosted.mul_(self._guidance / before)
 
     def noised_source(self, x: Tensor) -> Tensor:
         """The source at this step's noise level, with each sample's own initial noise: [B, C, T, h, w] fp32."""
@@ -235,7 +248,7 @@ class Run:
 
     def composite(self, latents: Tensor) -> Tensor:
         """The edit inside the latent mask, the source outside it."""
-        return torch.where(self._masks.latent > 0, latents, self._source.to(latents))
+        return torch.where(self._masks.latent > 0, latents, self._source.to(latents.dtype))
 
     def _initial_noise(self, x: Tensor) -> Tensor:
         return self.flow.eps_from(x, self._source, self.step) if self._starts_from_video else x.float()

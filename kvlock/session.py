@@ -9,16 +9,15 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kvlock.config import KVLockConfig
-from kvlock.flow import Flow
+from kvlock.flow import Coefficients, Flow, entry_of
 from kvlock.locked_layers import LockedLayers
-from kvlock.masks import Masks
 from kvlock.recorder import Recorder
 from kvlock.recording import Recording
 from kvlock.run import Run
+from kvlock.source import Source
 from kvlock.trace import StepRecord, Trace
 
 
@@ -30,11 +29,13 @@ class Session:
         begin_call               end_call               unconditional branch, if there is one, and not in the first call
         guide, finish_step                              around scheduler.step
 
-    Nothing in this loop reads a device tensor on the host, except once a run the first timestep and, where there is a
-    recording, the conditions and the initial noise; and source rows, where they go to the host or the disk.
+    Nothing in this loop reads a device tensor on the host, nor copies one to the device, but source rows where they go
+    to the host or the disk; where there is a recording, once a run the conditions and the initial noise; and the first
+    timestep of a pipeline that does not hand over the scheduler's own.
 
     Attributes:
         config: the settings.
+        source: what is known of the source.
         trace: what the latest run did.
         in_source_pass: whether the transformer is running on the source right now.
     """
@@ -42,39 +43,44 @@ class Session:
     def __init__(
         self,
         config: KVLockConfig,
-        masks: Masks,
-        source_latents: Tensor,
-        source_prompt_embeds: Tensor | None,
+        source: Source,
         *,
         rows: LockedLayers,
         check_layers: Callable[[], None],
         guidance_of: Callable[[int], float],
         begin_index_of: Callable[[], int | None],
         starts_from_video: bool,
+        guidance_follows: bool,
         ledger: Recorder | Recording | None = None,
     ) -> None:
         self.config = config
         self.trace = Trace(config)
         self.in_source_pass = False
-        self._masks = masks
-        self._source_latents = source_latents
-        self._source_prompt_embeds = source_prompt_embeds
-        self._run_prompt: Tensor | None = None  # the same, as the run's prompt is: device, dtype and length
+        self.source = source
         self._rows = rows
         self._check_layers = check_layers
         self._guidance_of = guidance_of
         self._begin_index_of = begin_index_of
         self._starts_from_video = starts_from_video
+        self._guidance_follows = guidance_follows  # whether the pipeline heeds a scale that changes inside a run
         self._ledger = ledger  # what belongs to the source rows: written while they are recorded, compared afterwards
         self._flow: Flow | None = None
+        self._timesteps = torch.empty(0)  # those of `_flow`, as the scheduler has them
+        self._coefficients: Coefficients | None = None
         self._run: Run | None = None
 
     def __deepcopy__(self, memo: dict) -> Session:
         return self  # a copy of the scheduler goes on driving this edit
 
-    def set_schedule(self, flow: Flow) -> None:
-        """A new run begins with this schedule."""
-        self._flow, self._run, self._run_prompt = flow, None, None
+    def set_schedule(self, flow: Flow, timesteps: Tensor) -> None:
+        """A new run begins with this schedule, whose timesteps [K] are on the device of the run.
+
+        What the run needs goes there now, because copies to a device make the host wait for it.
+        """
+        self._flow, self._timesteps, self._run = flow, timesteps, None
+        self._coefficients = flow.coefficients(timesteps.device)
+        self.source.move(timesteps.device)
+        self._rows.to(timesteps.device)
         self.trace.clear()
         self.release()
 
@@ -102,6 +108,8 @@ class Session:
         run = self._run
         if run.use_expert(expert, self._guidance_of):
             self._rows.free()
+        elif self._guidance_follows:
+            run.set_guidance(self._guidance_of(expert))
         run.begin_call(len(x), branches)
         if not run.mixes:
             self._rows.off()
@@ -140,31 +148,6 @@ class Session:
             self._rows.off()
         run.recorded_step = run.step
         self._rows.lerp(run.call_ratio)
-
-    def source_prompt(self, prompt: Tensor, batch: int) -> Tensor:
-        """The source prompt's embeddings [batch, L, C], where and as the edit's `prompt` [B, L, C] is.
-
-        Shorter ones are padded with zeros, as Wan pipelines pad: their `encode_prompt` and their call differ in length.
-        """
-        embeds = self._source_prompt_embeds
-        if embeds is None:
-            raise ValueError("the lock needs source_prompt_embeds and has none; pass them to attach")
-        fits = embeds.ndim == 3 and len(embeds) in (1, batch) and embeds.shape[2] == prompt.shape[2]
-        if not fits or embeds.shape[1] > prompt.shape[1]:
-            raise ValueError(
-                f"source_prompt_embeds has shape {list(embeds.shape)}; "
-                f"wanted [1 or B, {prompt.shape[1]} or fewer, {prompt.shape[2]}] as the prompt has"
-            )
-        if self._run_prompt is None:  # once a run: a copy to the device at every step would wait for it
-            self._run_prompt = F.pad(embeds.to(prompt), (0, 0, 0, prompt.shape[1] - embeds.shape[1]))
-        return self._run_prompt.expand(batch, -1, -1)
-
-    def source_prompt_mask(self, mask: Tensor, batch: int) -> Tensor:
-        """As `mask` [B, L] marks the prompt's tokens: those of `source_prompt` in front of its padding, [batch, L]."""
-        assert self._source_prompt_embeds is not None
-        marked = torch.zeros_like(mask[:1])
-        marked[:, : self._source_prompt_embeds.shape[1]] = 1
-        return marked.expand(batch, -1)
 
     def end_call(self, output: Tensor) -> Tensor:
         """The transformer has run; returns the edit's part of its prediction."""
@@ -230,22 +213,30 @@ class Session:
     def close(self) -> None:
         """Free everything but the trace."""
         self.release()
-        self._flow = self._run = self._run_prompt = None
+        self._flow = self._run = None
 
     def _new_run(self, expert: int, x: Tensor, timestep: Tensor) -> Run:
         if self._flow is None:
             raise ValueError("the scheduler has set no timesteps since attach; was pipe.scheduler replaced?")
         flow = self._flow
         self._check_layers()
-        self._rows.to(x.device)
+        if x.device != self._timesteps.device:
+            self.source.move(x.device)
+            self._rows.to(x.device)
+            self._coefficients = flow.coefficients(x.device)
+        assert self._coefficients is not None
         # Read now: pipelines that set a begin index do so after they have set the timesteps.
         start = self._begin_index_of()
-        flow = flow.starting_at(flow.step_of(timestep) if start is None else start)
+        if start is None:
+            at = entry_of(timestep, self._timesteps)
+            start = flow.step_of(timestep if at is None else flow.timesteps[at])
+        flow = flow.starting_at(start)
         run = Run(
             self.config,
             flow,
-            self._masks,
-            self._source_latents,
+            self._coefficients,
+            self.source.masks,
+            self.source.latents,
             x,
             expert=expert,
             guidance=self._guidance_of(expert),

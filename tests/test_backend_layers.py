@@ -60,6 +60,16 @@ def test_a_full_lock_writes_the_foreground_behind_the_recorded_rows_and_copies_n
         assert torch.equal(joined[:, :3], before) and torch.equal(joined[:, 3:], x[tensor][:, [1, 3]])
 
 
+def test_samples_of_one_source_take_turns_with_the_room_behind_it():
+    layer, x = unit_layer(full=True, samples=1)
+    kept = {tensor: layer.source_rows(tensor, AFTER_ROPE).data for tensor in "kv"}
+    before = {tensor: data.clone() for tensor, data in kept.items()}
+    layer.attend(*(y.clone() for y in x.values()), scale=None)
+    for tensor, data in kept.items():
+        assert torch.equal(data[:, :3], before[tensor][:, :3])
+        assert torch.equal(data[0, 3:], x[tensor][3, [1, 3]])  # of the last sample
+
+
 def test_source_rows_of_another_number_of_samples_are_refused():
     layer, x = unit_layer(full=True, samples=2)
     with pytest.raises(ValueError, match=r"blocks\[0\] has source rows of 2 samples; wanted 1 or 4"):

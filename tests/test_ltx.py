@@ -183,6 +183,34 @@ def test_the_backend_goes_round_set_run_restore(pipe, step):
         assert torch.equal(tiny_ltx.call(pipe, steps=STEPS), plain)
 
 
+def test_a_guidance_scale_that_a_callback_changes_is_followed_as_the_pipeline_follows_it(pipe):
+    def change(_pipe, step, timestep, kwargs):
+        pipe._guidance_scale = {0: 2.0, 3: 3.0}.get(step, pipe.guidance_scale)
+        return kwargs
+
+    trace_only = preset("plain")
+    plain = tiny_ltx.call(pipe, steps=STEPS, callback_on_step_end=change)
+    found, rows = edited(pipe, trace_only, callback_on_step_end=change)
+    assert torch.equal(found, plain)
+    assert [row["guidance_scale"] for row in rows] == [[5.0], [2.0], [2.0], [2.0], [3.0], [3.0]]
+    boosted = KVLockConfig(fusion="off", optimized_scale=False, **WINDOW)
+    _, rows = edited(pipe, boosted, callback_on_step_end=change)
+    for row, scale in zip(rows[1:], (2, 2, 2, 3, 3), strict=True):
+        assert scale * (1 - 1e-6) <= row["guidance_scale"][0] <= 2 * scale * (1 + 1e-6)
+    assert rows[4]["guidance_scale"][0] == pytest.approx(1.5 * 2 * min(max(rows[3]["variance_masked"][0] / 0.5, 1), 2))
+
+
+def test_an_exception_inside_leaves_nothing(pipe):
+    def fail(_pipe, step, timestep, kwargs):
+        raise KeyboardInterrupt
+
+    plain = tiny_ltx.call(pipe, steps=STEPS)
+    with pytest.raises(KeyboardInterrupt):
+        edited(pipe, KVLockConfig(kappa=1.0, fusion=0.5), kernel="backend", callback_on_step_end=fail)
+    assert tiny.leftovers(pipe) == []
+    assert torch.equal(tiny_ltx.call(pipe, steps=STEPS), plain)
+
+
 def test_it_survives_regional_fullgraph_compile(pipe):
     register()
     torch._dynamo.reset()

@@ -167,37 +167,46 @@ def test_no_number_is_read_from_a_device_inside_the_loop(kind, schedule, source)
 
 
 READS = ("tolist", "cpu", "numpy", "item", "__bool__", "__float__", "__int__", "__index__")
+MAKES = ("tensor", "as_tensor", "asarray", "from_numpy")
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("source", ["store", "batch"])
-def test_from_the_second_step_on_kvlock_reads_no_tensor_on_the_host(wan, source, kernel, monkeypatch):
-    """On a CPU `tolist` and its like dispatch no operator, so they are watched by who calls them."""
-    read: list[str] = []
+@pytest.mark.parametrize("kind", ["wan", "vace", "v2v"])
+def test_in_the_loop_kvlock_reads_no_tensor_on_the_host_and_sends_none_to_the_device(
+    wan, vace, v2v, kind, source, kernel, monkeypatch
+):
+    """On a CPU `tolist` and its like dispatch no operator and copies go nowhere: they are watched by who calls them."""
+    pipe, found = {"wan": wan, "vace": vace, "v2v": v2v}[kind], []
 
-    def watch(name):
-        original = getattr(torch.Tensor, name)
+    def watch(owner, name, counts):
+        original = getattr(owner, name)
 
-        def method(self, *args, **kwargs):
+        def watched(*args, **kwargs):
             caller = sys._getframe(1)
-            if caller.f_globals.get("__name__", "").startswith("kvlock"):
-                read.append(f"{name} in {caller.f_code.co_name}")
-            return original(self, *args, **kwargs)
+            if caller.f_globals.get("__name__", "").startswith("kvlock") and counts(*args[1:], *kwargs.values()):
+                found.append(f"{name} in {caller.f_code.co_name}")
+            return original(*args, **kwargs)
 
-        monkeypatch.setattr(torch.Tensor, name, method)
-
-    def after_step(pipe, step, timestep, kwargs):
-        if step == 0:
-            read.clear()  # the first timestep of a run is looked up by its value
-        return kwargs
+        monkeypatch.setattr(owner, name, watched)
 
     for name in READS:
-        watch(name)
-    with attach(wan, config=KVLockConfig(kappa=3, window=3, tau=0.6, source=source), kernel=kernel) as session:
-        tiny.call(wan, steps=STEPS, callback_on_step_end=after_step)
-        assert read == []
+        watch(torch.Tensor, name, lambda *args: True)
+    watch(torch.Tensor, "to", lambda *args: any(not isinstance(to, torch.dtype | bool) for to in args))
+    for name in MAKES:
+        watch(torch, name, lambda *args: True)
+    # Before the loop the schedule is read, and what a run needs sent to its device.
+    def before_the_loop(*_):
+        found.clear()
+        begin.remove()
+
+    begin = pipe.transformer.register_forward_pre_hook(before_the_loop)
+    config = KVLockConfig(kappa=3, window=3, tau=0.6, source=source, background_guidance=1.0, composite="latent")
+    with attach(pipe, config=config, kernel=kernel) as session:
+        tiny.call(pipe, steps=STEPS, callback_on_step_end=lambda _pipe, step, *_: found.append("step") or {})
+        assert found == ["step"] * len(session.trace)
         trace = session.trace.rows()
-    assert read == ["tolist in _to_rows"]
+    assert found[-1] == "tolist in _to_rows"
     tiny.assert_locked(trace, session.trace.config)
 
 

@@ -23,6 +23,7 @@ from kvlock.places import Shelf, shelf_of
 from kvlock.recorder import Recorder
 from kvlock.recording import RecordedShelf, Recording
 from kvlock.session import Session
+from kvlock.source import Source
 from kvlock.store import PLACES, Store
 
 AnySession = TypeVar("AnySession", bound=Session)
@@ -166,14 +167,13 @@ def on_pipeline(
         agree_on_source(ledger, source_latents, masks, source_prompt_embeds)
     session = session_type(
         config,
-        masks,
-        source_latents,
-        source_prompt_embeds,
+        Source(masks, source_latents, source_prompt_embeds),
         rows=lock.layers,
         check_layers=lock.require_same,
         guidance_of=lambda expert: _guidance(pipe, expert, config),
         begin_index_of=lambda: getattr(pipe.scheduler, "begin_index", None),
         starts_from_video=is_one_of(pipe, STARTS_FROM_VIDEO),
+        guidance_follows=joint,
         ledger=ledger,
     )
 

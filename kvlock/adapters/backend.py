@@ -86,7 +86,7 @@ class BackendLayer(Holder):
             return self._attend_beside(q, k, v, scale)
         k_source, v_source = self.source_rows("k", AFTER_ROPE), self.source_rows("v", AFTER_ROPE)
         if shared.full:
-            return self._attend_as_before(q, self._joined(k_source, k), self._joined(v_source, v), scale)
+            return self._attend_to_joined(q, k, v, k_source, v_source, scale)
         options = k_source.options("k") | v_source.options("v")
         return kv_lerp_attention_(
             q, k, v, k_source.data, v_source.data, shared.index, shared.ratio, scale=scale, **options
@@ -99,10 +99,23 @@ class BackendLayer(Holder):
         index = shared.order if with_room else shared.index
         self.keep(tensor, shared.store.keep(x, index, x.shape[2], keys=tensor == "k"), AFTER_ROPE)
 
+    def _attend_to_joined(
+        self, q: Tensor, k: Tensor, v: Tensor, k_source: Rows, v_source: Rows, scale: float | None
+    ) -> Tensor:
+        """Attention to source rows and foreground ones; samples of one source take turns with the room behind it."""
+        if len(k_source.data) == 1 < len(k) and self._has_room(k_source, k):
+            samples = zip(q.split(1), k.split(1), v.split(1), strict=True)
+            return torch.cat([self._attend_to_joined(*sample, k_source, v_source, scale) for sample in samples])
+        return self._attend_as_before(q, self._joined(k_source, k), self._joined(v_source, v), scale)
+
+    def _has_room(self, kept: Rows, x: Tensor) -> bool:
+        """Whether the foreground rows of x [B, N, H, D] fit behind the source rows."""
+        return kept.data.shape[1] == x.shape[1] and not self.shared.store.packs
+
     def _joined(self, kept: Rows, x: Tensor) -> Tensor:
         """Source rows, then the foreground rows of x [B, N, H, D]: attention does not ask for the order of its keys."""
         rows, foreground, source = self.shared.rows, self.shared.foreground, kept.unpacked(x.dtype)
-        if len(source) == len(x) and source.shape[1] == x.shape[1] and not self.shared.store.packs:
+        if len(source) == len(x) and self._has_room(kept, x):
             torch.index_select(x, 1, foreground, out=source[:, rows:])
             return source
         if len(source) not in (1, len(x)):

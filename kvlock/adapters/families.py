@@ -24,7 +24,8 @@ class Family:
         batched: keyword arguments of the forward with a sample axis, beside hidden_states, timestep and the prompt.
         prompt_mask: name of the forward's argument that marks the prompt's tokens [B, L], or None where zeros pad it.
         token_latents: whether latents reach transformer and scheduler as tokens [B, T * h * w, C].
-        joint_branches: whether one forward has both guidance branches, the unconditional samples first.
+        joint_branches: whether one forward has both guidance branches, the unconditional samples first; such a pipeline
+            looks up its guidance scale anew in each step.
     """
 
     blocks: str

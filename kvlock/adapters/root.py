@@ -104,10 +104,10 @@ def _source_rows(call: dict[str, Any], x: Tensor, family: Family, session: Sessi
     rows = {
         "hidden_states": x.to(edit.dtype),
         "timestep": call["timestep"][:batch],
-        "encoder_hidden_states": session.source_prompt(prompt, batch),
+        "encoder_hidden_states": session.source.prompt(prompt, batch),
     }
     if family.prompt_mask is not None:
-        rows[family.prompt_mask] = session.source_prompt_mask(call[family.prompt_mask], batch)
+        rows[family.prompt_mask] = session.source.prompt_mask(call[family.prompt_mask], batch)
     return rows | {name: call[name][:batch] for name in family.batched if call.get(name) is not None}
 
 

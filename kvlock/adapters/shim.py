@@ -50,7 +50,7 @@ def _set_timesteps(original: Any) -> Any:
     @functools.wraps(original)  # pipelines read the signature
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        self.kvlock_session.set_schedule(Flow.from_scheduler(self))
+        self.kvlock_session.set_schedule(Flow.from_scheduler(self), self.timesteps)
 
     return set_timesteps
 
