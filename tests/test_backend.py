@@ -85,6 +85,16 @@ def test_the_backend_gives_the_latents_of_the_hooks(pipes, kind, schedule, setti
     assert bool(operators.locks) == (config.fusion != "full")
 
 
+def test_half_precision_is_locked_too():
+    """What is mixed is counted: in so small a model the lock changes latents little more than rounding does."""
+    pipe = tiny.pipeline(WanPipeline)
+    pipe.transformer.to(torch.bfloat16)
+    embeds = {name: value.bfloat16() for name, value in tiny.PROMPT.items()}
+    with tiny.Operators() as operators:
+        tiny.locked_call(pipe, KVLockConfig(**WINDOW), steps=STEPS, kernel="backend", **embeds)
+    assert operators.locks == {"kv_lerp_attention_": 2 * 2 * 3}  # layers, branches, steps
+
+
 def test_control_blocks_agree_too(pipes):
     config = KVLockConfig(**WINDOW, control_blocks=True)
     expected, _ = tiny.locked_call(pipes["vace"], config, steps=STEPS)

@@ -135,6 +135,10 @@ def test_rows_elsewhere_leave_two_layers_on_the_device_and_move_for_every_branch
     assert (one_branch.bytes_moved, one_branch.bytes_moved_replay) == (kept + 31 * layer, 31 * layer)
     joint = WAN_1_3B._replace(joint_branches=True)
     assert cost(store=Store(place="host"), model=joint).bytes_moved == kept + 31 * layer
+    one = {"config": KVLockConfig(fusion="full", branches="cond"), "kernel": "backend"}
+    assert cost(**one).bytes_kept == cost(**one).bytes_full
+    assert cost(**one, model=joint).bytes_kept == kept  # the other branch of the call needs its own rows
+    assert cost(KVLockConfig(source="batch"), model=joint).forwards == cost(model=joint).forwards == 120
     assert cost(KVLockConfig(layers=(3, 5)), store=Store(place="host")).bytes_moved_replay == 2 * layer  # they stay
     assert cost(KVLockConfig(layers=(3,)), store=Store(place="host")).bytes_device == kept // 30
     assert cost(preset("plain"), store=Store(place="host")).bytes_recording == 0

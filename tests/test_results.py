@@ -1,5 +1,6 @@
 """What the documents and the choice of kernels say of measurements is what the committed rows say."""
 
+import inspect
 import re
 
 import pytest
@@ -159,6 +160,40 @@ def test_mixing_first_is_chosen_where_rows_show_it_faster_than_the_other_ways() 
         first, *others = (row("kv_lerp_attention_", way, shape, "int8") for way in ways)
         assert first is not None
         assert all(other is not None and float(first.p50) < float(other.p50) for other in others)
+
+
+def test_the_numbers_beside_the_choice_of_kernels_are_those_of_the_rows() -> None:
+    said = " ".join(inspect.getsource(attend).replace("\n#", "\n").split())
+    names = {heads: {n: shape.name for n, shape in _gpu_tables.lengths(heads).items()} for heads in (12, 40)}
+
+    def over(one: Row | None, other: Row | None) -> float:
+        assert one is not None and other is not None
+        return float(one.p50) / float(other.p50)
+
+    def own(heads: int, *tokens: int) -> list[str]:
+        of = lambda n, provider: row("attention", provider, names[heads][n])
+        return [f"{over(of(n, 'kvlock sm_90'), of(n, 'SDPA cuDNN')):.2f}" for n in tokens]
+
+    assert "{} and {} times cuDNN's time at 32760 and 75600".format(*own(12, 32760, 75600)) in said
+    assert "{}, {} and {} times at 4096, 8192 and 16384".format(*own(12, 4096, 8192, 16384)) in said
+    many = "with 40 heads {} and {} at 32760 and 75600, and {}, {} and {} below"
+    assert many.format(*own(40, 32760, 75600, 4096, 8192, 16384)) in said
+    small = {heads: names[heads][4096] for heads in names}
+    locked = [
+        over(row("kv_lerp_attention_", "kvlock", small[n], source), row("attention", "SDPA cuDNN", small[n]))
+        for n, source in ((12, "bf16"), (12, "int8"), (12, "e4m3"), (40, "int8"))
+    ]
+    assert f"mixing first takes {min(locked):.2f} to {max(locked):.2f} times as long as plain attention" in said
+    ways = {way: row("kv_lerp_attention_", way, SHAPES[4096], "int8") for way in ("kvlock", "in loop", "one launch")}
+    few = over(*(row("kv_lerp_attention_", way, SHAPES[4096], "bf16") for way in ("in loop", "kvlock")))
+    many_times = over(ways["in loop"], ways["kvlock"])
+    assert f"mixing in the loop {few:.0f} (bf16) to {many_times:.0f} times (int8) as long as that" in said
+    assert f"one launch {over(ways['one launch'], ways['kvlock']):.1f} times" in said
+    twice = over(*(row("kv_lerp_attention_", way, SHAPES[32760], "int8") for way in ("one launch", "kvlock")))
+    assert "one launch takes twice as long" in said and round(twice) == 2
+    rates = [row("attention", f"SDPA {name}", SHAPES[32760]) for name in ("cuDNN", "FLASH", "EFFICIENT")]
+    tens = [10 * round(float(r.rate) / 10) for r in rates if r is not None]
+    assert "cuDNN reaches {} TFLOP/s at 32760 tokens, FLASH {}, EFFICIENT {}".format(*tens) in said
 
 
 def test_every_row_says_what_it_was_measured_on() -> None:

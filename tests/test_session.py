@@ -166,6 +166,23 @@ def test_no_number_is_read_from_a_device_inside_the_loop(kind, schedule, source)
         tiny.call(pipe, steps=STEPS, callback_on_step_end=read)
 
 
+@pytest.mark.parametrize("source", ["store", "batch"])
+def test_a_prompt_that_a_callback_lengthens_has_a_source_prompt_as_long(wan, source):
+    calls = Calls(wan)
+
+    def lengthen(pipe, step, timestep, tensors):
+        longer = {name: torch.cat([embeds, embeds], dim=1) for name, embeds in tensors.items() if name != "latents"}
+        return tensors | (longer if step == 3 else {})
+
+    changed = ["latents", "prompt_embeds", "negative_prompt_embeds"]
+    with tiny.attached(wan, KVLockConfig(kappa=3, window=3, tau=0.6, source=source)):
+        tiny.call(wan, steps=STEPS, callback_on_step_end=lengthen, callback_on_step_end_tensor_inputs=changed)
+    calls.restore()
+    last = calls.found[-3 if source == "store" else -2]["encoder_hidden_states"][:1]
+    assert last.shape[1] == 2 * tiny.TEXT
+    assert torch.equal(last, torch.nn.functional.pad(tiny.SOURCE_PROMPT, (0, 0, 0, tiny.TEXT)))
+
+
 READS = ("tolist", "cpu", "numpy", "item", "__bool__", "__float__", "__int__", "__index__")
 MAKES = ("tensor", "as_tensor", "asarray", "from_numpy")
 

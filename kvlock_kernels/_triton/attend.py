@@ -59,11 +59,12 @@ def kv_lerp_attention(
 ) -> tuple[Tensor, Tensor]:
     """See `kvlock_kernels.kv_lerp_attention`: mixes copies of k and v, unless it mixes in the loop.
 
-    Torch's attention keeps the log-sum-exp to itself: it comes from the kernel of this package for sm_90, which has
-    tests of its own for a GPU, or from the one that mixes in its loop.
+    Torch's attention keeps the log-sum-exp to itself: it comes from this package's kernel for sm_90 where the table has
+    that one, and otherwise from the one that mixes in its loop.
     """
-    own = own_kernel(q, k, scale) if return_lse else None
-    if choice(q, k, k_source).way == IN_LOOP or (return_lse and own is None):
+    line = choice(q, k, k_source)
+    own = own_kernel(q, k, scale) if return_lse and OWN in line.plain else None
+    if line.way == IN_LOOP or (return_lse and own is None):
         return attend_in_loop(q, k, v, k_source, *args, scale=scale, return_lse=return_lse, **options)
     k, v = (x.clone(memory_format=torch.contiguous_format) for x in (k, v))
     if own is not None:
