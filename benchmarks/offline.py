@@ -8,10 +8,9 @@ import contextlib
 import json
 import os
 import re
-import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -21,6 +20,7 @@ import torch
 
 from benchmarks.__main__ import CASES
 from benchmarks._case import Case
+from benchmarks._machine_code import Instruction, disassembled, output_of, product_loop
 from kvlock_kernels import _cuda
 
 ARCHS = (80, 89, 90)
@@ -100,26 +100,32 @@ def compiling_for(arch: int) -> Iterator[list[Any]]:
         yield kernels
 
 
-def compile_case(case: Case, arch: int) -> list[Compiled]:
-    """The kernels of one call: tensors are on the meta device, where they have shapes, strides and alignment."""
+def compile_cases(cases: Iterable[Case]) -> list[tuple[Case, Compiled]]:
+    """Each case with the kernels of a call of it, for each of its architectures, in the order of their launches."""
+    found = [(case, arch, kernel) for case in cases for arch in case.archs for kernel in _launched(case, arch)]
+    codes = disassembled([kernel for *_, kernel in found])
+    return [(one[0], _inspected(*one, code)) for one, code in zip(found, codes, strict=True)]
+
+
+def _launched(case: Case, arch: int) -> list[Any]:
+    """Tensors are on the meta device, where they have shapes, strides and alignment."""
     inputs = case.make(case.shape, "meta", 0)
     with compiling_for(arch) as kernels:
         (case.launch or _cuda.launchers()[case.op])(**inputs)
-    return [_inspected(case, arch, kernel) for kernel in kernels]
+    return kernels
 
 
-def _inspected(case: Case, arch: int, kernel: Any) -> Compiled:
+def _inspected(case: Case, arch: int, kernel: Any, code: list[Instruction]) -> Compiled:
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        usage = _output(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name)
-    code = disassembled(kernel)
+        usage = output_of(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name)
     registers = re.search(r"REG:(\d+)", usage)
     if registers is None:
         raise RuntimeError(f"cuobjdump says nothing of the registers of {kernel.metadata.name}: {usage!r}")
-    opcodes = Counter(INSTRUCTION.findall(code))
+    opcodes = Counter(instruction.opcode for instruction in code)
 
     def count(name: str, width: str | None = None) -> int:
         parts = ((opcode.split("."), n) for opcode, n in opcodes.items())
@@ -133,37 +139,6 @@ def _inspected(case: Case, arch: int, kernel: Any) -> Compiled:
         sum(n for opcode, n in opcodes.items() if re.match("ATOM|RED(?!UX)", opcode)),
         kernel.metadata.launch_pdl, count("ACQBULK"),
     )
-
-
-def disassembled(kernel: Any) -> str:
-    """The machine code of a compiled kernel, an instruction a line."""
-    from triton import knobs
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        return _output(knobs.nvidia.nvdisasm.path, "-c", file.name)
-
-
-INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
-
-
-def product_loop(code: str) -> str:
-    """The number of instructions in the smallest loop of the machine code that has products in it; or a dash."""
-    lines, labels, loops = code.splitlines(), {}, []
-    for number, line in enumerate(lines):
-        if label := re.match(r"(\.L_x_\d+):", line):
-            labels[label[1]] = number
-        target = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
-        if target and target[1] in labels:
-            body = INSTRUCTION.findall("\n".join(lines[labels[target[1]] : number + 1]))
-            if any("HMMA" in opcode or "HGMMA" in opcode for opcode in body):
-                loops.append(len(body))
-    return str(min(loops)) if loops else "–"
-
-
-def _output(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def table(kernels: list[Compiled], triton_version: str) -> str:
@@ -200,7 +175,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("TRITON_INTERPRET is set: the interpreter compiles nothing; unset it and run again")
     import triton
 
-    compiled = [kernel for case in OFFLINE for arch in case.archs for kernel in compile_case(case, arch)]
+    compiled = [kernel for _, kernel in compile_cases(OFFLINE)]
     text = table(compiled, triton.__version__)
     if options.write:
         readme = README.read_text(encoding="utf-8")

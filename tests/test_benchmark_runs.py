@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks import __main__ as runner
+from benchmarks import figures
 from benchmarks._harness import Ceilings, Row, read
 from benchmarks.report import H100
 
@@ -29,10 +30,12 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
                                     setting=case.setting, **spread.get(provider.name, {}))  # fmt: skip
 
     spread: dict[str, dict[str, str]] = {}
+    drawn: list[Path] = []
     monkeypatch.setattr(runner, "Machine", lambda commit: SimpleNamespace(file="gpu.csv"))
     monkeypatch.setattr(runner, "copy_row", lambda machine: (copy, 3e12))
     monkeypatch.setattr(runner, "matmul_row", lambda machine: (copy._replace(op="matmul"), 7e14))
     monkeypatch.setattr(runner, "rows", rows)
+    monkeypatch.setattr(figures, "draw", drawn.append)
     monkeypatch.setattr(runner.time, "monotonic", lambda: clock.now)
 
     def once(minutes: float = 1e9, late: str = "") -> list[tuple[str, str, str]]:
@@ -40,6 +43,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         spread.clear()
         spread.update({late: {"p80": "9999"}} if late else {})
         runner.measure(CASES, tmp_path, None, new=True, minutes=minutes)
+        assert drawn.pop() == tmp_path / "gpu.csv"
         return [(row.op, row.provider, row.shape) for row in read(tmp_path / "gpu.csv")[before + 2 :]]
 
     return once

@@ -22,8 +22,9 @@ EDIT_FILES = ["out.mp4", *edit.BESIDE]
 
 
 def test_the_example_needs_no_file_and_writes_everything(kvlock, here, model, written):
-    code, out, _ = kvlock("edit", "--example", "--model", model, "--steps", 5, "--preset", "fixed-0.5")
+    code, out, _ = kvlock("edit", "--example", "--model", model, "--steps", 5, "--preset", "fixed-0.5", drawn=True)
     assert code == 0
+    assert all(Image.open(path).width > 600 for path in (here / "kvlock-out").glob("*.png"))
     assert written(here) == sorted(f"kvlock-out/{name}" for name in [*EDIT_FILES, *edit.BESIDE_EXAMPLE])
     scene = scenes.sample(10**6 + inputs.EXAMPLE_SCENE)
     trace = json.loads((here / "kvlock-out/trace.json").read_text())

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from benchmarks import offline
+from benchmarks._machine_code import Instruction, disassembled
 from kvlock_kernels._triton import hopper
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -20,19 +21,23 @@ CASES = [  # M, N, D, dtype
 ]
 
 
-def compiled(m: int, n: int, d: int, dtype: torch.dtype) -> dict[str, Any]:
+def launched(m: int, n: int, d: int, dtype: torch.dtype) -> Any:
+    """The kernel of one call."""
     q, k, v = (torch.empty(1, rows, min(rows, 12), d, dtype=dtype, device="meta") for rows in (m, n, n))
     with offline.compiling_for(90) as kernels:
         hopper.attention(q, k, v, scale=d**-0.5, return_lse=True)
-    code = offline.disassembled(kernels[0])
-    opcodes = [opcode.split(".")[0] for opcode in offline.INSTRUCTION.findall(code)]
+    return kernels[0]
+
+
+def inspected(case: tuple[Any, ...], kernel: Any, code: list[Instruction]) -> dict[str, Any]:
+    opcodes = [one.opcode.split(".")[0] for one in code]
     return {
-        "case": f"M{m}-N{n}-D{d}-{dtype}",
-        "warps": kernels[0].metadata.num_warps,
-        "shared": kernels[0].metadata.shared,
+        "case": "M{}-N{}-D{}-{}".format(*case),
+        "warps": kernel.metadata.num_warps,
+        "shared": kernel.metadata.shared,
         "spills": opcodes.count("LDL") + opcodes.count("STL"),
         "hgmma": opcodes.count("HGMMA"),
-        "overlaps": list(overlaps(code)),
+        "overlaps": list(overlaps("\n".join(one.opcode + one.operands for one in code))),
     }
 
 
@@ -43,4 +48,5 @@ def overlaps(code: str) -> Iterator[int]:
 
 
 if __name__ == "__main__":
-    print(json.dumps([compiled(*case) for case in CASES]))
+    kernels = [launched(*case) for case in CASES]
+    print(json.dumps([*map(inspected, CASES, kernels, disassembled(kernels))]))

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -9,7 +10,8 @@ import numpy as np
 import torch
 import triton.language as tl
 from serving import served
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+from triton.runtime import interpreter
+from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, TensorHandle
 
 from kvlock_kernels import _cuda
 from kvlock_kernels._triton import persistent
@@ -22,8 +24,45 @@ def kernels_on_cpu() -> Iterator[None]:
     alone = mock.patch.object(persistent, "resident_programs", lambda device: 1)
     oldest = mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: _cuda.OLDEST)
     # The interpreter computes in numpy, which warns of NaN and inf where a GPU goes on.
-    with alone, oldest, bf16_as_on_a_gpu(), np.errstate(all="ignore"), served(_cuda.launchers()):
+    with alone, oldest, bf16_as_on_a_gpu(), sooner(), np.errstate(all="ignore"), served(_cuda.launchers()):
         yield
+
+
+@contextlib.contextmanager
+def sooner() -> Iterator[None]:
+    """Has the interpreter do once, or for a whole block, what it does at every call and for every number.
+
+    It puts its operations into triton.language whenever a kernel calls a function, makes a table of all dtypes to look
+    one up, and calls a function that reduces a block with two numbers at a time.
+    """
+    known: dict[str, np.dtype] = {}
+    look_up, nothing = interpreter._get_np_dtype, SimpleNamespace(restore=lambda: None)
+
+    def np_dtype(dtype: Any) -> np.dtype:
+        name = dtype.scalar.name
+        if name not in known:
+            known[name] = look_up(dtype.scalar)
+        return known[name]
+
+    languages = interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+    with (
+        mock.patch.object(interpreter, "_patch_lang", lambda function: nothing),
+        mock.patch.object(interpreter, "_get_np_dtype", np_dtype),
+        mock.patch.object(ReduceOps, "generic_reduce", reduced_by_halves),
+    ):
+        try:
+            yield
+        finally:
+            languages.restore()
+
+
+def reduced_by_halves(self: ReduceOps, blocks: tuple[tl.tensor, ...]) -> list[tl.tensor]:
+    """One block reduced along an axis by a function that takes two blocks, in a tree as on a GPU."""
+    (block,), axis = blocks, self.axis
+    data = block.handle.data
+    while data.shape[axis] > 1:
+        data = self.combine_fn.fn(*(self.to_tensor(half, block.dtype) for half in np.split(data, 2, axis))).handle.data
+    return [self.to_tensor(data if self.keep_dims else data.squeeze(axis), block.dtype)]
 
 
 @contextlib.contextmanager

@@ -61,8 +61,6 @@ if __name__ == "__main__":
     cases = at_other_dims() if "dims" in sys.argv else few()
     kernels = [
         kernel._asdict() | {"case": f"{case.name} {case.dtype} D{case.shape.dim}"}
-        for case in cases
-        for arch in case.archs
-        for kernel in offline.compile_case(case, arch)
+        for case, kernel in offline.compile_cases(cases)
     ]
     print(json.dumps(kernels))

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from benchmarks import offline
+from benchmarks._machine_code import INSTRUCTION, output_of
 from kvlock_kernels import _extension
 
 pytestmark = pytest.mark.skipif(
@@ -26,8 +26,8 @@ def code(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
     for cubin in folder.glob("*.cubin"):
         arch = re.search(r"sm_\d+", cubin.name)
         assert arch is not None
-        for part in re.split(r"\n(?=\.text\.)", offline._output(tools.nvdisasm.path, "-c", str(cubin)))[1:]:
-            found[arch[0], part.split(":", 1)[0]] = Counter(offline.INSTRUCTION.findall(part))
+        for part in re.split(r"\n(?=\.text\.)", output_of(tools.nvdisasm.path, "-c", str(cubin)))[1:]:
+            found[arch[0], part.split(":", 1)[0]] = Counter(opcode for _, opcode, _ in INSTRUCTION.findall(part))
     return found
 
 

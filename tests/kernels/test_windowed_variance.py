@@ -18,10 +18,10 @@ EACH_IMPLEMENTATION = True
 RINGS = {
     "W2-B1-N5": (2, (1, 5)),
     "W10-B2-C3-T5-h4-w6": (10, (2, 3, 5, 4, 6)),
-    "W3-B64-scalars": (3, (64,)),
+    "W3-B16-scalars": (3, (16,)),
     "W1-B2-N5-never-two-entries": (1, (2, 5)),
     "W3-B2-N2501-several-blocks-tail": (3, (2, 2501)),
-    "W20-B1-N300-a-loop-over-the-slots": (20, (1, 300)),
+    "W17-B1-N300-a-loop-over-the-slots": (17, (1, 300)),
 }
 
 
@@ -44,7 +44,8 @@ def weights_of(x: Tensor, weight: Tensor | None) -> Tensor:
 
 
 def weighted_mean(x: Tensor, weights: Tensor) -> Tensor:
-    return torch.stack([(a * b).sum() / b.sum() for a, b in zip(x, weights, strict=True)])
+    x, weights = x.reshape(len(x), -1), weights.reshape(len(x), -1)
+    return (x * weights).sum(1) / weights.sum(1)
 
 
 def evaluations(seen: list[Tensor], slots: int, weight: Tensor | None = None) -> list[Tensor]:
@@ -82,7 +83,7 @@ def by_running_sums(window: Tensor) -> Tensor:
     return squares / max(len(window) - 1, 1)
 
 
-LONG = ("W3-B64-scalars", "W20-B1-N300-a-loop-over-the-slots")  # in one dtype: what is read is turned into fp32 first
+LONG = ("W3-B16-scalars", "W17-B1-N300-a-loop-over-the-slots")  # in one dtype: what is read is turned into fp32 first
 
 
 @pytest.mark.parametrize(
@@ -107,10 +108,10 @@ def test_every_step_of_two_turns_of_the_ring_is_as_accurate_as_torch_var(ring: A
 @pytest.mark.parametrize("ratio", [1.0, 1e2, 1e4])
 @pytest.mark.parametrize("elements", [500, 1300], ids=["N500", "N1300-several-blocks"])
 def test_a_mean_far_above_the_deviation_costs_no_accuracy(ratio: float, elements: int) -> None:
-    history, seen = empty_ring(10, 2, elements), []
-    for step in range(13):
-        seen.append(ratio + normal(2, elements, seed=step))
-        actual = windowed_variance_(seen[-1], history, torch.tensor(step))
+    history, seen = empty_ring(10, 2, elements), [ratio + normal(2, elements, seed=step) for step in range(13)]
+    for step in range(12):
+        history[step % 10] = seen[step]
+    actual = windowed_variance_(seen[-1], history, torch.tensor(12))
     exact = expected_variance([x.double() for x in seen], 10)
     assert_as_accurate_as_torch(actual, evaluations(seen, 10), exact)
 
@@ -154,8 +155,14 @@ def test_a_step_back_to_zero_starts_a_new_window_over_stale_slots() -> None:
             assert expected.tolist() == [0.0, 0.0]
 
 
-def test_more_blocks_than_parts_are_all_summed() -> None:
-    elements = 512 * 512 + 777
+def test_more_blocks_than_parts_are_all_summed(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = 512 if implementation == "cuda" else 16  # in the interpreter a program takes milliseconds
+    if implementation == "interpreter":
+        from kvlock_kernels._triton import blocks, variance
+
+        monkeypatch.setattr(blocks, "PARTS", parts)
+        monkeypatch.setattr(variance, "PARTS", parts)
+    elements = 2 * parts * 512 + 777
     x0, ring = normal(1, elements), normal(2, 1, elements, seed=1)
     x0[0, -1] = 1000.0
     exact = expected_variance([ring[0].double(), x0.double()], 2)
