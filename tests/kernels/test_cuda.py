@@ -113,7 +113,7 @@ TOO_LARGE = {
 }
 
 
-@pytest.mark.parametrize(("shape", "reason"), TOO_LARGE.items(), ids=str)
+@pytest.mark.parametrize(("shape", "reason"), TOO_LARGE.items(), ids=["65-heads", "258-wide"])
 def test_a_token_too_large_for_the_norm_pass_falls_back(
     modern_gpu: pytest.MonkeyPatch, shape: tuple[int, int], reason: str
 ) -> None:
