@@ -50,6 +50,7 @@ class Compiled(NamedTuple):
     atomics: int  # instructions on memory; what they add up has another order every time
     starts_early: bool  # launched under the end of the kernel before it
     waits: int  # instructions that wait for that end
+    read_before: list[str]  # what it reads before it waits, by the names of its arguments
 
     @property
     def columns(self) -> tuple[Any, ...]:
@@ -137,7 +138,7 @@ def _inspected(case: Case, arch: int, kernel: Any, code: list[Instruction]) -> C
         product_loop(code), kernel.asm["ptx"].count("fma.rn.f32"), case.work(case.shape).formula,
         next((name for name in ("HGMMA", "HMMA") if count(name)), ""),
         sum(n for opcode, n in opcodes.items() if re.match("ATOM|RED(?!UX)", opcode)),
-        kernel.metadata.launch_pdl, count("ACQBULK"),
+        kernel.metadata.launch_pdl, count("ACQBULK"), read_before_the_wait(kernel),
     )
 
 
@@ -164,6 +165,28 @@ def table(kernels: list[Compiled], triton_version: str) -> str:
 def section(text: str, begin: str = BEGIN) -> str:
     """What stands in the README between a mark and the next end."""
     return text.split(begin)[1].split(END)[0].strip()
+
+
+def read_before_the_wait(kernel: Any) -> list[str]:
+    """The arguments through which a kernel that waits for the one before it reads memory before it does.
+
+    From each address back through the registers; up to the wait the code is a straight line.
+    """
+    if not kernel.metadata.launch_pdl:
+        return []
+    kinds = [(name, kind) for name, kind in kernel.src.signature.items() if kind != "constexpr"]
+    pointers = {str(number): {name} for number, (name, kind) in enumerate(kinds) if kind.startswith("*")}
+    behind: dict[str, set[str]] = {}  # the pointers that a register was computed from
+    found: set[str] = set()
+    for line in kernel.asm["ptx"].split("griddepcontrol.wait")[0].splitlines():
+        if load := re.search(r"\bld\.global\S*\s+(.*), \[ ?(%rd\d+)", line):
+            found |= behind[load[2]]
+            behind |= {register: set() for register in re.findall(r"%[a-z]+\d+", load[1])}
+        elif write := re.match(r"\s+(?:@!?%p\d+ )?\w[\w.]*\s+(%[a-z]+\d+), (.*);", line):
+            origins = [pointers.get(number, set()) for number in re.findall(r"_param_(\d+)", write[2])]
+            origins += [behind[register] for register in re.findall(r"%[a-z]+\d+", write[2])]
+            behind[write[1]] = set().union(*origins)
+    return sorted(found)
 
 
 def main(arguments: list[str] | None = None) -> None:

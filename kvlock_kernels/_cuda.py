@@ -77,6 +77,12 @@ def start_triton() -> None:
     driver.active.get_current_target()
 
 
+@functools.cache
+def warn_of(device: torch.device, reason: str) -> None:
+    """Warns once that this device has no kernels, whichever operators are called on it."""
+    warnings.warn(f"the operators run as plain PyTorch on {device}: {reason}", RuntimeWarning, stacklevel=3)
+
+
 def implementation(name: str) -> Launcher:
     """What the dispatcher calls for operator `name` on CUDA; a fallback to the reference warns with its reason."""
     plain = getattr(reference, name)
@@ -89,8 +95,9 @@ def implementation(name: str) -> Launcher:
                 with torch.cuda.device(device):
                     return launchers()[name](*args, **kwargs)
             except Unsupported as unsupported:
-                reason = str(unsupported)
-        warnings.warn(f"{name} runs as plain PyTorch: {reason}", RuntimeWarning, stacklevel=2)
+                warnings.warn(f"{name} runs as plain PyTorch: {unsupported}", RuntimeWarning, stacklevel=2)
+        else:
+            warn_of(device, reason)
         return plain(*args, **kwargs)
 
     return on_cuda

@@ -68,6 +68,17 @@ def test_control_blocks_agree_with_the_hooks(pipes):
     assert not torch.allclose(expected, without, rtol=1e-5, atol=1e-5)
 
 
+def test_the_norms_eps_is_the_modules():
+    pipe, config = tiny.pipeline(WanPipeline), KVLockConfig(**WINDOW)
+    usual, _ = tiny.locked_call(pipe, config, steps=STEPS, kernel="fused")
+    for block in pipe.transformer.blocks:
+        block.attn1.norm_q.eps = block.attn1.norm_k.eps = 1e-2
+    expected, _ = tiny.locked_call(pipe, config, steps=STEPS)
+    latents, _ = tiny.locked_call(pipe, config, steps=STEPS, kernel="fused")
+    torch.testing.assert_close(latents, expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(latents, usual, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("source", ["store", "batch"])
 def test_exactly_one_place_lerps(pipes, source):
     config = KVLockConfig(**WINDOW, source=source)
@@ -229,6 +240,24 @@ def test_what_the_fused_pass_cannot_serve_is_refused_with_the_reason(change, rea
         pass
     assert all("kvlock" not in type(b.attn1.processor).__module__ for b in pipe.transformer.blocks)
     assert [name for name in tiny.leftovers(pipe) if "norm_q hook" not in name] == []
+
+
+@pytest.mark.parametrize("given", ["another sequence", "no angles"])
+def test_a_call_that_is_not_self_attention_with_rope_is_refused_by_name(pipes, given):
+    pipe = pipes["wan"]
+    attention = pipe.transformer.blocks[1].attn1
+    hidden, angles = torch.zeros(1, tiny.TOKENS, 24), (torch.ones(1, tiny.TOKENS, 1, 12),) * 2
+    layers = FusedLayers(LockState(torch.tensor([0]).int(), tiny.TOKENS))
+    layers.install(locked_attentions(pipe.transformer, KVLockConfig()))
+    try:
+        layers.record()
+        with pytest.raises(ValueError, match=r"blocks\[1\] is not called as self-attention with RoPE"):
+            if given == "no angles":
+                attention(hidden)
+            else:
+                attention(hidden, encoder_hidden_states=hidden, rotary_emb=angles)
+    finally:
+        layers.remove()
 
 
 def test_a_mask_of_another_size_is_refused_by_name(pipes):

@@ -58,6 +58,7 @@ def ring_kernel(x0, history, step, weight, partials, elements, blocks, parts, st
         tl.extra.cuda.gdc_launch_dependents()
     program = tl.program_id(0)
     b, part = (program // parts).to(tl.int64), program % parts
+    stride_w = tl.cast(stride_w, tl.int64)  # slots may lie further apart than int32 can say
     now = load_one(step, 0)
     slot, n = now % W, tl.minimum(now + 1, W)
     weighted = tl.zeros([BLOCK], tl.float32)

@@ -33,7 +33,7 @@ def of_fp32(case: Case) -> Case:
 
 
 def few() -> Iterator[Case]:
-    """x of fp32, e4m3 rows under the largest tile, and heads of 64, for the architecture with least shared memory."""
+    """x of fp32, e4m3 rows under the largest tile, and other heads, for the architecture with least shared memory."""
     lerp, norm_lerp, norm_pack = "kv_lerp_", "qk_norm_rope_kv_lerp_", "qk_norm_rope_kv_pack_"
     others = (
         of_fp32(found(lerp, WAN_1_3B_480P, "bf16")),
@@ -43,7 +43,8 @@ def few() -> Iterator[Case]:
     )
     ops = (lerp, "kv_lerp_pair_", "pack_kv", "unpack_kv", norm_lerp, norm_pack)
     narrow = (with_heads_of(64, found(op, WAN_1_3B_480P, "e4m3")) for op in ops)
-    for case in (*others, *narrow):
+    wide = (with_heads_of(dim, found(norm_lerp, WAN_1_3B_480P, "e4m3")) for dim in (96, 256))
+    for case in (*others, *narrow, *wide):
         yield dataclasses.replace(case, archs=(89,))
     # sm_80 has no instruction that encodes e4m3.
     yield dataclasses.replace(found(norm_pack, WAN_14B_480P, "e4m3"), archs=(80, 89))

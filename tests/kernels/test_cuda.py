@@ -1,13 +1,15 @@
 """What the dispatcher finds on CUDA: the kernels, or the reference with one warning that says why."""
 
 import contextlib
+import re
 import sys
 import warnings
 from collections.abc import Iterator
 
 import pytest
 import torch
-from samples import CALLS, int32, normal
+from samples import CALLS, int32, normal, projections
+from serving import served
 from tolerance import assert_bit_identical
 
 import kvlock_kernels
@@ -21,9 +23,11 @@ def modern_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(_cuda, "start_triton", lambda: None)
     _cuda.why_not.cache_clear()
+    _cuda.warn_of.cache_clear()
     yield monkeypatch
     monkeypatch.undo()
     _cuda.why_not.cache_clear()
+    _cuda.warn_of.cache_clear()
     _cuda.launchers.cache_clear()
 
 
@@ -31,13 +35,26 @@ def lerp(dim: int = 8) -> tuple[torch.Tensor, ...]:
     return normal(1, 5, 2, dim), normal(1, 2, 2, dim, seed=1), int32(3, 1), torch.tensor([0.3])
 
 
-def assert_falls_back(reason: str, *, dim: int = 8) -> None:
-    x, *rest = lerp(dim)
-    expected = x.clone()
-    reference.kv_lerp_(expected, *rest)
-    with pytest.warns(RuntimeWarning, match=f"kv_lerp_ runs as plain PyTorch: {reason}"):
-        _cuda.implementation("kv_lerp_")(x, *rest)
-    assert_bit_identical(x, expected)
+def norm_rope(heads: int = 2, dim: int = 4) -> tuple[torch.Tensor, ...]:
+    sources = (normal(1, 2, heads, dim, seed=seed) for seed in (6, 7))
+    return *projections(1, 3, heads, dim), *sources, int32(1, -1, 0), torch.tensor([0.3])
+
+
+def assert_falls_back(message: str, name: str, args: tuple[torch.Tensor, ...], **options: float) -> None:
+    """Wants one warning with this message, which is a regular expression, and what the reference gives."""
+    expected = [x.clone() for x in args]
+    getattr(reference, name)(*expected, **options)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        _cuda.implementation(name)(*args, **options)
+    (warning,) = caught
+    assert warning.category is RuntimeWarning and re.fullmatch(message, str(warning.message)), warning.message
+    for one, other in zip(args, expected, strict=True):
+        assert_bit_identical(one, other)
+
+
+def assert_device_falls_back(reason: str) -> None:
+    assert_falls_back(f"the operators run as plain PyTorch on cpu: {reason}", "kv_lerp_", lerp())
 
 
 def test_every_operator_with_a_kernel_is_registered_on_cuda() -> None:
@@ -48,7 +65,19 @@ def test_every_operator_with_a_kernel_is_registered_on_cuda() -> None:
 
 def test_a_gpu_too_old_falls_back_with_its_capability(modern_gpu: pytest.MonkeyPatch) -> None:
     modern_gpu.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
-    assert_falls_back(r"the GPU has compute capability 7\.5, the kernels need 8\.0")
+    assert_device_falls_back(r"the GPU has compute capability 7\.5, the kernels need 8\.0")
+
+
+def test_a_device_without_kernels_warns_once_for_all_operators(modern_gpu: pytest.MonkeyPatch) -> None:
+    modern_gpu.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    operators = {name: _cuda.implementation(name) for name in _cuda.OPERATORS}
+    with warnings.catch_warnings(record=True) as caught, served(operators):
+        warnings.simplefilter("always")
+        for name, make in CALLS.values():
+            call = make()
+            getattr(kvlock_kernels, name)(*call.args, **call.kwargs)
+    (warning,) = caught
+    assert "compute capability 7.5" in str(warning.message)
 
 
 def test_a_missing_triton_falls_back_with_the_command_that_installs_it(modern_gpu: pytest.MonkeyPatch) -> None:
@@ -57,7 +86,7 @@ def test_a_missing_triton_falls_back_with_the_command_that_installs_it(modern_gp
         modern_gpu.delitem(sys.modules, name)
         modern_gpu.delattr(sys.modules["kvlock_kernels._triton"], name.rsplit(".", 1)[1], raising=False)
     modern_gpu.setitem(sys.modules, "triton", None)
-    assert_falls_back("Triton cannot be imported .*pip install triton")
+    assert_device_falls_back("Triton cannot be imported .*pip install triton")
 
 
 def test_a_triton_that_cannot_start_falls_back_with_its_reason(modern_gpu: pytest.MonkeyPatch) -> None:
@@ -65,16 +94,40 @@ def test_a_triton_that_cannot_start_falls_back_with_its_reason(modern_gpu: pytes
         raise RuntimeError("Failed to find C compiler. Set CC.\nTraceback")
 
     modern_gpu.setattr(_cuda, "start_triton", start)
-    assert_falls_back(r"Triton cannot be started \(Failed to find C compiler. Set CC.\)$")
+    assert_device_falls_back(r"Triton cannot be started \(Failed to find C compiler. Set CC.\)")
 
 
 def test_a_gpu_of_another_maker_falls_back(modern_gpu: pytest.MonkeyPatch) -> None:
     modern_gpu.setattr(torch.version, "hip", "7.0")
-    assert_falls_back("the kernels are made for NVIDIA GPUs")
+    assert_device_falls_back("the kernels are made for NVIDIA GPUs")
 
 
 def test_a_head_too_large_falls_back_before_anything_is_written(modern_gpu: pytest.MonkeyPatch) -> None:
-    assert_falls_back("head dimension 257; the kernels take at most 256", dim=257)
+    message = "kv_lerp_ runs as plain PyTorch: head dimension 257; the kernels take at most 256"
+    assert_falls_back(message, "kv_lerp_", lerp(257))
+
+
+TOO_LARGE = {
+    (65, 128): "65 heads of dimension 128; the kernel takes at most 8192 elements a token",
+    (1, 258): "head dimension 258; the kernel takes at most 256",
+}
+
+
+@pytest.mark.parametrize(("shape", "reason"), TOO_LARGE.items(), ids=["65-heads", "258-wide"])
+def test_a_token_too_large_for_the_norm_pass_falls_back(
+    modern_gpu: pytest.MonkeyPatch, shape: tuple[int, int], reason: str
+) -> None:
+    message = f"qk_norm_rope_kv_lerp_ runs as plain PyTorch: {reason}"
+    assert_falls_back(message, "qk_norm_rope_kv_lerp_", norm_rope(*shape), eps=1e-6)
+
+
+@pytest.mark.parametrize("scattered", range(3), ids="qkv")
+def test_channels_that_are_not_side_by_side_fall_back(modern_gpu: pytest.MonkeyPatch, scattered: int) -> None:
+    args = list(norm_rope())
+    args[scattered] = torch.stack([args[scattered]] * 2, -1).flatten(2)[..., ::2]
+    reason = "projections whose channels are not side by side in memory"
+    message = f"qk_norm_rope_kv_lerp_ runs as plain PyTorch: {reason}"
+    assert_falls_back(message, "qk_norm_rope_kv_lerp_", tuple(args), eps=1e-6)
 
 
 def test_one_reason_warns_once(modern_gpu: pytest.MonkeyPatch) -> None:
@@ -86,9 +139,11 @@ def test_one_reason_warns_once(modern_gpu: pytest.MonkeyPatch) -> None:
     assert len(caught) == 1
 
 
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=["A100", "H200"])
 @pytest.mark.parametrize("name", sorted({name for name, _ in CALLS.values()} & set(_cuda.OPERATORS)))
-def test_a_modern_gpu_gets_the_kernel(modern_gpu: pytest.MonkeyPatch, name: str) -> None:
+def test_a_modern_gpu_gets_the_kernel(modern_gpu: pytest.MonkeyPatch, name: str, capability: tuple[int, int]) -> None:
     called = []
+    modern_gpu.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     modern_gpu.setattr(_cuda, "launchers", lambda: {name: lambda *args, **kwargs: called.append(args)})
     argument = torch.ones(1)
     _cuda.implementation(name)(argument)

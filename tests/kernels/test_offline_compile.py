@@ -75,6 +75,21 @@ def test_a_kernel_that_starts_under_the_one_before_it_waits_for_its_end(
         assert (kernel["starts_early"], kernel["waits"]) == (early, int(early))
 
 
+# All but the sums of the kernel before them.
+READ_BEFORE_THE_WAIT = {
+    "mean_kernel": ["step"],
+    "velocity_kernel": ["cond", "guidance_scale", "mask", "sigma", "uncond", "x"],
+}
+
+
+@each_case_and_arch
+def test_what_the_kernel_before_writes_is_not_read_before_the_wait(
+    kernels: list[dict[str, Any]], case: Case, arch: int
+) -> None:
+    for kernel in kernels:
+        assert kernel["read_before"] == (READ_BEFORE_THE_WAIT[kernel["kernel"]] if kernel["starts_early"] else [])
+
+
 @each_case_and_arch
 def test_nothing_spills(kernels: list[dict[str, Any]], case: Case, arch: int) -> None:
     assert sum(kernel["spills"] for kernel in kernels) == 0
@@ -85,13 +100,13 @@ OTHER_CASES = str(Path(__file__).with_name("other_cases.py"))
 
 @pytest.fixture(scope="module")
 def beside_the_table() -> list[dict[str, Any]]:
-    """The kernels for x of fp32, for e4m3 rows under the largest tile and for heads of 64."""
+    """The kernels for x of fp32, for e4m3 rows under the largest tile and for heads of 64, 96 and 256."""
     return printed_by(OTHER_CASES)
 
 
 def test_nothing_spills_beside_the_table(beside_the_table: list[dict[str, Any]]) -> None:
     assert {kernel["case"].split()[1] for kernel in beside_the_table} == {"fp32", "bf16"}
-    assert {kernel["case"].split()[2] for kernel in beside_the_table} == {"D128", "D64"}
+    assert {kernel["case"].split()[2] for kernel in beside_the_table} == {"D64", "D96", "D128", "D256"}
     assert [kernel for kernel in beside_the_table if kernel["spills"]] == []
 
 

@@ -131,6 +131,18 @@ def test_the_pass_agrees_with_norm_lerp_and_rope_in_torch(regime: dict[str, Any]
         assert_as_accurate_as_torch(one, by_torch, wanted)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_the_results_are_rounded_once(dtype: torch.dtype) -> None:
+    """A second rounding, after the norm or after the lerp, would give another neighbour for every third number."""
+    args, (index, source_row) = projections(2, 45, 3, 24, dtype), rows_of(45, 19 / 45)
+    sources, ratio = [normal(2, 19, 3, 24, seed=seed, dtype=dtype) for seed in (6, 7)], torch.tensor([0.3, 0.77])
+    exact = step_by_step(tuple(x.double() for x in args), tuple(x.double() for x in sources), index, ratio.double())
+    actual = qk_norm_rope_kv_lerp_(*args, *sources, source_row, ratio, eps=EPS)
+    for one, wanted in zip(actual, exact, strict=True):
+        others = (one != wanted.to(dtype)).double().mean().item()
+        assert others <= 0.01, f"{others:.1%} are not the nearest number"
+
+
 @each_packing
 @pytest.mark.parametrize("mean", [False, True], ids=["no-mean", "mean"])
 def test_packed_rows_are_mixed_as_their_decoded_values(packing: torch.dtype, mean: bool) -> None:

@@ -1,5 +1,6 @@
 """windowed_variance_: variance over the last W clean samples, from a ring that is rewritten in place."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from samples import DTYPES, NAN, normal
 from tolerance import assert_as_accurate_as_torch, assert_bit_identical, assert_within_roundings
 from torch import Tensor
 
-from kvlock_kernels import windowed_variance_
+from kvlock_kernels import reference, windowed_variance_
 
 EACH_IMPLEMENTATION = True
 
@@ -286,6 +287,20 @@ def test_a_ring_that_is_scattered_within_a_sample_is_written_in_place() -> None:
     expected = windowed_variance_(x0, dense, torch.tensor(6))
     assert_within_roundings(windowed_variance_(x0, history, torch.tensor(6)), expected, 8)
     assert_bit_identical(history, dense)
+
+
+def test_slots_may_lie_further_apart_than_int32_can_say(implementation: str, tmp_path: Path) -> None:
+    stride, x0 = 2**31 // 9 + 1, normal(1, 5)
+    if implementation == "cuda":
+        memory = torch.empty(9 * stride + 5)
+    else:  # a file of which only the slots take room
+        memory = torch.from_file(str(tmp_path / "ring"), shared=True, size=9 * stride + 5)
+    history, dense = memory.as_strided((10, 1, 5), (stride, 5, 1)), normal(10, 1, 5, seed=1)
+    history.copy_(dense)
+    for step in (17, 19):  # the last slot is read, then written
+        expected = reference.windowed_variance_(x0, dense, torch.tensor(step))
+        assert_within_roundings(windowed_variance_(x0, history, torch.tensor(step)), expected, 8)
+        assert_bit_identical(history, dense)
 
 
 def test_a_sample_too_large_for_the_kernels_is_left_to_the_reference() -> None:
