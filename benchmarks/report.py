@@ -22,13 +22,15 @@ ON_A_GPU: dict[str, Callable[[Path], str]] = {
     "cost": _edit_tables.cost, "operators": _gpu_tables.operators, "rates": _gpu_tables.rate_table,
     "models": _gpu_tables.models, "edits": _edit_tables.edits, "places": _edit_tables.places,
     "larger": functools.partial(_edit_tables.edits, shape="14b"),
+    "larger places": functools.partial(_edit_tables.places, shape="14b"),
     "misses": _gpu_tables.misses, "unmeasured": _gpu_tables.unmeasured,
 }  # fmt: skip
 EDITS = "python -m benchmarks.edit --gpu --shape {} --out benchmarks/results"
 COMMANDS = {  # what takes the rows of a table; the first has a column of them
     "operators": "python -m benchmarks --gpu --core", "rates": "python -m benchmarks --gpu --only attention",
     "models": "python -m benchmarks --gpu --only attention", "edits": EDITS.format("1.3b"),
-    "places": EDITS.format("1.3b"), "larger": EDITS.format("14b"), "misses": "python -m benchmarks --gpu",
+    "places": EDITS.format("1.3b"), "larger": EDITS.format("14b"),
+    "larger places": EDITS.format("14b"), "misses": "python -m benchmarks --gpu",
     "unmeasured": "python -m benchmarks --gpu", "miniature": "python -m benchmarks.edit --out benchmarks/results",
     "cpu": f"pytest benchmarks --csv benchmarks/results/{CPU.name}",
 }  # fmt: skip

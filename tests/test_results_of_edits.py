@@ -50,6 +50,17 @@ def test_the_larger_model_has_its_rows_and_its_predictions() -> None:
     assert [*said][1:] == [name for name in edit.MODES if not _edit_tables.outside(name)]
 
 
+@pytest.mark.parametrize(("block", "shape"), [("places", "1.3b"), ("larger places", "14b")])
+def test_what_was_not_measured_of_other_places_is_predicted_and_says_so(block: str, shape: str) -> None:
+    measured, said = _edit_tables.edits_of(report.H100, shape), {line[0]: line for line in table_of(block)}
+    assert [*said] == [name for name in edit.MODES if _edit_tables.outside(name)]
+    for name, line in said.items():
+        guess = "1.00" if "recording" in name else "1.20"
+        least = "at least " if "recording" in name or "disk" in name else ""
+        predicted = f"not yet measured (predicted {least}{guess})"
+        assert line[6] == (f"{float(measured[name].row.edit_ratio):.2f}" if name in measured else predicted)
+
+
 def test_what_the_text_says_of_other_places_is_what_the_rows_say() -> None:
     rows = {name: edited.row for name, edited in _edit_tables.edits_of(report.H100).items()}
     disk, int8 = rows["store on disk, hooks"], rows["store int8 on disk, hooks"]
