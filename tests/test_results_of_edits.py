@@ -1,6 +1,7 @@
 """What the documents say of whole edits is what the committed rows say."""
 
 import csv
+from pathlib import Path
 
 import pytest
 from benchmark_readme import RESULTS, ROOT, table, table_of, text
@@ -104,3 +105,12 @@ def test_every_mode_of_an_edit_was_measured_on_a_cpu_in_one_run_of_a_commit() ->
     assert [one.row.mode for one in found] == ["pipeline", *edit.MODES]
     assert len({(one.plain, one.row.gpu, one.row.torch, one.row.commit) for one in found}) == 1
     assert "changes" not in found[0].row.commit and found[0].row.gpu.endswith("one thread")
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("edit-*.csv")), ids=lambda path: path.stem)
+def test_every_edit_above_its_target_says_what_it_spent_its_time_on(path: Path) -> None:
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["edit_ratio"] and row["mode"] in edit.MODES]
+    above = [row for row in rows if float(row["edit_ratio"]) > edit.MODES[row["mode"]].target]
+    assert [row["mode"] for row in above if not (row["note"].startswith("target") and "%" in row["note"])] == []
+    assert len(above) >= (path == _edit_rows.beside(report.H100))
