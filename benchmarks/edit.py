@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import diffusers
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -205,7 +206,7 @@ def _blank(edit: Edit, name: str) -> EditRow:
     """What is known without a measurement."""
     return EditRow(
         edit.model, name, str(edit.pipe.transformer.dtype).removeprefix("torch."), str(edit.masks.num_tokens),
-        str(len(edit.masks.index)), *[""] * (MEASURED - 5),
+        str(len(edit.masks.index)), *[""] * (MEASURED - 5), diffusers=diffusers.__version__,
     )  # fmt: skip
 
 

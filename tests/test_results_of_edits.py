@@ -107,6 +107,15 @@ def test_every_mode_of_an_edit_was_measured_on_a_cpu_in_one_run_of_a_commit() ->
     assert "changes" not in found[0].row.commit and found[0].row.gpu.endswith("one thread")
 
 
+def test_the_readme_says_which_edits_do_not_name_their_diffusers() -> None:
+    files = _edit_rows.beside(report.H100), report.EDITS_ON_CPU
+    unnamed = []
+    for path in files:
+        with path.open(newline="", encoding="utf-8") as file:
+            unnamed.append(sum(not row["diffusers"] for row in csv.DictReader(file)))
+    text("{} edits of the H100 and {} of the CPU are older than `diffusers`".format(*unnamed))
+
+
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("edit-*.csv")), ids=lambda path: path.stem)
 def test_every_edit_above_its_target_says_what_it_spent_its_time_on(path: Path) -> None:
     with path.open(newline="", encoding="utf-8") as file:
