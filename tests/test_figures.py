@@ -75,7 +75,8 @@ def test_growth_has_a_predicted_line_and_only_measured_points(lines: list[roofli
 
 def test_lerps_are_drawn_at_the_shares_of_their_rows(lines: list[roofline.Line]) -> None:
     (one,) = [line for line in lines if line[:5] == ("kv_lerp_", "kvlock", "wan-1.3b-480p", "int8", LOCK)]
-    again = [one._replace(setting=f"share {share}, ratio 0.3", measured=us) for share, us in (("0.25", 1.0), ("1", 4.0))]
+    more = {"share 0.25, ratio 0.3": 1.0, "share 1, ratio 0.3": 4.0}
+    again = [one._replace(setting=setting, measured=us) for setting, us in more.items()]
     elsewhere = {"shape": "wan-14b-480p", "setting": "share 0.5, ratio 0.3"}
     others = [one._replace(setting="share 0.5, ratio 0", measured=9.0), one._replace(**elsewhere)]
     share = growth.figure([*lines, *again, *others], EDITS, GPU, "H100").axes[1]

@@ -1,6 +1,8 @@
 """What the documents and the choice of kernels say of measurements is what the committed rows say."""
 
+import datetime
 import inspect
+import itertools
 import re
 
 import pytest
@@ -10,7 +12,7 @@ from benchmarks import __main__ as runner
 from benchmarks import _gpu_tables, accuracy, report, roofline
 from benchmarks._case import RATES, WAN_1_3B_480P
 from benchmarks._case import SHAPES as SHAPES_OF_MODELS
-from benchmarks._harness import Row, is_steady, read
+from benchmarks._harness import Row, is_steady, key, read
 from benchmarks._model import predict
 from benchmarks.figures import OURS
 from kvlock_kernels._triton import attend
@@ -82,6 +84,16 @@ def test_rows_of_other_times_are_as_many_as_the_readme_says() -> None:
     assert all(r.library for r in ROWS if r not in first and r.provider in ("kvlock", "SDPA cuDNN"))
     text(f"{sum(not is_steady(r) for r in ROWS)} rows of the last run are not steady:")
     assert not any("flash-attn" in r.provider for r in ROWS)
+
+
+def test_how_long_the_core_took_is_what_the_dates_of_its_rows_say() -> None:
+    core = {(c.op, p.name, c.shape.name, c.source, c.setting) for c in runner.CASES for p in c.short().providers}
+    last = [r for r in ROWS if r.commit == ROWS[-1].commit]
+    dates = [datetime.datetime.fromisoformat(r.date) for r in last]
+    took = [(end - start).seconds for (start, end), r in zip(itertools.pairwise(dates), last[1:], strict=True)
+            if key(r) in core]  # fmt: skip
+    text(f"{len(took)} of the {len(core)} rows of the core took {sum(took)} s, and all {len(last)} were there "
+         f"{(dates[-1] - dates[0]).seconds} s after the first")  # fmt: skip
 
 
 def test_the_rates_of_attention_are_those_of_the_rows() -> None:
