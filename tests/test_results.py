@@ -119,7 +119,8 @@ def test_the_rates_of_attention_are_those_of_the_rows() -> None:
 def test_every_table_names_the_command_behind_its_rows(name: str) -> None:
     (command,) = re.findall(r"^Rows by `(.+)`\.$", report.BLOCKS[name](), flags=re.MULTILINE)
     program, *words = command.removeprefix("python -m ").split(" ")
-    known = {"benchmarks": "--gpu --core --only", "benchmarks.edit": "--gpu --shape --out", "pytest": "--csv"}
+    known = {"benchmarks": "--gpu --core --only", "benchmarks.edit": "--gpu --shape --out", "pytest": "--csv",
+             "benchmarks.accuracy": "--out"}  # fmt: skip
     assert {word for word in words if word.startswith("--")} <= {*known[program].split()}
     if "--only" in words:
         assert any(words[words.index("--only") + 1] in case.label for case in runner.CASES)
@@ -133,6 +134,8 @@ def test_how_many_rows_miss_their_prediction_is_counted() -> None:
 def test_the_accuracy_of_packed_rows_is_that_of_the_rows() -> None:
     rows = accuracy.read(RESULTS / "accuracy-miniature.csv")
     assert table("transformer") == accuracy.table(rows)
+    older = [row._replace(attention_relative_l2="1", background_psnr_db="1") for row in rows if row.background_psnr_db]
+    assert accuracy.table([*older, *rows]) == accuracy.table(rows)
     assert all(row.torch and row.diffusers and row.commit and row.date for row in rows)
     assert {(row.steps, row.locked_steps) for row in rows} == {("50", "20")}
 
