@@ -206,8 +206,8 @@ def _blank(edit: Edit, name: str) -> EditRow:
     """What is known without a measurement."""
     return EditRow(
         edit.model, name, str(edit.pipe.transformer.dtype).removeprefix("torch."), str(edit.masks.num_tokens),
-        str(len(edit.masks.index)), *[""] * (MEASURED - 5), diffusers=diffusers.__version__,
-    )  # fmt: skip
+        str(len(edit.masks.index)), *[""] * (MEASURED - 5),
+    )._replace(diffusers=diffusers.__version__)  # fmt: skip
 
 
 def _row(

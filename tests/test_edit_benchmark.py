@@ -57,6 +57,7 @@ def rows_of(printed: str) -> list[list[str]]:
     return [line for line in csv.reader(printed.splitlines()) if line[:1] == ["miniature"]]
 
 
+@pytest.mark.smoke
 def test_an_edit_is_measured_plain_and_locked(
     made: edit.Edit, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -97,6 +97,7 @@ def test_edits_of_another_model_are_no_points_of_this_one(lines: list[roofline.L
     assert drawn[0] == drawn[1]
 
 
+@pytest.mark.smoke
 def test_pictures_are_written_beside_the_results_and_none_for_an_unknown_gpu(tmp_path: Path) -> None:
     for name, gpu in (("known", read(H100)[1]), ("unknown", read(H100)[1]._replace(gpu="NVIDIA GeForce"))):
         with Results(tmp_path / f"{name}.csv", Row._fields) as results:
