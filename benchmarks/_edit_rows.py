@@ -34,6 +34,7 @@ class EditRow(NamedTuple):
     power_w: str = ""
     torch: str = ""
     triton: str = ""
+    diffusers: str = ""
     commit: str = ""
     date: str = ""
 

@@ -171,16 +171,16 @@ def outside(name: str) -> bool:
     return MODES[name].store != Store() or MODES[name].recorded
 
 
-def places(path: Path) -> str:
+def places(path: Path, shape: str = "1.3b") -> str:
     """Whole edits with rows outside the device or recorded beforehand: measured, or predicted and said so."""
-    measured = edits_of(path)
+    measured = edits_of(path, shape)
     if not measured:
         return NOT_YET
     plain = next(iter(measured.values())).plain
     lines = []
     for name in filter(outside, MODES):
         mode = MODES[name]
-        costs = foretold(mode, measured)
+        costs = foretold(mode, measured, shape)
         moved = costs.bytes_moved_replay if mode.recorded else costs.bytes_moved
         files = mode.recorded or mode.store.place == "disk"
         guess = f"{NOT_YET} (predicted {'at least ' if files else ''}{by_forwards(mode, costs):.2f})"

@@ -71,12 +71,13 @@ class Machine:
 
 
 def checkout() -> str:
-    """The commit of this checkout, marked where it has changes; blank outside of one."""
+    """The commit of this checkout, marked where it has changes but rows more; blank outside of one."""
     git = lambda *words: subprocess.run(
         ["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True, check=True
     ).stdout.strip()
     try:
-        return git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
+        changed = git("status", "--porcelain", "-uno", "--", ":/", ":(exclude)results")
+        return git("rev-parse", "--short", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return ""
 

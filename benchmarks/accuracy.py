@@ -202,7 +202,11 @@ def _row(
 
 
 def table(rows: list[AccuracyRow]) -> list[list[str]]:
-    """A line for each model and kind of rows not as given: error in %, PSNRs in dB; mean over edits (worst edit)."""
+    """A line for each model and kind of rows not as given: error in %, PSNRs in dB; mean over edits (worst edit).
+
+    Of a run of the same edit that is there again the last one counts.
+    """
+    rows = [*{(row.seed, row.model, row.rows): row for row in rows}.values()]
 
     def cell(column: str, form: str, worst: Any, factor: float = 1) -> str:
         numbers = [factor * float(text) for text in (getattr(row, column) for row in of) if text]

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import diffusers
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -206,7 +207,7 @@ def _blank(edit: Edit, name: str) -> EditRow:
     return EditRow(
         edit.model, name, str(edit.pipe.transformer.dtype).removeprefix("torch."), str(edit.masks.num_tokens),
         str(len(edit.masks.index)), *[""] * (MEASURED - 5),
-    )  # fmt: skip
+    )._replace(diffusers=diffusers.__version__)  # fmt: skip
 
 
 def _row(

@@ -1,6 +1,7 @@
 """Pictures of results and predictions: `python -m benchmarks.figures [results.csv]` writes them beside the file."""
 
 import argparse
+import hashlib
 import sys
 from pathlib import Path
 
@@ -37,8 +38,14 @@ def draw(path: Path) -> list[Path]:
     }
     pictures = {path.with_name(f"{path.stem}-{name}.png"): figure for name, figure in figures.items()}
     for picture, figure in pictures.items():
-        figure.savefig(picture, dpi=100)
+        figure.savefig(picture, dpi=100, metadata={"Rows": rows_of(path)})
     return [*pictures]
+
+
+def rows_of(path: Path) -> str:
+    """The hash of the files that the pictures of one of them are drawn from; each picture has it among its texts."""
+    files = (file for file in (path, _edit_rows.beside(path)) if file.exists())
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def limit(lines: list[Line], gpu: Rates, name: str) -> Figure:

@@ -1,6 +1,8 @@
 """How the cost of the lock grows with tokens, layers, background and kappa: predicted lines, and what was measured."""
 
+import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from matplotlib.axes import Axes
@@ -22,6 +24,8 @@ STORED = {torch.bfloat16: BLUE, torch.int8: ORANGE}
 TOKENS = [2048 * 2**step for step in range(6)]
 SHARES = [step / 20 for step in range(1, 21)]
 KAPPAS = [step / 10 for step in range(1, 11)]
+LERPS = {"kv_lerp_pair_": 2, "kv_lerp_": 1}  # tensors that a call mixes
+
 
 def figure(lines: list[Line], edits: Sequence[EditRow], gpu: Rates, name: str) -> Figure:
     """Four panels, each with the rest as it is for Wan2.1-1.3B at 832x480 and 81 frames."""
@@ -68,19 +72,27 @@ def over_tokens(axes: Axes, lines: list[Line], gpu: Rates) -> None:
 
 
 def over_share(axes: Axes, lines: list[Line], gpu: Rates) -> None:
-    """The lerp of keys and values of one layer."""
+    """The lerp of keys and values of one layer, or of one of them where that is measured at more shares."""
+    found = {op: {source: _at_shares(lines, op, NAMES[source]) for source in STORED} for op in LERPS}
+    op = max(LERPS, key=lambda op: len({share for points in found[op].values() for share, _ in points}))
     for source, colour in STORED.items():
-        times = [
-            traffic(WAN_1_3B_480P, share=share, source=source, ratio=RATIO, tensors=2).predicted_us(gpu)
-            for share in SHARES
-        ]
+        setting: dict[str, Any] = {"source": source, "ratio": RATIO, "tensors": LERPS[op]}
+        times = [traffic(WAN_1_3B_480P, share=share, **setting).predicted_us(gpu) for share in SHARES]
         axes.plot(SHARES, times, color=colour, linewidth=1.2, label=f"predicted, rows in {NAMES[source]}")
-        wanted = ("kv_lerp_pair_", "kvlock", WAN_1_3B_480P.name, NAMES[source])
-        points = [(SHARE, line.measured or 0) for line in roofline.latest(lines) if line[:4] == wanted]
-        _points(axes, points, colour, f"measured, {NAMES[source]}")
+        _points(axes, found[op][source], colour, f"measured, {NAMES[source]}")
     axes.set_ylim(bottom=0)
     axes.set_xlabel("background share")
-    axes.set_ylabel("kv_lerp_pair_, one layer (us)")
+    axes.set_ylabel(f"{op}, one layer (us)")
+
+
+def _at_shares(lines: list[Line], op: str, source: str) -> list[tuple[float, float]]:
+    """Share and time of the rows of one lerp at the usual ratio."""
+    points = []
+    for line in roofline.latest(lines):
+        setting = re.fullmatch(rf"share (\S+), ratio {RATIO:g}", line.setting)
+        if setting and line[:4] == (op, "kvlock", WAN_1_3B_480P.name, source):
+            points.append((float(setting[1]), line.measured or 0))
+    return points
 
 
 def over_layers(axes: Axes, rows: Sequence[EditRow]) -> None:

@@ -8,7 +8,7 @@ import functools
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from benchmarks import _edit_tables, _gpu_tables
+from benchmarks import _edit_tables, _gpu_tables, accuracy
 from benchmarks._gpu_tables import NOT_YET, markdown
 from benchmarks._harness import Row, read
 from benchmarks.offline import END, README
@@ -18,19 +18,23 @@ from benchmarks.roofline import RESULTS
 H100 = RESULTS / "nvidia-h100-80gb-hbm3.csv"
 CPU = RESULTS / "cpu-amd-epyc.csv"
 EDITS_ON_CPU = RESULTS / "edit-amd-epyc.csv"
+ACCURACY = RESULTS / "accuracy-miniature.csv"
 ON_A_GPU: dict[str, Callable[[Path], str]] = {
     "cost": _edit_tables.cost, "operators": _gpu_tables.operators, "rates": _gpu_tables.rate_table,
     "models": _gpu_tables.models, "edits": _edit_tables.edits, "places": _edit_tables.places,
     "larger": functools.partial(_edit_tables.edits, shape="14b"),
+    "larger places": functools.partial(_edit_tables.places, shape="14b"),
     "misses": _gpu_tables.misses, "unmeasured": _gpu_tables.unmeasured,
 }  # fmt: skip
 EDITS = "python -m benchmarks.edit --gpu --shape {} --out benchmarks/results"
 COMMANDS = {  # what takes the rows of a table; the first has a column of them
     "operators": "python -m benchmarks --gpu --core", "rates": "python -m benchmarks --gpu --only attention",
     "models": "python -m benchmarks --gpu --only attention", "edits": EDITS.format("1.3b"),
-    "places": EDITS.format("1.3b"), "larger": EDITS.format("14b"), "misses": "python -m benchmarks --gpu",
+    "places": EDITS.format("1.3b"), "larger": EDITS.format("14b"),
+    "larger places": EDITS.format("14b"), "misses": "python -m benchmarks --gpu",
     "unmeasured": "python -m benchmarks --gpu", "miniature": "python -m benchmarks.edit --out benchmarks/results",
     "cpu": f"pytest benchmarks --csv benchmarks/results/{CPU.name}",
+    "accuracy": "python -m benchmarks.accuracy --out benchmarks/results",
 }  # fmt: skip
 
 
@@ -74,6 +78,12 @@ def _over(row: Row, other: Row | None) -> str:
     return "" if other is None else f"{float(other.p50) / float(row.p50):.2g}"
 
 
+def packed(path: Path = ACCURACY) -> str:
+    """What rows stored in 8 bits change in edits of the miniature."""
+    header = ["transformer", "rows", "edits", "error of the attention, %", "background, dB", "foreground, dB"]
+    return markdown(header, accuracy.table(accuracy.read(path)))
+
+
 def block(name: str, table: Callable[[Path], str], path: Path) -> str:
     """A table, and the command behind its rows."""
     command = f"\n\nRows by `{COMMANDS[name]}`." if name in COMMANDS else ""
@@ -84,6 +94,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     **{name: functools.partial(block, name, table, H100) for name, table in ON_A_GPU.items()},
     "miniature": functools.partial(block, "miniature", _edit_tables.miniature, EDITS_ON_CPU),
     "cpu": functools.partial(block, "cpu", cpu, CPU),
+    "accuracy": functools.partial(block, "accuracy", packed, ACCURACY),
 }
 
 

@@ -14,6 +14,7 @@ from kvlock.mini import scenes
 STEPS, LOCKED = 4, 2
 
 
+@pytest.mark.smoke
 def test_every_run_of_an_edit_becomes_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     int8 = {"int8": Store("int8")}
     stores = {"float32": {"same": Store(), "bf16": accuracy.Rounded()} | int8, "bfloat16": int8}

@@ -130,6 +130,7 @@ def test_an_edit_that_failed_is_no_measurement(tmp_path: Path) -> None:
     assert report.ON_A_GPU["edits"](path) == report.ON_A_GPU["edits"](report.H100)
 
 
+@pytest.mark.smoke
 def test_another_gpu_gets_the_same_tables_from_its_own_rows(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

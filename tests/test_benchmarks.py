@@ -45,6 +45,7 @@ class NoMachine:
         return {}
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(("case", "provider"), EVERYBODY)
 def test_a_provider_passes_the_check(case: Case, provider: Provider) -> None:
     check = _harness.gate(case, provider, "cpu")
@@ -110,6 +111,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_harness, "MATMUL_SIDE", 64)
 
 
+@pytest.mark.smoke
 @pytest.mark.usefixtures("clock")
 def test_a_row_that_passes_has_a_time_and_the_rate_that_follows_from_it() -> None:
     case = TINY_CASES[LERP].by("kvlock")
@@ -136,6 +138,7 @@ def test_the_memory_of_a_ceiling_is_given_back(ceiling, monkeypatch: pytest.Monk
     assert emptied == [0]
 
 
+@pytest.mark.smoke
 @pytest.mark.usefixtures("clock")
 def test_a_row_of_attention_is_set_against_the_matmul_and_against_plain_attention_of_the_same_run() -> None:
     plain, locked = TINY_CASES["attention-bf16-no-rows"], TINY_CASES["kv_lerp_attention_-int8-share-0.8,-ratio-0.3"]

@@ -18,6 +18,7 @@ from benchmarks._harness import Ceilings, read
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.smoke
 def test_each_benchmark_runs_once_at_a_tiny_shape_and_keeps_no_row(tmp_path: Path) -> None:
     path = tmp_path / "cpu.csv"
     only = ["--benchmark-disable", "-k", "not compile", "--csv", str(path)]  # compiling takes minutes

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 
@@ -56,6 +57,7 @@ def rows_of(printed: str) -> list[list[str]]:
     return [line for line in csv.reader(printed.splitlines()) if line[:1] == ["miniature"]]
 
 
+@pytest.mark.smoke
 def test_an_edit_is_measured_plain_and_locked(
     made: edit.Edit, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -70,6 +72,7 @@ def test_an_edit_is_measured_plain_and_locked(
     rows = {row.mode: row for row in written}
     assert list(rows) == ["pipeline", *edit.MODES]
     assert all(row.gpu and row.torch and row.commit == "abc" and row.date for row in written)
+    assert {row.diffusers for row in written} == {diffusers.__version__}
     as_given = ("preset plain", "store on the host, hooks", "store on disk, hooks", "recording, hooks")
     assert {rows[mode].difference for mode in as_given} == {"0"}  # bit for bit
     assert all(float(row.difference) < 0.05 for row in written if row.difference)

@@ -4,6 +4,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from benchmark_readme import text
+from PIL import Image
 
 from benchmarks import __main__ as runner
 from benchmarks import _edit_rows, figures, growth, roofline
@@ -63,8 +65,28 @@ def test_growth_has_a_predicted_line_and_only_measured_points(lines: list[roofli
     assert [y for _, y in points(kappa, "measured, batch")] == [ratios["batch, hooks"]]
     on_device = [ratio for mode, ratio in ratios.items() if mode.startswith("store, ")]
     assert sorted(y for _, y in points(kappa, "measured, store")) == sorted(on_device) and len(on_device) == 4
+    measured = {x for axes in (share, layers, kappa) for line in axes.get_lines() for x in line.get_xdata()
+                if str(line.get_label()).startswith("measured")}  # fmt: skip
+    assert measured == {0.8, 30, 0.4}
+    text("Measured over tokens are five lengths.", "it is one setting: a share of 0.8, all 30 layers, a kappa of 0.4.")
     assert dict(points(kappa, "predicted, store"))[0.4] == pytest.approx(1.2)
     assert dict(points(layers, "predicted, rows in bf16"))[30] == pytest.approx(4.38, abs=0.001)
+
+
+def test_lerps_are_drawn_at_the_shares_of_their_rows(lines: list[roofline.Line]) -> None:
+    (one,) = [line for line in lines if line[:5] == ("kv_lerp_", "kvlock", "wan-1.3b-480p", "int8", LOCK)]
+    more = {"share 0.25, ratio 0.3": 1.0, "share 1, ratio 0.3": 4.0}
+    again = [one._replace(setting=setting, measured=us) for setting, us in more.items()]
+    elsewhere = {"shape": "wan-14b-480p", "setting": "share 0.5, ratio 0.3"}
+    others = [one._replace(setting="share 0.5, ratio 0", measured=9.0), one._replace(**elsewhere)]
+    share = growth.figure([*lines, *again, *others], EDITS, GPU, "H100").axes[1]
+    drawn = {line.get_label(): [*map(tuple, line.get_xydata().tolist())] for line in share.get_lines()}
+    assert sorted(drawn["measured, int8"]) == [(0.25, 1.0), (0.8, one.measured), (1.0, 4.0)]
+    assert drawn["measured, bf16"] == [(0.8, time(lines, "kv_lerp_", "kvlock", "wan-1.3b-480p", "bf16", LOCK))]
+    assert share.get_ylabel() == "kv_lerp_, one layer (us)"
+    case = roofline.BY_KEY["kv_lerp_", "wan-1.3b-480p", "int8", LOCK]
+    predicted = dict(drawn["predicted, rows in int8"])[0.8]
+    assert predicted == pytest.approx(case.work(case.shape).predicted_us(GPU), rel=1e-3)
 
 
 def test_edits_of_another_model_are_no_points_of_this_one(lines: list[roofline.Line]) -> None:
@@ -75,6 +97,7 @@ def test_edits_of_another_model_are_no_points_of_this_one(lines: list[roofline.L
     assert drawn[0] == drawn[1]
 
 
+@pytest.mark.smoke
 def test_pictures_are_written_beside_the_results_and_none_for_an_unknown_gpu(tmp_path: Path) -> None:
     for name, gpu in (("known", read(H100)[1]), ("unknown", read(H100)[1]._replace(gpu="NVIDIA GeForce"))):
         with Results(tmp_path / f"{name}.csv", Row._fields) as results:
@@ -82,7 +105,29 @@ def test_pictures_are_written_beside_the_results_and_none_for_an_unknown_gpu(tmp
     assert figures.draw(tmp_path / "unknown.csv") == []
     drawn = figures.draw(tmp_path / "known.csv")
     assert [path.name for path in drawn] == ["known-limit.png", "known-attention.png", "known-growth.png"]
-    assert all(path.stat().st_size for path in drawn)
+    for path in drawn:
+        with Image.open(path) as image:
+            assert image.info["Rows"] == figures.rows_of(tmp_path / "known.csv")
+
+
+@pytest.mark.parametrize("path", roofline.micro_results(), ids=lambda path: path.stem)
+def test_the_pictures_are_drawn_from_the_rows_beside_them(path: Path) -> None:
+    pictures = sorted(path.parent.glob(f"{path.stem}-*.png"))
+    assert len(pictures) == 3
+    for picture in pictures:
+        with Image.open(picture) as image:
+            assert image.info.get("Rows") == figures.rows_of(path), "python -m benchmarks.figures"
+
+
+def test_a_row_more_of_operators_or_edits_makes_other_pictures(tmp_path: Path) -> None:
+    path = tmp_path / "gpu.csv"
+    path.write_bytes(H100.read_bytes())
+    seen = [figures.rows_of(path)]
+    for each in (path, _edit_rows.beside(path)):
+        with each.open("a", encoding="utf-8") as file:
+            file.write("a row\n")
+        seen.append(figures.rows_of(path))
+    assert len({*seen}) == 3
 
 
 def test_a_run_on_a_gpu_writes_the_ceilings_and_the_rows_and_draws_them(

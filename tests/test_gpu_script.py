@@ -9,14 +9,15 @@ SCRIPT = Path(__file__).parents[1] / ".ci" / "gpu"
 PYTHON = """#!/bin/sh
 echo "$@" >> "$0.asked"
 [ "$2" != "import pynvml" ] || exit {missing}
+[ "$2" != "{failing}" ] || exit 1
 [ "$2" != kvlock_kernels.info ] || echo "cuda:0  extension: it has code for this GPU"
 """
 
 
-def run(folder: Path, *parts: str, missing: int = 0) -> tuple[int, str, list[str]]:
+def run(folder: Path, *parts: str, missing: int = 0, failing: str = "none") -> tuple[int, str, list[str]]:
     """Its exit code, what it said of an error, and what Python was asked."""
     python = folder / "python"
-    python.write_text(PYTHON.format(missing=missing), encoding="utf-8")
+    python.write_text(PYTHON.format(missing=missing, failing=failing), encoding="utf-8")
     python.chmod(0o755)
     done = subprocess.run(
         ["bash", str(SCRIPT), *parts], env={"PATH": "/usr/bin:/bin", "PYTHON": str(python)}, capture_output=True,
@@ -32,12 +33,18 @@ def run(folder: Path, *parts: str, missing: int = 0) -> tuple[int, str, list[str
         ("tests", "-m pytest -m gpu and not slow -n auto --dist worksteal"),
         ("times", "-m benchmarks --gpu --core"),
         ("full", "-m benchmarks --gpu"),
-        ("edits", "-m benchmarks.edit --gpu --out benchmarks/results"),
     ],
 )
 def test_a_part_runs_its_command(tmp_path: Path, part: str, command: str) -> None:
     code, said, asked = run(tmp_path, part)
     assert (code, said, asked[-1]) == (0, "", command)
+
+
+@pytest.mark.parametrize("failing", ["none", "benchmarks.edit"])
+def test_edits_are_drawn_whether_or_not_a_mode_failed(tmp_path: Path, failing: str) -> None:
+    code, _, asked = run(tmp_path, "edits", failing=failing)
+    assert asked[-2:] == ["-m benchmarks.edit --gpu --out benchmarks/results", "-m benchmarks.figures"]
+    assert code == (failing != "none")
 
 
 @pytest.mark.parametrize("part", ["times", "full", "edits"])

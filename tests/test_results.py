@@ -1,6 +1,8 @@
 """What the documents and the choice of kernels say of measurements is what the committed rows say."""
 
+import datetime
 import inspect
+import itertools
 import re
 
 import pytest
@@ -10,7 +12,7 @@ from benchmarks import __main__ as runner
 from benchmarks import _gpu_tables, accuracy, report, roofline
 from benchmarks._case import RATES, WAN_1_3B_480P
 from benchmarks._case import SHAPES as SHAPES_OF_MODELS
-from benchmarks._harness import Row, is_steady, read
+from benchmarks._harness import Row, is_steady, key, read
 from benchmarks._model import predict
 from benchmarks.figures import OURS
 from kvlock_kernels._triton import attend
@@ -84,6 +86,16 @@ def test_rows_of_other_times_are_as_many_as_the_readme_says() -> None:
     assert not any("flash-attn" in r.provider for r in ROWS)
 
 
+def test_how_long_the_core_took_is_what_the_dates_of_its_rows_say() -> None:
+    core = {(c.op, p.name, c.shape.name, c.source, c.setting) for c in runner.CASES for p in c.short().providers}
+    last = [r for r in ROWS if r.commit == ROWS[-1].commit]
+    dates = [datetime.datetime.fromisoformat(r.date) for r in last]
+    took = [(end - start).seconds for (start, end), r in zip(itertools.pairwise(dates), last[1:], strict=True)
+            if key(r) in core]  # fmt: skip
+    text(f"{len(took)} of the {len(core)} rows of the core took {sum(took)} s, and all {len(last)} were there "
+         f"{(dates[-1] - dates[0]).seconds} s after the first")  # fmt: skip
+
+
 def test_the_rates_of_attention_are_those_of_the_rows() -> None:
     cells = table("heads")
     assert [(int(line[0]), int(line[1])) for line in cells] == [(heads, n) for heads in (12, 40) for n in SHAPES]
@@ -107,7 +119,8 @@ def test_the_rates_of_attention_are_those_of_the_rows() -> None:
 def test_every_table_names_the_command_behind_its_rows(name: str) -> None:
     (command,) = re.findall(r"^Rows by `(.+)`\.$", report.BLOCKS[name](), flags=re.MULTILINE)
     program, *words = command.removeprefix("python -m ").split(" ")
-    known = {"benchmarks": "--gpu --core --only", "benchmarks.edit": "--gpu --shape --out", "pytest": "--csv"}
+    known = {"benchmarks": "--gpu --core --only", "benchmarks.edit": "--gpu --shape --out", "pytest": "--csv",
+             "benchmarks.accuracy": "--out"}  # fmt: skip
     assert {word for word in words if word.startswith("--")} <= {*known[program].split()}
     if "--only" in words:
         assert any(words[words.index("--only") + 1] in case.label for case in runner.CASES)
@@ -121,6 +134,8 @@ def test_how_many_rows_miss_their_prediction_is_counted() -> None:
 def test_the_accuracy_of_packed_rows_is_that_of_the_rows() -> None:
     rows = accuracy.read(RESULTS / "accuracy-miniature.csv")
     assert table("transformer") == accuracy.table(rows)
+    older = [row._replace(attention_relative_l2="1", background_psnr_db="1") for row in rows if row.background_psnr_db]
+    assert accuracy.table([*older, *rows]) == accuracy.table(rows)
     assert all(row.torch and row.diffusers and row.commit and row.date for row in rows)
     assert {(row.steps, row.locked_steps) for row in rows} == {("50", "20")}
 

@@ -1,6 +1,7 @@
 """What the documents say of whole edits is what the committed rows say."""
 
 import csv
+from pathlib import Path
 
 import pytest
 from benchmark_readme import RESULTS, ROOT, table, table_of, text
@@ -50,6 +51,17 @@ def test_the_larger_model_has_its_rows_and_its_predictions() -> None:
     assert [*said][1:] == [name for name in edit.MODES if not _edit_tables.outside(name)]
 
 
+@pytest.mark.parametrize(("block", "shape"), [("places", "1.3b"), ("larger places", "14b")])
+def test_what_was_not_measured_of_other_places_is_predicted_and_says_so(block: str, shape: str) -> None:
+    measured, said = _edit_tables.edits_of(report.H100, shape), {line[0]: line for line in table_of(block)}
+    assert [*said] == [name for name in edit.MODES if _edit_tables.outside(name)]
+    for name, line in said.items():
+        guess = "1.00" if "recording" in name else "1.20"
+        least = "at least " if "recording" in name or "disk" in name else ""
+        predicted = f"not yet measured (predicted {least}{guess})"
+        assert line[6] == (f"{float(measured[name].row.edit_ratio):.2f}" if name in measured else predicted)
+
+
 def test_what_the_text_says_of_other_places_is_what_the_rows_say() -> None:
     rows = {name: edited.row for name, edited in _edit_tables.edits_of(report.H100).items()}
     disk, int8 = rows["store on disk, hooks"], rows["store int8 on disk, hooks"]
@@ -93,3 +105,21 @@ def test_every_mode_of_an_edit_was_measured_on_a_cpu_in_one_run_of_a_commit() ->
     assert [one.row.mode for one in found] == ["pipeline", *edit.MODES]
     assert len({(one.plain, one.row.gpu, one.row.torch, one.row.commit) for one in found}) == 1
     assert "changes" not in found[0].row.commit and found[0].row.gpu.endswith("one thread")
+
+
+def test_the_readme_says_which_edits_do_not_name_their_diffusers() -> None:
+    files = _edit_rows.beside(report.H100), report.EDITS_ON_CPU
+    unnamed = []
+    for path in files:
+        with path.open(newline="", encoding="utf-8") as file:
+            unnamed.append(sum(not row["diffusers"] for row in csv.DictReader(file)))
+    text("{} edits of the H100 and {} of the CPU are older than `diffusers`".format(*unnamed))
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("edit-*.csv")), ids=lambda path: path.stem)
+def test_every_edit_above_its_target_says_what_it_spent_its_time_on(path: Path) -> None:
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["edit_ratio"] and row["mode"] in edit.MODES]
+    above = [row for row in rows if float(row["edit_ratio"]) > edit.MODES[row["mode"]].target]
+    assert [row["mode"] for row in above if not (row["note"].startswith("target") and "%" in row["note"])] == []
+    assert len(above) >= (path == _edit_rows.beside(report.H100))

@@ -57,6 +57,7 @@ def test_eager_moves_more_than_the_fewest_bytes_and_mixing_first_adds_its_bytes(
     assert predict(locked, "in loop", GPU).us > predict(locked, "one launch", GPU).us > plain
 
 
+@pytest.mark.smoke
 def test_the_report_marks_what_misses_by_a_fifth(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     case = find("kv_lerp_", "int8")
     predicted = predict(case, "kvlock", RATES["NVIDIA H100"]).us
