@@ -88,7 +88,7 @@ def _named_int(vae: Any, *names: str) -> int | None:
 
 
 def patch_of(transformer_config: Any) -> tuple[int, int, int]:
-    """The sides of a transformer's patch in latents (time, height, width), by attribute of its config.
+    """The sides of a transformer's patch in latents (time, height, width), read from its config.
 
     Raises:
         ValueError: the config does not say.
@@ -98,7 +98,8 @@ def patch_of(transformer_config: Any) -> tuple[int, int, int]:
         return getattr(transformer_config, "patch_size_t", None) or 1, size, size
     if isinstance(size, tuple | list) and len(size) == 3:
         return size[0], size[1], size[2]
-    raise ValueError(f"the transformer's config has patch_size={size!r}; wanted an int or three ints")
+    name = getattr(transformer_config, "_class_name", "the transformer")
+    raise ValueError(f"the config of {name} has patch_size={size!r}; wanted an int or three ints")
 
 
 def legal_frames(num_frames: int, temporal_stride: int) -> int:

@@ -73,9 +73,10 @@ class Session:
         return self  # a copy of the scheduler goes on driving this edit
 
     def set_schedule(self, flow: Flow, timesteps: Tensor) -> None:
-        """A new run begins with this schedule, whose timesteps [K] are on the device of the run.
+        """A new run begins with this schedule; its timesteps [K] are, in all known pipelines, on the device of the run.
 
-        What the run needs goes there now, because copies to a device make the host wait for it.
+        What the run needs goes there now, because copies to a device make the host wait for it. Where the run's latents
+        turn out to be elsewhere, it follows them at the first call.
         """
         self._flow, self._timesteps, self._run = flow, timesteps, None
         self._coefficients = flow.coefficients(timesteps.device)

@@ -18,7 +18,7 @@ from torch import Tensor
 from kvlock.masks import binarize
 from kvlock.pictures import IMAGE_SUFFIXES, read_picture
 
-DEFAULT_FPS = 16.0  # of picture folders, which name no rate: the rate Wan 2.1 was trained at
+DEFAULT_FPS = 16.0  # of pictures, which name no rate: the rate Wan 2.1 was trained at
 WRITABLE_SUFFIXES = (".mp4", ".mov", ".mkv")
 LUMA = (0.299, 0.587, 0.114)  # Rec. 601
 LOCK_TINT = (0.10, 0.45, 0.95)
@@ -48,11 +48,14 @@ def read_video(path: str | os.PathLike[str]) -> Video:
     path = Path(path)
     if not os.path.exists(path):
         raise ValueError(f"{path} does not exist; wanted a video, a picture or a folder of pictures")
-    if path.is_dir():
-        return Video(_read_folder(path), DEFAULT_FPS)
-    if path.suffix.lower() in IMAGE_SUFFIXES:
-        return Video(read_picture(path)[None], DEFAULT_FPS)
-    return _decode(path)
+    if has_rate(path):
+        return _decode(path)
+    return Video(_read_folder(path) if path.is_dir() else read_picture(path)[None], DEFAULT_FPS)
+
+
+def has_rate(path: str | os.PathLike[str]) -> bool:
+    """Whether what is read from there is a video file; a folder of pictures, or one, names no frame rate."""
+    return not os.path.isdir(path) and Path(path).suffix.lower() not in IMAGE_SUFFIXES
 
 
 def read_mask(path: str | os.PathLike[str], num_frames: int, height: int, width: int) -> Tensor:

@@ -264,8 +264,18 @@ def test_latents_stay_in_the_precision_of_the_pipeline():
 
 REFUSALS = {
     "two-videos": ({}, {"num_videos_per_prompt": 2}, "2 videos in a call .* both guidance branches; wanted one video"),
-    "a-rescale": ({}, {"guidance_rescale": 0.7}, "guidance_rescale=0.7 rescales the pipeline's own guidance"),
-    "another-size": ({}, {"height": 224}, r"latents have shape \[2, 126, 8\]; wanted \[B, 108, C\]"),
+    "a-rescale": ({}, {"guidance_rescale": 0.7}, "guidance_rescale=0.7 rescales .* which these settings replace"),
+    "a-rescale-that-is-measured": (
+        {"optimized_scale": False, "dynamic_guidance": False},
+        {"guidance_rescale": 0.7},
+        "guidance_rescale=0.7 rescales .* which these settings measure without it",
+    ),
+    "as-many-tokens-of-another-grid": (
+        {},
+        {"height": 128, "width": 288},
+        r"masks were made for latents of \[T, h, w\] = \[3, 6, 6\]; the edit's have \[3, 4, 9\]",
+    ),
+    "another-size": ({}, {"height": 224}, r"\[T, h, w\] = \[3, 6, 6\]; the edit's have \[3, 7, 6\]"),
     "fused": ({"kernel": "fused"}, {}, 'kernel="fused" does not fit transformer_blocks\\[0\\]'),
 }
 
@@ -273,8 +283,10 @@ REFUSALS = {
 @pytest.mark.parametrize("name", REFUSALS)
 def test_what_does_not_fit_is_refused_by_name(pipe, name):
     options, change, message = REFUSALS[name]
+    kernel = options.get("kernel", "hooks")
+    settings = {key: value for key, value in options.items() if key != "kernel"}
     with pytest.raises(ValueError, match=message):
-        edited(pipe, KVLockConfig(**WINDOW), **options, **change)
+        edited(pipe, KVLockConfig(**WINDOW, **settings), kernel=kernel, **change)
     assert tiny.leftovers(pipe) == []
 
 

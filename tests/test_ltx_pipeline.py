@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from functools import wraps
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import tiny_ltx
 import torch
 from diffusers import LTXPipeline
+from PIL import Image
 
 from kvlock import KVLockConfig, KVLockPipeline, attach, encode_source
 from kvlock.adapters.prompts import encode_prompt
 from kvlock.adapters.vae import decode
+from kvlock.cli import runs
+from kvlock.cli.inputs import read_source
 from kvlock.mini import models
 from kvlock.video import write_video
 
@@ -98,6 +102,19 @@ def test_the_commands_record_and_edit(kvlock, here, inputs, monkeypatch):
     assert out[-1].endswith(": 15 rows through the transformer")
     assert calls == [24, 24, 24]
     assert Path("one/out.mp4").read_bytes() == Path("two/out.mp4").read_bytes()
+
+
+def test_pictures_without_a_rate_have_the_pipelines_own(inputs, tmp_path):
+    arguments = {"mask": None, "mask_box": "32,32,96,96", "example": None, "model": str(inputs[1]), "steps": 6}
+    frames = tmp_path / "frames"
+    frames.mkdir()
+    for i in range(9):
+        Image.new("RGB", (192, 192), (10 * i, 0, 0)).save(frames / f"{i}.png")
+    arguments |= {"video": frames, "trim": False}
+    for video, rate in ((frames, 25), (inputs[3], 24)):
+        args = SimpleNamespace(**(arguments | {"video": video}))
+        task = runs.checked(args, KVLockConfig(), read_source(args), {}, [])
+        assert task.settings["frame_rate"] == task.source.fps == rate
 
 
 def test_the_estimate_counts_one_call_for_both_branches(kvlock, inputs):

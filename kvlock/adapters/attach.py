@@ -45,8 +45,8 @@ def attach(
 
     Args:
         pipe: an unmodified diffusers pipeline whose transformer and scheduler are supported.
-        source_latents: [1 or B, C, T, h, w], the source video's latents, normalised as the pipeline does
-            (``(z - latents_mean) / latents_std``); with reference images their own clean latents come first on T.
+        source_latents: [1 or B, C, T, h, w], the source video's latents, normalised as the pipeline does and as
+            `kvlock.encode_source` gives them; with reference images their own clean latents come first on T.
         masks: what to lock, measure and guide, for the same size.
         config: settings; None is `KVLockConfig()`.
         source_prompt_embeds: [1 or B, L, C] as ``pipe.encode_prompt`` gives them; zero rows at the end are padding, and
@@ -58,10 +58,10 @@ def attach(
             after norm and RoPE, as a backend of diffusers' dispatcher: locked calls of these layers are computed by
             `kvlock_kernels.kv_lerp_attention_`, everything else by the backend that was active before. With
             ``fusion="full"`` that one attends to the source rows and the new foreground rows, which are written behind
-            them: unpacked rows on the device take the room of all tokens for it; packed rows, those of another place,
-            of a recording or of one sample for several are joined with them anew in each call. Inside the block
-            ``pipe.transformer.set_attention_backend("kvlock")`` chooses it too, for all transformers of the pipeline
-            and until the block is left; another name sets the backend for everything else.
+            them: unpacked rows on the device take the room of all tokens for it, in which samples of one source take
+            turns; packed rows and those of another place or of a recording are joined with them anew in each call.
+            Inside the block ``pipe.transformer.set_attention_backend("kvlock")`` chooses it too, for all transformers
+            of the pipeline and until the block is left; another name sets the backend for everything else.
         store: how and where source rows are kept; None is `Store()`, on the device in the dtype of the model.
         recording: source rows made by `kvlock.record`, in place of a source pass. It has its own store, and knows its
             source prompt, which `source_prompt_embeds` must equal where it is given. An edit with another seed keeps
@@ -158,7 +158,7 @@ def on_pipeline(
 
     family = families[experts[0][0]]
     joint = family.joint_branches
-    layout = Layout.of(masks.latent if family.token_latents else None)
+    layout = Layout.of(masks.latent if family.token_grid else None)
     full = config.fusion == "full" and (config.branches == "both" or not joint)  # for each sample of a call
     state = LockState(masks.index, masks.num_tokens, full=full, store=store, shelf=shelf)
     lock = Lock(kernel, state, experts, config)
@@ -173,7 +173,7 @@ def on_pipeline(
         guidance_of=lambda expert: _guidance(pipe, expert, config),
         begin_index_of=lambda: getattr(pipe.scheduler, "begin_index", None),
         starts_from_video=is_one_of(pipe, STARTS_FROM_VIDEO),
-        guidance_follows=joint,
+        guidance_follows=family.guidance_follows,
         ledger=ledger,
     )
 
@@ -260,9 +260,11 @@ def _check_numbers(name: str, value: Tensor) -> None:
 
 def _guidance(pipe: Any, expert: int, config: KVLockConfig) -> float:
     rescale = getattr(pipe, "_guidance_rescale", 0.0)
-    if rescale and config.guides and pipe.guidance_scale > 1:
+    measured = config.fusion == "variance" and config.x0 == "guided"
+    if rescale and (config.guides or measured) and pipe.guidance_scale > 1:
+        does = "replace" if config.guides else "measure without it"
         raise ValueError(
-            f"guidance_rescale={rescale:g} rescales the pipeline's own guidance, which these settings replace; wanted 0"
+            f"guidance_rescale={rescale:g} rescales the pipeline's own guidance, which these settings {does}; wanted 0"
         )
     second = getattr(pipe, "_guidance_scale_2", None)
     return float(second if expert == 1 and second is not None else pipe.guidance_scale)

@@ -23,9 +23,10 @@ class Family:
         key, value: names inside the attention whose outputs are K (after its norm, before RoPE) and V.
         batched: keyword arguments of the forward with a sample axis, beside hidden_states, timestep and the prompt.
         prompt_mask: name of the forward's argument that marks the prompt's tokens [B, L], or None where zeros pad it.
-        token_latents: whether latents reach transformer and scheduler as tokens [B, T * h * w, C].
-        joint_branches: whether one forward has both guidance branches, the unconditional samples first; such a pipeline
-            looks up its guidance scale anew in each step.
+        token_grid: the forward's arguments that say T, h and w, where latents reach transformer and scheduler as tokens
+            [B, T * h * w, C]; None where they are videos.
+        joint_branches: whether one forward has both guidance branches, the unconditional samples first.
+        guidance_follows: whether the pipeline looks up its guidance scale anew in each step.
     """
 
     blocks: str
@@ -35,8 +36,9 @@ class Family:
     value: str
     batched: tuple[str, ...]
     prompt_mask: str | None = None
-    token_latents: bool = False
+    token_grid: tuple[str, str, str] | None = None
     joint_branches: bool = False
+    guidance_follows: bool = False
 
 
 FAMILIES = {
@@ -53,8 +55,9 @@ FAMILIES = {
         "to_v",
         (),
         prompt_mask="encoder_attention_mask",
-        token_latents=True,
+        token_grid=("num_frames", "height", "width"),
         joint_branches=True,
+        guidance_follows=True,
     ),
 }
 
@@ -128,7 +131,7 @@ def family_of(transformer: nn.Module) -> Family:
     if getattr(module, "is_cache_enabled", False) or _has_cache_hook(module):
         raise ValueError(f"{name} has a block cache enabled, which skips the blocks to lock; disable the cache first")
     family = FAMILIES[name]
-    if family.token_latents and (sides := (module.config.patch_size_t, module.config.patch_size)) != (1, 1):
+    if family.token_grid and (sides := (module.config.patch_size_t, module.config.patch_size)) != (1, 1):
         raise ValueError(f"{name} has patches of {sides} latents (time, side); wanted a token for each latent")
     for block in getattr(module, family.blocks):
         if getattr(getattr(block, family.attention), "fused_projections", False):

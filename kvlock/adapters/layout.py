@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -24,6 +25,17 @@ class Layout:
             return cls()
         t, h, w = latents.shape[-3:]
         return cls((t, h, w))
+
+    def require(self, grid: tuple[Any, ...]) -> None:
+        """Wants the grid of a call to be this one: other grids may have as many tokens.
+
+        Raises:
+            ValueError: it is another.
+        """
+        if grid != self.grid:
+            raise ValueError(
+                f"masks were made for latents of [T, h, w] = {list(self.grid or ())}; the edit's have {list(grid)}"
+            )
 
     def video(self, x: Tensor) -> Tensor:
         """The model's latents as a session has them; a view.

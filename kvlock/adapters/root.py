@@ -68,6 +68,8 @@ def _before(
     if session.in_source_pass:
         return None
     call = dict(zip(names, args, strict=False)) | kwargs
+    if family.token_grid:
+        layout.require(tuple(call.get(name) for name in family.token_grid))
     edit, branches = layout.video(call["hidden_states"]), branches_of()
     samples = edit[: len(edit) // branches]  # every branch has the same latents
     x = session.begin_call(expert, samples, call["timestep"], _conditions(call, family), branches=branches)
@@ -136,7 +138,7 @@ def run_on_source_only(transformer: Any, family: Family, session: Session) -> Ca
             return forward(*args, **kwargs)
         call = dict(zip(names, args, strict=False)) | kwargs
         x = call["hidden_states"]
-        zeros = torch.zeros_like(x[..., :channels] if family.token_latents else x[:, :channels])
+        zeros = torch.zeros_like(x[..., :channels] if family.token_grid else x[:, :channels])
         return (zeros,) if not call.get("return_dict", True) else Transformer2DModelOutput(sample=zeros)
 
     def undo() -> None:

@@ -50,7 +50,7 @@ def _statistics(vae: Any, device: torch.device) -> tuple[Tensor, Tensor]:
     """Mean and scale of the latents, [1, C, 1, 1, 1] fp32 each: normalised ones are (z - mean) / scale.
 
     Raises:
-        ValueError: the VAE does not have one finite number a channel, or a deviation that is not above 0.
+        ValueError: the VAE has not one finite number a channel, or it has a deviation that is not above 0.
     """
     mean, std = _per_channel(vae, "latents_mean"), _per_channel(vae, "latents_std", positive=True)
     if hasattr(vae.config, "latents_std"):
@@ -62,7 +62,7 @@ def _per_channel(vae: Any, name: str, *, positive: bool = False) -> Tensor:
     channels = getattr(vae.config, "z_dim", None) or vae.config.latent_channels
     values = getattr(vae.config, name, None) if hasattr(vae.config, name) else getattr(vae, name, None)
     try:
-        # On the CPU, where it can be looked at without waiting.
+        # On the CPU, where Wan's lists are looked at without waiting; LTX has a buffer, whose copy waits.
         row = torch.as_tensor(values, dtype=torch.float32, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError):  # no numbers, or none that fp32 can hold
         row = torch.empty(0)

@@ -30,6 +30,7 @@ class Source(NamedTuple):
     mask: Tensor  # bool [F, H, W], True = edit
     fps: float
     scene: Scene | None = None  # of the example
+    names_rate: bool = True  # whether `fps` is the video's own, as pictures have none
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -161,7 +162,7 @@ def read_source(args: argparse.Namespace) -> Source:
     frames, fps = video.read_video(args.video)
     shape = frames.shape[:3]
     mask = video.box_mask(args.mask_box, *shape) if args.mask is None else video.read_mask(args.mask, *shape)
-    return Source(frames, mask, fps)
+    return Source(frames, mask, fps, names_rate=video.has_rate(args.video))
 
 
 def _render_example(number: int) -> Source:

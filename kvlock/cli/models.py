@@ -23,7 +23,7 @@ class Model(NamedTuple):
     geometry: Geometry
     sizes: ModelSizes
     has_vace: bool
-    takes_frame_rate: bool  # whether the pipeline is told of the video's
+    frame_rate: float | None  # of a pipeline that is told of the video's: its default
     strength: float  # the share of its steps that the pipeline runs, the last ones: 1, or less from video to video
 
     def first_step(self, num_steps: int) -> int:
@@ -69,7 +69,7 @@ def describe(model: str | None) -> Model:
         geometry=Geometry.of(parts),
         sizes=ModelSizes.of(transformer)._replace(joint_branches=FAMILIES[name].joint_branches),
         has_vace=getattr(transformer, "vace_layers", None) is not None,
-        takes_frame_rate="frame_rate" in parameters,
+        frame_rate=parameters["frame_rate"].default if "frame_rate" in parameters else None,
         # What it takes where it is told none, as it is here.
         strength=parameters["strength"].default if pipeline in STARTS_FROM_VIDEO else 1.0,
     )

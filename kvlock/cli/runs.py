@@ -71,7 +71,9 @@ def checked(
         raise ValueError(f"--reference needs a VACE model; {model.name} is none")
     inputs.build_masks(source, model, reference_frames=len(references), dilate_tokens=config.dilate_tokens)
     settings = {"num_inference_steps": args.steps, **prompts, "reference_images": references or None}
-    if model.takes_frame_rate:
+    if model.frame_rate is not None:
+        if not source.names_rate:
+            source = source._replace(fps=model.frame_rate)
         settings["frame_rate"] = source.fps
     return Task(source, prompts, settings)
 
