@@ -5,6 +5,7 @@ rounds to fewer bits than torch's in that dtype: it only adds up in another orde
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -27,17 +28,16 @@ def orders(size: int, count: int = ORDERS) -> list[Tensor]:
     return [torch.arange(size), *shuffled]
 
 
-def attentions(q: Tensor, k: Tensor, v: Tensor, scale: float) -> list[Tensor]:
+def attentions(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Iterator[Tensor]:
     """softmax(scale * q k^T) v [B, M, H, D] step by step, with channels and keys in several orders, and torch's own.
 
     The order of the sums decides which of the many outputs is furthest off. Torch's own attention divides after the
     second product, as kernels do, and is what serves fp32 on a GPU.
     """
-    found = [F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), scale=scale).transpose(1, 2)]
+    yield F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), scale=scale).transpose(1, 2)
     for channels, keys in zip(orders(q.shape[3]), orders(k.shape[1]), strict=True):
         products = torch.einsum("bmhd,bnhd->bhmn", q[..., channels], k[:, keys][..., channels])
-        found.append(torch.einsum("bhmn,bnhd->bmhd", (scale * products).softmax(-1), v[:, keys]))
-    return found
+        yield torch.einsum("bhmn,bnhd->bmhd", (scale * products).softmax(-1), v[:, keys])
 
 
 def log_sum_exps(q: Tensor, k: Tensor, scale: float) -> list[Tensor]:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from evaluations import log_sum_exps
+from evaluations import attentions, log_sum_exps
 from regimes import FP8, INT8, STREAMING, each_regime, every, rows_of, sources_of_values
 from samples import DTYPES, NAN, normal, packed, source_rows
 from tolerance import assert_as_accurate_as_torch, assert_bit_identical, assert_within_roundings
@@ -90,9 +90,8 @@ def attended(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 def assert_right(way: Way, regime: dict[str, Any]) -> None:
     args, options = call_of(regime)
     qkv = mixed(args, options)
-    native = attended(*qkv, options["scale"])
     exact = attended(*(x.double() for x in qkv), options["scale"])
-    assert_as_accurate_as_torch(way(*args, **options), native, exact)
+    assert_as_accurate_as_torch(way(*args, **options), attentions(*qkv, options["scale"]), exact)
 
 
 @each_way

@@ -153,7 +153,7 @@ def test_the_log_sum_exp_comes_on_request_only() -> None:
     out, lse = kv_lerp_attention(**args)
     assert lse is None
     qkv = args["q"], *lerped(args)
-    native, (exact, _) = attentions(*qkv, 32**-0.5), plain_attention(*(x.double() for x in qkv), 32**-0.5)
+    native, (exact, _) = list(attentions(*qkv, 32**-0.5)), plain_attention(*(x.double() for x in qkv), 32**-0.5)
     for one in (out, kv_lerp_attention(**args, return_lse=True).out):  # perhaps from another kernel
         assert_as_accurate_as_torch(one, native, exact)
 
