@@ -37,7 +37,7 @@ SHORT = (SMALL_H12, WAN_1_3B_480P)
 CORE = {(shape, torch.int8): ("kvlock", "kv_lerp_pair_ + cuDNN", "torch.compile + cuDNN") for shape in SHORT} | {
     (WAN_1_3B_480P, torch.bfloat16): ("kvlock", "torch.lerp + cuDNN")
 }
-OWN_FROM = {128: 32760}  # tokens from which the operator takes the kernel of this package on sm_90, by D
+OWN_FROM = {64: 32760, 128: 32760}  # tokens from which the operator takes the kernel of this package on sm_90, by D
 CHECKED = 64  # queries of each head that are checked: fp64 scores of all of them do not fit a GPU
 
 

@@ -28,7 +28,8 @@ def test_the_edits_of_the_table_are_those_of_the_rows() -> None:
 def test_the_first_lines_say_of_whole_edits_what_the_rows_say() -> None:
     with (RESULTS / "edit-nvidia-h100-80gb-hbm3.csv").open(newline="", encoding="utf-8") as file:
         rows = {r["mode"]: r for r in csv.DictReader(file) if r["model"] == "wan-1.3b, random"}
-    plain, fused, hooks = (rows[name] for name in ("pipeline", "store, fused", "store, hooks"))
+    fused, hooks = (rows[name] for name in ("store, fused", "store, hooks"))
+    plain = _edit_tables.edits_of(report.H100)["store, hooks"].plain._asdict()  # of the same run
     step, *locked = plain["step_s"], fused["locked_step_s"], hooks["locked_step_s"]
     ratios = [f"{float(each['edit_ratio']):.2f}" for each in (fused, hooks)]
     more = f"{float(hooks['peak_gib']) - float(plain['peak_gib']):.1f} GiB more memory"
@@ -65,14 +66,14 @@ def test_what_was_not_measured_of_other_places_is_predicted_and_says_so(block: s
 def test_what_the_text_says_of_other_places_is_what_the_rows_say() -> None:
     rows = {name: edited.row for name, edited in _edit_tables.edits_of(report.H100).items()}
     disk, int8 = rows["store on disk, hooks"], rows["store int8 on disk, hooks"]
-    text(f"Rows on disk cost an edit {float(disk.edit_ratio):.2f} times the plain pipeline's time, and "
-         f"{float(int8.edit_ratio):.2f} in int8")  # fmt: skip
+    text(f"Rows on disk cost an edit {float(disk.edit_ratio):.2f} times the plain pipeline's time, where the target is "
+         f"1.22, and {float(int8.edit_ratio):.2f} in int8")  # fmt: skip
     longer = float(disk.locked_step_s) - float(rows["store on the host, hooks"].locked_step_s)
     text(f"make a locked step {longer:.2f} s longer than with rows on the host")
-    text(f"half as many bytes and miss it by {float(int8.edit_ratio) - 1.22:.2f}.")
+    text("half as many bytes and meet it.")
     assert float(rows["store on the host, hooks"].edit_ratio) <= float(rows["store, hooks"].edit_ratio)
     missed = {name for name in rows if name in edit.MODES and float(rows[name].edit_ratio) > edit.MODES[name].target}
-    assert missed == {"store on disk, hooks", "store int8 on disk, hooks"}
+    assert missed == {"store on disk, hooks"}
     same = ("store on the host, hooks", "recording, hooks", "preset plain")
     assert all(float(rows[name].difference) == 0 for name in same)
 

@@ -223,7 +223,7 @@ def test_keys_and_values_stay_as_they_are(
 ) -> None:
     from kvlock_kernels._triton import attend
 
-    (line,) = (line for line in attend.TABLE if attend.OWN in line.plain)
+    line = next(line for line in attend.TABLE if attend.OWN in line.plain)
     monkeypatch.setattr(attend, "TABLE", (line._replace(dim=32, tokens=tokens), *attend.TABLE))
     args = arguments()
     before = [arg.clone() for arg in args]
