@@ -1,4 +1,4 @@
-"""Where the source rows of a step wait for the edit when they leave the device: host memory, or a file."""
+"""Where the source rows of a step wait for the edit when they leave the device: host memory, or files."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ class HostShelf(Shelf):
 
 
 class FileShelf(Shelf):
-    """Rows in a file of the step."""
+    """Rows in files of the step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -169,7 +169,7 @@ class FileShelf(Shelf):
 
 
 class DiskShelf(FileShelf):
-    """A file that each step writes over, in a temporary folder that lasts as long as the session.
+    """A file of K and one of V that each step writes over, in a temporary folder that lasts as long as the session.
 
     Raises:
         ValueError: there is no such folder, or it cannot be written to.
@@ -182,22 +182,25 @@ class DiskShelf(FileShelf):
         except OSError as error:
             where = folder or tempfile.gettempdir()
             raise ValueError(f"cannot write source rows to {where}: {error.strerror}") from error
-        self._writer: StepWriter | None = None
+        self._writers: dict[str, StepWriter] = {}  # by tensor: a system lets one thread at a time write to a file
         self._outbox = Outbox()
-        self._path = self._folder / "step.safetensors"
 
     def _put(self, piece: Piece, rows: Rows) -> None:
-        if self._writer is None:
-            self._writer = StepWriter(self._path, over=True)
-        self._outbox.add(self._writer, piece, rows, self._copy_stream)
+        if piece.tensor not in self._writers:
+            self._writers[piece.tensor] = StepWriter(self._path_of(piece.tensor), over=True)
+        self._outbox.add(self._writers[piece.tensor], piece, rows, self._copy_stream)
         self._bytes += rows.bytes_kept
 
+    def _path_of(self, tensor: str) -> Path:
+        return self._folder / f"{tensor}.safetensors"
+
     def seal(self) -> None:
-        if self._writer is not None:
-            self._outbox.finish(self._writer)
-            self._writer.close()
-            self._writer = None
-            self._open(StepFile(self._path))
+        if self._writers:
+            self._outbox.finish()
+            for writer in self._writers.values():
+                writer.close()
+            self._writers.clear()
+            self._open(StepFile(self._path_of("k"), self._path_of("v")))
 
     def turn_to(self, step: int) -> None:
         self._forget()
@@ -206,17 +209,18 @@ class DiskShelf(FileShelf):
         try:
             self._forget()
         finally:
-            self._path.unlink(missing_ok=True)
+            for tensor in "kv":
+                self._path_of(tensor).unlink(missing_ok=True)
 
     def _forget(self) -> None:
-        """The step's rows, but not the file."""
+        """The step's rows, but not the files."""
         try:
             super().clear()
             self._outbox.discard()
         finally:  # also where the device is lost, and no copy can be waited for
-            if self._writer is not None:
-                self._writer.discard()
-                self._writer = None
+            for writer in self._writers.values():
+                writer.discard()
+            self._writers.clear()
 
     def close(self) -> None:
         try:

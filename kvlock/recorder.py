@@ -124,7 +124,7 @@ class Recorder(Shelf):
 
     def seal(self) -> None:
         assert self._writer is not None
-        self._outbox.finish(self._writer)
+        self._outbox.finish()
         self._writer.close()
         self._enter(self._writer.path)
         self._writer = None

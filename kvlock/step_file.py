@@ -120,25 +120,31 @@ class StepWriter:
 
 
 class StepFile:
-    """Reads one file; its tensors are views of a memory map, and their pages come when they are touched.
+    """Reads the rows of a step, from one file or from several that share its layers or tensors out among them.
+
+    Tensors are views of a memory map, and their pages come when they are touched.
 
     Raises:
-        ValueError: the file is not there, or is none of ours; the message names it.
+        ValueError: a file is not there, is none of ours, or K comes without V; the message names it.
     """
 
-    def __init__(self, path: Path) -> None:
-        try:
-            self._file = safe_open(path, framework="pt", device="cpu")
-            names = [name.rsplit(".", 1) for name in self._file.offset_keys()]  # in the order of writing
-            self._parts: dict[Piece, list[str]] = {}
-            for owner, part in names:
-                if part in Rows._fields:
-                    self._parts.setdefault(Piece.parse(owner), []).append(part)
-            for piece, parts in self._parts.items():
+    def __init__(self, *paths: Path) -> None:
+        self._files: dict[Piece, Any] = {}
+        self._parts: dict[Piece, list[str]] = {}
+        for path in paths:
+            with _named_errors(path):
+                self._add(safe_open(path, framework="pt", device="cpu"))
+        for piece, parts in self._parts.items():
+            with _named_errors(*paths):
                 if "data" not in parts or piece._replace(tensor="kv".replace(piece.tensor, "")) not in self._parts:
                     raise ValueError(f"{piece} is not whole")
-        except (OSError, SafetensorError, ValueError) as error:
-            raise ValueError(f"{path} holds no source rows: {error}") from error
+
+    def _add(self, file: Any) -> None:
+        for owner, part in (name.rsplit(".", 1) for name in file.offset_keys()):  # in the order of writing
+            if part in Rows._fields:
+                piece = Piece.parse(owner)
+                self._files[piece] = file
+                self._parts.setdefault(piece, []).append(part)
 
     @property
     def pieces(self) -> list[Piece]:
@@ -146,7 +152,16 @@ class StepFile:
 
     def rows(self, piece: Piece) -> Rows:
         """The rows of one tensor of one layer, [Bs, rows, ...] on the CPU."""
-        return Rows(**{part: self._file.get_tensor(f"{piece}.{part}") for part in self._parts[piece]})  # views
+        file = self._files[piece]
+        return Rows(**{part: file.get_tensor(f"{piece}.{part}") for part in self._parts[piece]})  # views
+
+
+@contextlib.contextmanager
+def _named_errors(*paths: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ValueError(f"{' and '.join(map(str, paths))} holds no source rows: {error}") from error
 
 
 def digest(path: Path, stopped: threading.Event | None = None) -> str:

@@ -7,6 +7,7 @@ host. What is read too early, or overwritten too soon, has other numbers.
 from __future__ import annotations
 
 import contextlib
+import threading
 import weakref
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from kvlock.locked_layers import BEFORE_ROPE
 from kvlock.manifest import step_name
 from kvlock.places import Shelf, shelf_of
 from kvlock.recorder import Recorder
-from kvlock.step_file import Piece, StepFile
+from kvlock.step_file import Piece, StepFile, StepWriter
 from kvlock.store import LAYERS_ON_DEVICE, Rows
 
 LAYERS, SHAPE = 5, (1, 3, 2)
@@ -253,7 +254,7 @@ def test_what_a_failed_call_put_is_in_no_later_file_and_holds_no_memory(monkeypa
     recorder.close()
 
 
-def test_a_file_is_written_while_the_source_computes_and_holds_few_rows_on_the_device(monkeypatch, tmp_path):
+def test_a_file_is_written_while_the_source_computes_and_few_rows_are_on_their_way(monkeypatch, tmp_path):
     gpu = GPU(monkeypatch, "the host")
     shelf, pieces = served("disk", tmp_path)
     shelf.turn_to(0)
@@ -263,6 +264,56 @@ def test_a_file_is_written_while_the_source_computes_and_holds_few_rows_on_the_d
         gpu.compute.add(partial(computed.append, number))
         shelf.put(piece, Rows(rows), BEFORE_ROPE)
         del rows
-        assert len(computed) <= max(0, number - 2 * LAYERS_ON_DEVICE)  # the host waits for no later one
-        assert number - len(gpu.freed) <= 2 * LAYERS_ON_DEVICE
+        assert len(computed) <= max(0, number - LAYERS_ON_DEVICE)  # the host waits for no later one
+        assert number - len(gpu.freed) <= LAYERS_ON_DEVICE
+        assert gpu.pinned_bytes <= 2 * LAYERS_ON_DEVICE * torch.zeros(SHAPE).nbytes
     shelf.close()
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_keys_and_values_are_written_at_the_same_time_while_the_host_goes_on(monkeypatch, tmp_path, inference):
+    gpu, add, both, end = GPU(monkeypatch, "the host"), StepWriter.add, threading.Barrier(3), threading.Event()
+
+    def wait(writer: StepWriter, piece: Piece, rows: Rows) -> None:
+        if piece.block == 0:
+            both.wait(timeout=10)  # for the host and the writer of the other file
+            assert end.wait(timeout=10)
+        add(writer, piece, rows)
+
+    monkeypatch.setattr(StepWriter, "add", wait)
+    shelf, pieces = served("disk", tmp_path)
+    with torch.inference_mode(inference):
+        shelf.turn_to(0)
+        for number, piece in enumerate(pieces):
+            shelf.put(piece, Rows(torch.full(SHAPE, float(number))), BEFORE_ROPE)
+            if number == 2 * LAYERS_ON_DEVICE - 1:
+                both.wait(timeout=10)
+                end.set()
+        shelf.seal()
+        found = []
+        for piece in pieces:
+            memory = shelf.get(piece).data.detach()
+            gpu.compute.add(lambda memory=memory: found.append(memory.unique().item()))
+        shelf.close()
+        gpu.finish()
+    assert found == [*range(len(pieces))]
+    assert threading.active_count() == 1
+
+
+@pytest.mark.parametrize("tensor", "kv")
+def test_a_disk_that_is_full_is_told_of_although_a_thread_finds_it_out(monkeypatch, tmp_path, tensor):
+    gpu = GPU(monkeypatch, "the host")
+    shelf, pieces = served("disk", tmp_path)
+    shelf.turn_to(0)
+    for piece in pieces[:2]:
+        shelf.put(piece, Rows(gpu.empty()), BEFORE_ROPE)
+    with Path("/dev/full").open("wb", buffering=0) as full:
+        shelf._writers[tensor]._file = full
+        with pytest.raises(ValueError, match=rf"^cannot write .*{tensor}.safetensors: No space left on device$"):
+            for piece in pieces[2:]:
+                shelf.put(piece, Rows(gpu.empty()), BEFORE_ROPE)
+            shelf.seal()
+    shelf.close()
+    gpu.finish()
+    assert [*tmp_path.iterdir()] == []
+    assert threading.active_count() == 1

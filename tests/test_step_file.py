@@ -88,6 +88,10 @@ def test_a_file_of_something_else_holds_no_rows(tmp_path):
     save_file({"0.blocks.0.k.data": torch.zeros(1)}, tmp_path / "half")
     with pytest.raises(ValueError, match=r"half holds no source rows: 0.blocks.0.k is not whole"):
         StepFile(tmp_path / "half")
+    save_file({"0.blocks.0.v.data": torch.zeros(1)}, tmp_path / "other half")
+    assert len(StepFile(tmp_path / "half", tmp_path / "other half").pieces) == 2
+    with pytest.raises(ValueError, match=r"half and .*half holds no source rows: 0.blocks.0.k is not whole"):
+        StepFile(tmp_path / "half", tmp_path / "half")
     save_file({"x.data": torch.zeros(1)}, tmp_path / "foreign")
     with pytest.raises(ValueError, match=r"foreign holds no source rows"):
         StepFile(tmp_path / "foreign")
