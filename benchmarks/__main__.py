@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--core", action="store_true", help="the core, about 40 rows, marked in the list")
     parser.add_argument("--only", metavar="NAME", default="", help="cases whose line in the list has NAME in it")
     parser.add_argument("--by", metavar="NAME", default="", help="providers whose name has NAME in it")
-    parser.add_argument("--new", action="store_true", help="only rows that this GPU's file has no steady one of")
+    parser.add_argument("--new", action="store_true", help="only rows that this GPU's file has no steady, whole one of")
     parser.add_argument("--minutes", type=float, default=math.inf, metavar="N", help="begin no row after so many")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", metavar="DIR")
     parser.add_argument("--commit", help="what was measured, where this is no git checkout")
@@ -79,8 +79,9 @@ def missing(cases: list[Case], seen: Collection[Key]) -> Iterator[Case]:
 
 
 def steady_keys(path: Path) -> set[Key]:
-    """Keys of the steady rows of a file; none where there is no file."""
-    return {key(row) for row in read(path) if row.status == "ok" and is_steady(row)} if path.exists() else set()
+    """Keys of the steady rows of a file without those that an earlier version left unfinished; none without a file."""
+    found = read(path) if path.exists() else []
+    return {key(row) for row in found if row.status == "ok" and row.relative_error and is_steady(row)}
 
 
 def measure(
