@@ -182,7 +182,7 @@ class DiskShelf(FileShelf):
         except OSError as error:
             where = folder or tempfile.gettempdir()
             raise ValueError(f"cannot write source rows to {where}: {error.strerror}") from error
-        self._writers: dict[str, StepWriter] = {}  # by tensor: a system lets one thread at a time write to a file
+        self._writers: dict[str, StepWriter] = {}  # by tensor: systems let one thread at a time write to a file
         self._outbox = Outbox()
 
     def _put(self, piece: Piece, rows: Rows) -> None:
@@ -199,8 +199,9 @@ class DiskShelf(FileShelf):
             self._outbox.finish()
             for writer in self._writers.values():
                 writer.close()
+            written = [writer.path for writer in self._writers.values()]
             self._writers.clear()
-            self._open(StepFile(self._path_of("k"), self._path_of("v")))
+            self._open(StepFile(*written))
 
     def turn_to(self, step: int) -> None:
         self._forget()
@@ -213,14 +214,16 @@ class DiskShelf(FileShelf):
                 self._path_of(tensor).unlink(missing_ok=True)
 
     def _forget(self) -> None:
-        """The step's rows, but not the files."""
+        """The step's rows, but not the files; all of them, also where the device is lost and waiting for it raises."""
         try:
             super().clear()
-            self._outbox.discard()
-        finally:  # also where the device is lost, and no copy can be waited for
-            for writer in self._writers.values():
-                writer.discard()
-            self._writers.clear()
+        finally:
+            try:
+                self._outbox.discard()
+            finally:
+                for writer in self._writers.values():
+                    writer.discard()
+                self._writers.clear()
 
     def close(self) -> None:
         try:

@@ -153,8 +153,10 @@ class Recorder(Shelf):
             os.rename(self._folder, self._target)
 
     def clear(self) -> None:
-        super().clear()
-        self._outbox.discard()
+        try:
+            super().clear()
+        finally:
+            self._outbox.discard()
 
     def close(self) -> None:
         """Remove what has not become a recording."""

@@ -132,10 +132,10 @@ class StepFile:
         self._files: dict[Piece, Any] = {}
         self._parts: dict[Piece, list[str]] = {}
         for path in paths:
-            with _named_errors(path):
+            with _no_rows_in(path):
                 self._add(safe_open(path, framework="pt", device="cpu"))
-        for piece, parts in self._parts.items():
-            with _named_errors(*paths):
+        with _no_rows_in(*paths):
+            for piece, parts in self._parts.items():
                 if "data" not in parts or piece._replace(tensor="kv".replace(piece.tensor, "")) not in self._parts:
                     raise ValueError(f"{piece} is not whole")
 
@@ -157,7 +157,7 @@ class StepFile:
 
 
 @contextlib.contextmanager
-def _named_errors(*paths: Path) -> Iterator[None]:
+def _no_rows_in(*paths: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, ValueError) as error:

@@ -58,9 +58,9 @@ class Store:
         place: where the rows of a step wait: on the ``"device"``, in ``"host"`` memory (pinned, where the device is a
             CUDA one, of which torch takes powers of two) or on ``"disk"``. From the latter two the rows of two layers
             are on the device at a time: those of one come while the layer before it computes, once they are read from
-            the disk. While the source computes, rows of as many layers wait there for their copies. Rows for a disk
+            the disk. While the source computes, rows of at most as many wait there for their copies. Rows for a disk
             pass through pinned memory of two layers, either way. Compiled transformers need the device.
-        folder: where a ``"disk"`` store makes its temporary file; None is the system's own place for such files, which
+        folder: where a ``"disk"`` store makes its temporary files; None is the system's own place for such files, which
             may be memory. A process that is killed leaves a folder ``.kvlock-*`` there.
 
     Raises:

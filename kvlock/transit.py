@@ -12,7 +12,7 @@ import torch
 from kvlock.step_file import Piece, StepWriter
 from kvlock.store import LAYERS_ON_DEVICE, Rows
 
-LEAVING = 2 * LAYERS_ON_DEVICE  # pieces that may be on their way off the device: K and V of so many layers
+LEAVING = 2 * LAYERS_ON_DEVICE  # pieces that may be on their way from the device: K and V of so many layers
 Layer = tuple[int, str, int]  # a `Piece` but for its tensor
 
 
@@ -102,14 +102,15 @@ def copy(rows: Rows, room: Rows, *, non_blocking: bool) -> None:
 class Outbox:
     """Rows on their way from the device into files, by way of pinned memory: written once their copy is over.
 
-    Each file has a thread that writes it: the host goes on to queue work for the device, and files are written at the
-    same time. One thread does not keep up with a GPU that computes a layer of 32760 tokens in 22 ms.
+    Threads write, one at a time to each file: the host goes on to queue work for the device, and K and V, where they
+    have a file each, are written at the same time. One thread alone does not keep up with a GPU that computes a layer
+    of 32760 tokens in 22 ms.
     """
 
     def __init__(self) -> None:
         self._leaving: deque[tuple[Any, StepWriter, Piece, Rows, Rows]] = deque()  # end of a copy, ..., rows, copy
-        self._writing: dict[StepWriter, tuple[Future[None], Rows]] = {}  # the one piece that a thread has
-        self._free: deque[Rows] = deque()
+        self._writing: dict[StepWriter, tuple[Future[None], Piece, Rows]] = {}  # what a thread has
+        self._free: dict[str, deque[Rows]] = {"k": deque(), "v": deque()}  # packed, only keys may have a mean
         self._threads: ThreadPoolExecutor | None = None
 
     def add(self, writer: StepWriter, piece: Piece, rows: Rows, stream: Any) -> None:
@@ -124,9 +125,10 @@ class Outbox:
         if stream is None:
             writer.add(piece, rows)
             return
-        if len(self._leaving) == LEAVING // 2:  # the other half is being written
+        if len(self._leaving) == LEAVING // 2:  # the rest is for what is being written
             self._write_first()
-        before = self._free.popleft() if self._free else None
+        free = self._free[piece.tensor]
+        before = free.popleft() if free else None
         room = room_for(rows, before, torch.device("cpu"), pinned=True)
         stream.wait_event(torch.cuda.current_stream(stream.device).record_event())
         with torch.cuda.stream(stream):
@@ -149,10 +151,11 @@ class Outbox:
         finally:
             self._leaving.clear()
             if self._threads is not None:
-                self._threads.shutdown(cancel_futures=True)  # waits for what is being written
+                self._threads.shutdown()  # waits for what is being written
                 self._threads = None
             self._writing.clear()
-            self._free.clear()
+            for free in self._free.values():
+                free.clear()
 
     def _write_first(self) -> None:
         copied, writer, piece, _, room = self._leaving[0]
@@ -160,11 +163,15 @@ class Outbox:
         self._leaving.popleft()
         self._wait_for(writer)
         self._threads = self._threads or ThreadPoolExecutor(thread_name_prefix="kvlock")
-        self._writing[writer] = self._threads.submit(writer.add, piece, room), room
+        self._writing[writer] = self._threads.submit(writer.add, piece, room), piece, room
 
     def _wait_for(self, writer: StepWriter) -> None:
-        """Its thread is done with the piece before."""
-        if writer in self._writing:
-            written, room = self._writing.pop(writer)
+        """Until it can take the next piece."""
+        if writer not in self._writing:
+            return
+        written, piece, room = self._writing.pop(writer)
+        try:
             written.result()
-            self._free.append(room)
+        finally:
+            del written  # an error has this frame, which would have the error: all that is in it would stay
+        self._free[piece.tensor].append(room)

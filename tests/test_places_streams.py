@@ -7,7 +7,9 @@ host. What is read too early, or overwritten too soon, has other numbers.
 from __future__ import annotations
 
 import contextlib
+import gc
 import threading
+import time
 import weakref
 from functools import partial
 from pathlib import Path
@@ -236,7 +238,7 @@ def test_after_an_error_of_the_device_nothing_stays(monkeypatch, tmp_path, place
     monkeypatch.setattr(Event, "synchronize", lost)
     with pytest.raises(RuntimeError, match="an error of the device"):
         shelf.close()
-    assert [*tmp_path.iterdir()] == []
+    assert [*tmp_path.iterdir()] == [] and writing() == []
 
 
 def test_what_a_failed_call_put_is_in_no_later_file_and_holds_no_memory(monkeypatch, tmp_path):
@@ -296,24 +298,100 @@ def test_keys_and_values_are_written_at_the_same_time_while_the_host_goes_on(mon
             gpu.compute.add(lambda memory=memory: found.append(memory.unique().item()))
         shelf.close()
         gpu.finish()
-    assert found == [*range(len(pieces))]
-    assert threading.active_count() == 1
+    assert found == [*range(len(pieces))] and writing() == []
+
+
+def writing() -> list[str]:
+    """The threads that write files."""
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("kvlock")]
 
 
 @pytest.mark.parametrize("tensor", "kv")
-def test_a_disk_that_is_full_is_told_of_although_a_thread_finds_it_out(monkeypatch, tmp_path, tensor):
+def test_a_disk_that_is_full_is_told_of_and_the_next_step_is_whole(monkeypatch, tmp_path, tensor):
     gpu = GPU(monkeypatch, "the host")
     shelf, pieces = served("disk", tmp_path)
+    held: list[weakref.ref] = []
+
+    def forward() -> None:
+        activation = torch.zeros(1)
+        held.append(weakref.ref(activation))
+        for piece in pieces[2:]:
+            shelf.put(piece, Rows(gpu.empty()), BEFORE_ROPE)
+        shelf.seal()
+
     shelf.turn_to(0)
     for piece in pieces[:2]:
         shelf.put(piece, Rows(gpu.empty()), BEFORE_ROPE)
-    with Path("/dev/full").open("wb", buffering=0) as full:
-        shelf._writers[tensor]._file = full
-        with pytest.raises(ValueError, match=rf"^cannot write .*{tensor}.safetensors: No space left on device$"):
-            for piece in pieces[2:]:
-                shelf.put(piece, Rows(gpu.empty()), BEFORE_ROPE)
-            shelf.seal()
+    gc.disable()
+    try:
+        with Path("/dev/full").open("wb", buffering=0) as full:
+            shelf._writers[tensor]._file = full
+            try:
+                forward()
+            except ValueError as error:
+                said = str(error)
+        shelf.clear()
+        assert said.startswith("cannot write ") and said.endswith(f"{tensor}.safetensors: No space left on device")
+        assert held[0]() is None and gpu.pinned_bytes == 0, "an error that is over holds memory"
+    finally:
+        gc.enable()
+    shelf.turn_to(1)
+    put(gpu, shelf, {piece: float(number) for number, piece in enumerate(pieces)})
+    assert [shelf._file.rows(piece).data.unique().item() for piece in pieces] == [*range(len(pieces))]
     shelf.close()
     gpu.finish()
-    assert [*tmp_path.iterdir()] == []
-    assert threading.active_count() == 1
+    assert [*tmp_path.iterdir()] == [] and writing() == []
+
+
+def test_files_are_closed_after_the_threads_that_write_them(monkeypatch, tmp_path):
+    GPU(monkeypatch, "the host")
+    add, closed = StepWriter.add, []
+
+    def slow(writer: StepWriter, piece: Piece, rows: Rows) -> None:
+        time.sleep(0.1)
+        add(writer, piece, rows)
+        closed.append(writer._file.closed)
+
+    monkeypatch.setattr(StepWriter, "add", slow)
+    shelf, pieces = served("disk", tmp_path)
+    shelf.turn_to(0)
+    for piece in pieces[:4]:
+        shelf.put(piece, Rows(torch.ones(SHAPE)), BEFORE_ROPE)
+    shelf.close()
+    assert closed == [False] * 2  # the others were still to be copied
+    assert [*tmp_path.iterdir()] == [] and writing() == []
+
+
+def test_a_step_that_lacks_values_is_not_given_those_of_the_step_before(monkeypatch, tmp_path):
+    gpu = GPU(monkeypatch, "the host")
+    shelf, pieces = served("disk", tmp_path)
+    shelf.turn_to(0)
+    put(gpu, shelf, dict.fromkeys(pieces, 0.0))
+    shelf.turn_to(1)
+    with pytest.raises(ValueError, match=r"k.safetensors holds no source rows: 0.blocks.0.k is not whole"):
+        put(gpu, shelf, dict.fromkeys(pieces[::2], 1.0))
+    shelf.close()
+
+
+@pytest.mark.parametrize("place", ["disk", "recording"])
+def test_rows_of_all_layers_go_through_the_same_few_rooms(monkeypatch, tmp_path, place):
+    made, room_for = [], transit.room_for
+    gpu = GPU(monkeypatch, "the host")
+
+    def counted(rows: Rows, before: Rows | None, device: torch.device, *, pinned: bool = False) -> Rows:
+        room = room_for(rows, before, torch.device("cpu"))
+        made.extend([room] if room is not before else [])
+        return room
+
+    monkeypatch.setattr(transit, "room_for", counted)
+    monkeypatch.setattr(transit, "copy", lambda *_, **__: None)
+    shelf = Recorder(tmp_path / "source.kvlock") if place == "recording" else served(place, tmp_path)[0]
+    shelf.serve(torch.device("cuda"), [(0, "blocks", i) for i in range(LAYERS)])
+    shelf.turn_to(0)
+    for piece in (Piece(0, "blocks", i, tensor) for i in range(LAYERS) for tensor in "kv"):
+        mean = torch.ones(1, 2) if piece.tensor == "k" else None
+        shelf.put(piece, Rows(torch.ones(SHAPE, dtype=torch.int8), torch.ones(1, 3), mean), BEFORE_ROPE)
+    shelf.seal()
+    assert len(made) <= 2 * LAYERS_ON_DEVICE
+    gpu.finish()
+    shelf.close()
