@@ -5,7 +5,6 @@ import dataclasses
 import math
 import sys
 import time
-from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import torch
@@ -62,36 +61,48 @@ def describe(case: Case) -> str:
     return f"{case.label}: {amount}, predicted {predicted:.1f} us; {providers}"
 
 
-def missing(cases: list[Case], seen: Collection[Key]) -> Iterator[Case]:
-    """The cases with those of their providers whose key is not in `seen`, and plain attention beside these."""
-
-    def without(case: Case) -> list[Provider]:
-        return [p for p in case.providers if (case.op, p.name, case.shape.name, case.source, case.setting) not in seen]
-
-    locked = [(case.shape.name, p.over) for case in cases for p in without(case) if p.over]
-    beside = {(shape, name) for shape, over in locked for name in (over, FORCED)}
-    for case in cases:
-        wanted = without(case)
-        if case.op == "attention":
-            wanted = [p for p in case.providers if p in wanted or (case.shape.name, p.name) in beside]
-        if wanted:
-            yield dataclasses.replace(case, providers=tuple(wanted))
+def with_plain(cases: list[Case]) -> list[Case]:
+    """The cases, in the order of the runner, and plain attention beside what is compared with it."""
+    asked = {_of(case): {provider.name for provider in case.providers} for case in cases}
+    beside = {(case.shape.name, name) for case in cases for p in case.providers if p.over for name in (p.over, FORCED)}
+    found = []
+    for case in CASES:
+        plain = {name for shape, name in beside if case.op == "attention" and case.shape.name == shape}
+        wanted = asked.get(_of(case), set()) | plain
+        providers = tuple(provider for provider in case.providers if provider.name in wanted)
+        if providers:
+            found.append(dataclasses.replace(case, providers=providers))
+    return found
 
 
-def steady_keys(path: Path) -> set[Key]:
-    """Keys of the steady rows of a file without those that an earlier version left unfinished; none without a file."""
-    found = read(path) if path.exists() else []
-    return {key(row) for row in found if row.status == "ok" and row.relative_error and is_steady(row)}
+def missing(cases: list[Case], path: Path) -> list[Case]:
+    """The cases with those of their providers that a file of results has no steady row of, or none that is whole."""
+    over = {_key(case, provider) for case in cases for provider in case.providers if provider.over}
+    seen = {
+        key(row) for row in (read(path) if path.exists() else [])
+        if row.status == "ok" and is_steady(row) and row.relative_error and (row.over_plain or key(row) not in over)
+    }  # fmt: skip
+    return [
+        dataclasses.replace(case, providers=tuple(p for p in case.providers if _key(case, p) not in seen))
+        for case in cases
+    ]
+
+
+def _of(case: Case) -> tuple[str, ...]:
+    return case.op, case.shape.name, case.source, case.setting
+
+
+def _key(case: Case, provider: Provider) -> Key:
+    return case.op, provider.name, case.shape.name, case.source, case.setting
 
 
 def measure(
     cases: list[Case], out: Path, commit: str | None, *, new: bool = False, minutes: float = math.inf
 ) -> None:
-    """Measures, writes and draws the cases; what a cut run has measured stays."""
+    """Measures, writes and draws the cases, with plain attention where they need it; what a cut run has done stays."""
     machine, end = Machine(commit), time.monotonic() + 60 * minutes
     path = out / machine.file
-    if new:
-        cases = [*missing(cases, steady_keys(path))]
+    cases = with_plain(missing(cases, path) if new else cases)
     with Results(path) as results:
         row, copy = copy_row(machine)
         results.write(row)

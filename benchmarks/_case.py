@@ -61,13 +61,9 @@ class Rates(NamedTuple):
     products: float  # FLOP a second: near what cuDNN publishes for attention
 
 
-RATES = {"NVIDIA H100": Rates(3.0e12, 6.5e14), "NVIDIA H200": Rates(4.3e12, 7e14)}
+# By torch's name for a GPU: the cards for PCIe have other memory and less power, and nothing is assumed of them.
+RATES = {"NVIDIA H100 80GB HBM3": Rates(3.0e12, 6.5e14), "NVIDIA H200": Rates(4.3e12, 7e14)}
 TARGET_GPU = "NVIDIA H200"  # what predictions are for where no GPU is asked for
-
-
-def rates(gpu: str) -> Rates | None:
-    """The rates of a GPU by torch's name for it."""
-    return next((found for name, found in RATES.items() if gpu.startswith(name)), None)
 
 
 class Traffic(NamedTuple):
@@ -117,6 +113,10 @@ class Products(NamedTuple):
 
     def predicted_us(self, gpu: Rates) -> float:
         return 1e6 * self.amount / gpu.products
+
+
+class NotInstalled(ImportError):
+    """The library of a provider is not there."""
 
 
 class Check(NamedTuple):
@@ -193,7 +193,7 @@ def served_by_triton(op: str, *changed: str) -> Provider:
     def run(inputs: Inputs) -> Outputs:
         return outputs(_cuda.launchers()[op](**inputs)) + tuple(inputs[name] for name in changed)
 
-    return Provider("Triton", run, needs_gpu=True)
+    return Provider("Triton", run, needs_gpu=True, library="triton")
 
 
 def served_by_extension(op: str, *changed: str) -> Provider:
@@ -212,7 +212,7 @@ def served_by_extension(op: str, *changed: str) -> Provider:
     def run(inputs: Inputs) -> Outputs:
         return outputs(function(**inputs)) + tuple(inputs[name] for name in changed)
 
-    return Provider("C++", run, prepare=served, needs_gpu=True)
+    return Provider("C++", run, prepare=served, needs_gpu=True, library="kvlock")
 
 
 def formula(function: Callable[..., Any], *changed: str) -> tuple[Provider, Provider]:
@@ -222,7 +222,8 @@ def formula(function: Callable[..., Any], *changed: str) -> tuple[Provider, Prov
         result = outputs(function(**inputs))
         return result + tuple(inputs[name] for name in changed)
 
-    return Provider("eager", run), Provider("torch.compile", run, compiled=True)
+    eager = Provider("eager", run, library="torch")
+    return eager, eager._replace(name="torch.compile", compiled=True)
 
 
 def outputs(result: Any) -> Outputs:

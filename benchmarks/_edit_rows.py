@@ -25,6 +25,7 @@ class EditRow(NamedTuple):
     moved_gib: str  # of them to and from the host or the disk, counted in the last step
     peak_gib: str  # device memory of the run
     host_gib: str  # memory of the process above that before the run, at its highest in it
+    spread: str  # the slowest over the fastest of the steps that a median is of; of two medians the larger
     difference: str  # largest, of the final latents, to those of the hooks, or of preset plain to the plain pipeline
     note: str = ""  # where a target was missed what a step spends its time on, or why a mode failed
     gpu: str = ""

@@ -6,19 +6,20 @@ from pathlib import Path
 
 from benchmarks import _edit_rows, growth
 from benchmarks._case import WAN_1_3B_480P, Shape
-from benchmarks._edit_rows import PIPELINE, Edited, EditRow
+from benchmarks._edit_rows import Edited, EditRow
 from benchmarks._edits import named
 from benchmarks._gpu_tables import LOCK, NOT_YET, PASS, Measured, markdown, milliseconds, times
-from benchmarks.edit import MODES, Mode
+from benchmarks.edit import MODES, USUAL, Mode
 from benchmarks.lerp import SMALL_H12
 from kvlock import Store
 from kvlock.config import DEFAULT_KAPPA
 from kvlock.cost import Cost, ModelSizes, estimate
 
 SIZES = {"1.3b": growth.WAN_1_3B, "14b": ModelSizes(layers=40, heads=40, head_dim=128, token_values=64)}
-SHORTEST, USUAL, BESIDE = "store, fused", "store, hooks", "batch, hooks"
+SHORTEST, BESIDE = "store, fused", "batch, hooks"
 LINK = 50e9  # bytes a second, what pinned copies over PCIe 5 with 16 lanes reach
 COPY = 10e9  # bytes a second, what one core is assumed to copy out of the cache of files
+NONE = "–"
 EDIT, OPERATOR = "python -m benchmarks.edit --gpu --shape 1.3b --only", "python -m benchmarks --gpu --core --only"
 
 
@@ -77,7 +78,8 @@ def _more(edited: Edited) -> float:
 def _whole(edits: dict[str, Edited], name: str) -> tuple[str, ...]:
     command = f'`{EDIT} "{name}"`'
     if name not in edits:
-        return f"a whole edit: {name}", NOT_YET, NOT_YET, "", "", command
+        guess = by_forwards(MODES[name], foretold(MODES[name], edits))
+        return f"a whole edit: {name}", NOT_YET, NOT_YET, f"predicted {guess:.2f}", NONE, command
     row, plain = edits[name]
     return (
         f"a whole edit: {name}", f"{float(plain.step_s):.2f} s a step",
@@ -100,7 +102,9 @@ def _attention(found: Measured, name: str, shape: Shape) -> tuple[str, ...]:
 def edits(path: Path, shape: str = "1.3b") -> str:
     """Whole edits with rows as given on the device, and without: measured, or predicted and said so."""
     found = edits_of(path, shape)
-    lines = [("pipeline alone", *_measured(found.get(PIPELINE)), "1", "", "", "", _peak(found.get(PIPELINE)))]
+    usual = found.get(USUAL)
+    alone = usual and Edited(usual.plain, usual.plain)  # a ratio is of one run; others' plain steps lie near this one
+    lines = [("pipeline alone", *_measured(alone), "1", NONE, NONE, NONE, _peak(alone))]
     for name in (name for name in MODES if not outside(name)):
         mode, costs = MODES[name], foretold(MODES[name], found, shape)
         edited = found.get(name)
@@ -117,19 +121,23 @@ def edits(path: Path, shape: str = "1.3b") -> str:
 def _measured(edited: Edited | None) -> tuple[str, str, str]:
     """A step, a locked one, and that over the plain pipeline."""
     if edited is None:
-        return NOT_YET, "", ""
+        return NOT_YET, NONE, NONE
     row = edited.row
     if not row.locked_step_s:
-        return f"{float(row.step_s):.3f} s", "", ""
+        return f"{float(row.step_s):.3f} s", NONE, NONE
     return f"{float(row.step_s):.3f} s", f"{float(row.locked_step_s):.3f} s", f"{float(row.locked_ratio):.2f}"
 
 
 def _peak(edited: Edited | None) -> str:
-    return "" if edited is None else f"{float(edited.row.peak_gib):.1f} GiB"
+    return NONE if edited is None else f"{float(edited.row.peak_gib):.1f} GiB"
+
+
+def _host(edited: Edited | None) -> str:
+    return NONE if edited is None or not edited.row.host_gib else f"{float(edited.row.host_gib):.1f} GiB"
 
 
 def _target(mode: Mode) -> str:
-    return f"{mode.target:.2f}" if math.isfinite(mode.target) else ""
+    return f"{mode.target:.2f}" if math.isfinite(mode.target) else NONE
 
 
 def miniature(path: Path) -> str:
@@ -176,11 +184,11 @@ def places(path: Path, shape: str = "1.3b") -> str:
     measured = edits_of(path, shape)
     if not measured:
         return NOT_YET
-    plain = next(iter(measured.values())).plain
+    usual = measured.get(USUAL) or next(iter(measured.values()))
     lines = []
     for name in filter(outside, MODES):
-        mode = MODES[name]
-        costs = foretold(mode, measured, shape)
+        mode, edited = MODES[name], measured.get(name)
+        costs, plain = foretold(mode, measured, shape), (edited or usual).plain
         moved = costs.bytes_moved_replay if mode.recorded else costs.bytes_moved
         files = mode.recorded or mode.store.place == "disk"
         guess = f"{NOT_YET} (predicted {'at least ' if files else ''}{by_forwards(mode, costs):.2f})"
@@ -188,17 +196,17 @@ def places(path: Path, shape: str = "1.3b") -> str:
             (
                 name, f"{costs.bytes_kept / 2**30:.1f} GiB", f"{moved / 2**30:.1f} GiB", _slowest(costs, moved, files),
                 f"{(2 if mode.recorded else 3) / 2 * float(plain.step_s):.2f} s",
-                f"{float(measured[name].row.locked_step_s):.2f} s" if name in measured else "",
-                f"{float(measured[name].row.edit_ratio):.2f}" if name in measured else guess, _target(mode),
+                f"{float(edited.row.locked_step_s):.2f} s" if edited else NOT_YET,
+                f"{float(edited.row.edit_ratio):.2f}" if edited else guess, _target(mode), _peak(edited), _host(edited),
             )
         )  # fmt: skip
     header = ["mode", "rows of a step", "moved in a locked step", "its slowest part", "the step's forwards"]
-    return markdown([*header, "a locked step", "an edit over plain", "target"], lines)
+    return markdown([*header, "a locked step", "an edit over plain", "target", "peak", "host"], lines)
 
 
 def _slowest(costs: Cost, moved: int, files: bool) -> str:
     """Seconds of the slowest part of the way, at its assumed rate."""
     if not moved:
-        return "–"
+        return NONE
     rate, name = (COPY, "files") if files else (LINK, "PCIe")
     return f"{name}, {moved / rate:.2f} s at {rate / 1e9:.0f} GB/s"

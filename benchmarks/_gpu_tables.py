@@ -5,7 +5,7 @@ from pathlib import Path
 
 from benchmarks import figures, roofline
 from benchmarks.__main__ import CASES
-from benchmarks._case import SHAPES, WAN_1_3B_480P, Case, Shape, rates
+from benchmarks._case import RATES, SHAPES, WAN_1_3B_480P, Case, Shape
 from benchmarks._harness import read
 from benchmarks._model import predict
 from benchmarks.attention import HEADS, LENGTHS, TOKENS, serving
@@ -28,6 +28,7 @@ PADDED = (
     "not profiled; heads are padded to a power of two, at 4096 tokens the start of a launch comes in, and at 40 heads "
     "one program with 8-bit rows fills a multiprocessor"
 )
+NARROW = "all of D = 64, which is predicted by the rate of D = 128"
 CAUSES = {  # of the misses of this package's own rows on the H100, by operator and provider, where they are known
     ("kv_lerp_", "kvlock"): f"{SHORT}; `torch.lerp` on a slice misses there too, by less",
     ("kv_lerp_pair_", "kvlock"): SHORT,
@@ -37,6 +38,8 @@ CAUSES = {  # of the misses of this package's own rows on the H100, by operator 
     ("qk_norm_rope_kv_pack_", "kvlock"): PADDED,
     ("windowed_variance_", "kvlock"): "a second launch, see above",
     ("guided_velocity", "kvlock"): "two launches that depend on each other, see above",
+    ("attention", "kvlock sm_90"): NARROW,
+    ("kv_lerp_attention_", "kvlock"): NARROW,
     ("attention", "kvlock in loop, no rows"): "not profiled; the loop is the one that mixes",
     ("attention", "one launch, no rows"): "not profiled; one program on each multiprocessor",
     ("kv_lerp_attention_", "in loop"): "loads depend on the row of each token, and nothing prefetches them",
@@ -58,7 +61,7 @@ class Measured:
     """
 
     def __init__(self, path: Path) -> None:
-        assumed = next((found for row in read(path) if (found := rates(row.gpu))), None)
+        assumed = next((found for row in read(path) if (found := RATES.get(row.gpu))), None)
         if assumed is None:
             raise ValueError(f"{path}: no rates are known of its GPU")
         self.gpu = assumed

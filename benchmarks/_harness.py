@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Self
 
 import torch
 
-from benchmarks._case import Case, Check, Inputs, Products, Provider, Traffic, normal, rates
+from benchmarks._case import RATES, Case, Check, Inputs, NotInstalled, Products, Provider, Traffic, normal
 from benchmarks._machine import Machine, library
 from benchmarks._model import predict
 
@@ -118,10 +118,13 @@ class Timing(NamedTuple):
 
 
 def ready(provider: Provider) -> Provider:
-    """The provider, compiled where it wants to be."""
+    """The provider, compiled where it wants to be.
+
+    What was compiled before is forgotten, whoever did it: torch compiles one function for eight shapes and no more.
+    """
+    torch.compiler.reset()
     if not provider.compiled:
         return provider
-    torch.compiler.reset()
     return provider._replace(run=torch.compile(provider.run, fullgraph=True, dynamic=False))
 
 
@@ -223,14 +226,19 @@ def _given_back(machine: Machine, sets: list[Inputs]) -> dict[str, str]:
 
 
 def rows(cases: Iterable[Case], machine: Machine, ceilings: Ceilings, device: str = "cuda") -> Iterator[Row]:
-    """Predicts every row, then measures it; a provider that cannot run does not end the run."""
-    assumed = rates(machine.gpu)
+    """Predicts every row, then measures it; a provider that cannot run does not end the run.
+
+    One whose library is not installed has no row.
+    """
+    assumed = RATES.get(machine.gpu)
     planned = [(case, provider) for case in cases for provider in case.providers]
     predicted = [f"{predict(case, provider.name, assumed).us:.2f}" if assumed else "" for case, provider in planned]
     plain: dict[tuple[str, str], float] = {}  # times of plain attention, by shape and provider
     for (case, provider), prediction in zip(planned, predicted, strict=True):
         try:
             row = _measured(case, provider, ceilings, device)
+        except NotInstalled:
+            continue
         except Exception as error:
             row = _blank(case, provider, "error", note=f"{type(error).__name__}: {error}".splitlines()[0])
         memory = machine.memory()

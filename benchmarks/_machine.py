@@ -92,8 +92,12 @@ def processor() -> str:
 
 
 def library(case: Case, provider: Provider) -> str:
-    """Name and version of the library that computes, or what serves the operator of this package; blank if unknown."""
-    name = provider.library
+    """Names and versions of the libraries that compute, or what serves the operator of this package."""
+    return " + ".join(filter(None, (_named(case, name) for name in provider.library.split(" + "))))
+
+
+def _named(case: Case, name: str) -> str:
+    """One of them; blank where its version is not known."""
     if name == "kvlock":
         return (info.on_cuda(case.op, 0) if torch.cuda.is_available() else info.on_cpu(case.op)).split(":")[0]
     if name == "cudnn":

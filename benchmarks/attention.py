@@ -105,8 +105,8 @@ def serving(shape: Shape) -> str:
 
 
 WAYS = (
-    launcher("in loop", in_loop, over="kvlock in loop, no rows"),
-    launcher("one launch", persistent, over="one launch, no rows"),
+    launcher("in loop", in_loop, "triton", over="kvlock in loop, no rows"),
+    launcher("one launch", persistent, "triton", over="one launch, no rows"),
 )
 CUDNN = BACKENDS[FORCED]
 
@@ -124,7 +124,8 @@ def mixed_first(name: str, mix: Callable[[Inputs], Any], backend: SDPBackend = C
         mix(inputs)
         return attend(inputs)
 
-    return Provider(f"{name} + {FORCED.split()[1]}", run, needs_gpu=True, library="cudnn", over=FORCED)
+    library = f"{'kvlock' if name == 'kv_lerp_pair_' else 'torch'} + cudnn"
+    return Provider(f"{name} + {FORCED.split()[1]}", run, needs_gpu=True, library=library, over=FORCED)
 
 
 def by_operator(backend: SDPBackend = CUDNN) -> Provider:
@@ -162,7 +163,8 @@ def plain_case(shape: Shape) -> Case:
 
 def case(shape: Shape, source: torch.dtype, share: float = SHARE, ratio: float = RATIO) -> Case:
     setting: dict[str, Any] = {"source": source, "share": share, "ratio": ratio}
-    own = ours("kv_lerp_attention_")._replace(over=serving(shape))
+    over = serving(shape)
+    own = ours("kv_lerp_attention_")._replace(over=over, library="kvlock + cudnn" if over == FORCED else "kvlock")
     providers = [own, *WAYS, by_operator(), by_compiled_formula()]
     if source == torch.bfloat16 and 0 < ratio < 1:  # torch.lerp does not know the ends
         providers.append(by_torch_lerp(ratio))

@@ -37,6 +37,7 @@ STEPS, LOCKED = 5, 3  # the first of each kind warms up
 ROUNDS = {"cpu": 5, "cuda": 1}  # a CPU's clock drifts more than what is to be told apart
 CLOCKS = {"cpu": time.process_time, "cuda": time.perf_counter}  # what other programs take of a core does not count
 LARGEST = 5  # operators in a note
+USUAL = "store, hooks"  # whose latents the others are compared with
 KAPPA = 0.4  # the share of locked steps in an edit of the paper's settings, 20 of 50
 
 
@@ -52,7 +53,7 @@ class Mode(NamedTuple):
 
 MODES = {
     "preset plain": Mode(kvlock.preset("plain"), target=1.01),
-    "store, hooks": Mode(),
+    USUAL: Mode(),
     "store, fused": Mode(kernel="fused"),
     "store, backend": Mode(kernel="backend"),
     "store, backend, full": Mode(kvlock.preset("full-lock", kappa=LOCKED), "backend"),
@@ -113,24 +114,32 @@ def measure(edit: Edit, device: str, modes: dict[str, Mode], machine: Machine) -
     """The plain pipeline, then every mode, each as soon as it is measured; one that fails does not end the run."""
     plain: list[Steps] = []
     before: dict[str, list[Steps]] = {name: [] for name in modes}
+    failed: dict[str, str] = {}
     for _ in range(ROUNDS[device] - 1):
         plain.append(run(edit, device))
         for name, mode in modes.items():
-            with contextlib.suppress(Exception):  # it comes again in the last round
+            try:
                 before[name].append(locked(edit, device, mode)[0])
+            except Exception as error:
+                failed[name] = _said(error)
     plain.append(run(edit, device))
     step = statistics.median(itertools.chain.from_iterable(each.seconds for each in plain))
     yield _row(edit, PIPELINE, Mode(kvlock.preset("plain")), plain, step, None, None)._replace(**machine.now())
     hooks: Tensor | None = None
     for name, mode in modes.items():
+        compares = name != "preset plain" and "full" not in name
         try:
+            if name in failed:
+                raise RuntimeError(f"in an earlier round: {failed[name]}")
+            if compares and name != USUAL and hooks is None:  # not asked for, but what others are compared with
+                hooks = locked(edit, device, Mode())[0].latents
             steps, trace = locked(edit, device, mode)
         except Exception as error:
             row = _blank(edit, name)._replace(note=f"failed: {_said(error)}", **machine.now())
         else:
-            if name == "store, hooks":
+            if name == USUAL:
                 hooks = steps.latents
-            other = plain[-1].latents if name == "preset plain" else None if "full" in name else hooks
+            other = plain[-1].latents if name == "preset plain" else hooks if compares else None
             difference = None if other is None else (steps.latents - other).abs().max().item()
             row = _row(edit, name, mode, [*before[name], steps], step, difference, trace)._replace(**machine.now())
             if float(row.edit_ratio) > mode.target:
@@ -144,13 +153,16 @@ def measure(edit: Edit, device: str, modes: dict[str, Mode], machine: Machine) -
 def one_after_the_other(shapes: list[str], device: str, modes: dict[str, Mode], machine: Machine) -> Iterator[EditRow]:
     """A run of each shape; one that the GPU has no room for is a row that says so."""
     for shape in shapes:
-        needed = NEEDED.get(shape, 0)
-        there = torch.cuda.get_device_properties(0).total_memory if needed else 0
+        needed, unmeasured = NEEDED.get(shape, 0), EditRow(named(shape), PIPELINE, *[""] * (MEASURED - 2))
+        there = torch.cuda.mem_get_info()[0] if needed else 0
         if there < needed:
-            note = f"not run: it needs about {needed / 1e9:.0f} GB of device memory; this GPU has {there / 1e9:.0f}"
-            yield EditRow(named(shape), PIPELINE, *[""] * (MEASURED - 2))._replace(note=note, **machine.now())
+            note = f"not run: it needs about {needed / 1e9:.0f} GB of device memory; {there / 1e9:.0f} are free"
+            yield unmeasured._replace(note=note, **machine.now())
             continue
-        yield from measure(EDITS[shape](device), device, modes, machine)
+        try:
+            yield from measure(EDITS[shape](device), device, modes, machine)
+        except torch.OutOfMemoryError as error:  # of the model, or of the plain pipeline
+            yield unmeasured._replace(note=f"failed: {_said(error)}", **machine.now())
         gc.collect()  # the model, before the next one is built
         if device.startswith("cuda"):
             torch.cuda.empty_cache()
@@ -220,7 +232,8 @@ def _row(
     trace: list[dict[str, Any]] | None,
 ) -> EditRow:
     """`step`: seconds of a step of the plain pipeline, which has no trace."""
-    steps, median = runs[-1], lambda first, end: statistics.median(s for one in runs for s in one.seconds[first:end])
+    steps, of = runs[-1], lambda first, end: [s for one in runs for s in one.seconds[first:end]]
+    spread = lambda *medians: f"{max(max(seconds) / min(seconds) for seconds in medians):.4f}"
     last = trace[-1] if trace else {"forwards": 2, "source_bytes": 0}
     locks = bool(trace) and mode.config.locks
     row = _blank(edit, name)._replace(
@@ -229,10 +242,12 @@ def _row(
         difference="" if difference is None else f"{difference:.3g}",
     )  # fmt: skip
     if not locks:
-        each = median(0, None)
-        return row._replace(step_s=f"{each:.4f}", edit_ratio=f"{each / step:.4f}")
-    each, locked_step = median(0, STEPS - LOCKED - 1), median(STEPS - LOCKED, None)  # without the first of them
+        each = statistics.median(of(0, None))
+        return row._replace(step_s=f"{each:.4f}", edit_ratio=f"{each / step:.4f}", spread=spread(of(0, None)))
+    kinds = of(0, STEPS - LOCKED - 1), of(STEPS - LOCKED, None)  # without the first of them
+    each, locked_step = map(statistics.median, kinds)
     return row._replace(
+        spread=spread(*kinds),
         step_s=f"{each:.4f}", locked_step_s=f"{locked_step:.4f}", locked_ratio=f"{locked_step / step:.4f}",
         edit_ratio=f"{((1 - KAPPA) * each + KAPPA * locked_step) / step:.4f}",
     )  # fmt: skip

@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from benchmarks import _edit_rows, growth, roofline
-from benchmarks._case import RATES, WAN_1_3B_480P, Rates, rates
+from benchmarks._case import RATES, WAN_1_3B_480P, Rates
 from benchmarks._harness import read
 from benchmarks._model import predict
 from benchmarks.roofline import Line
@@ -24,10 +24,10 @@ LINES = {  # of the figure of attention: colour and marker
 
 def draw(path: Path) -> list[Path]:
     """Writes the pictures of one file of results; none for a GPU whose rates are unknown."""
-    gpu = next((name for row in read(path) if rates(name := row.gpu)), None)
+    gpu = next((row.gpu for row in read(path) if row.gpu in RATES), None)
     if gpu is None:
         return []
-    assumed = RATES[next(name for name in RATES if gpu.startswith(name))]
+    assumed = RATES[gpu]
     measured = roofline.measured(path)
     lines = roofline.latest(measured)
     edits = [edited.row for edited in _edit_rows.latest(_edit_rows.beside(path))]
@@ -78,18 +78,21 @@ def label(line: Line) -> str:
 
 
 def attention(lines: list[Line], gpu: Rates, name: str) -> Figure:
-    """Rates of plain attention and of the locked one at D = 128, over the tokens."""
+    """Rates of plain attention, and of the locked one with rows in int8, over the tokens; 12 heads of 128."""
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     axes = figure.add_subplot()
     found: dict[str, dict[int, float]] = {provider: {} for provider in LINES}
     for line in lines:
         case = roofline.BY_KEY.get((line.op, line.shape, line.source, line.setting))
-        if case is not None and line.provider in LINES and case.shape.dim == 128 and "attention" in line.op:
+        if case is None or (case.shape.heads, case.shape.dim) != (12, 128):
+            continue
+        locked = (line.op, line.source, line.setting) == ("kv_lerp_attention_", "int8", "share 0.8, ratio 0.3")
+        if line.provider in LINES and (locked or line.op == "attention"):
             rate = case.work(case.shape).amount / (line.measured or 1) / 1e6
-            found[line.provider].setdefault(case.shape.tokens, rate)  # of several numbers of heads the first
+            found[line.provider][case.shape.tokens] = rate
     for provider, points in found.items():
         colour, marker = LINES[provider]
-        label = "kv_lerp_attention_ (locked)" if provider == "kvlock" else provider
+        label = "locked, rows in int8" if provider == "kvlock" else provider
         tokens = sorted(points)
         axes.plot(tokens, [points[n] for n in tokens], marker=marker, color=colour, linewidth=1, label=label)
     axes.axhline(gpu.products / 1e12, color="black", linestyle=":", linewidth=1, label="assumed by predictions")
@@ -97,7 +100,7 @@ def attention(lines: list[Line], gpu: Rates, name: str) -> Figure:
     axes.set_xticks([4096, 8192, 16384, 32760, 75600], ["4096", "8192", "16384", "32760", "75600"])
     axes.minorticks_off()
     axes.set_ylim(bottom=0)
-    axes.set_xlabel(f"tokens; measured on {name}, heads of 128")
+    axes.set_xlabel(f"tokens; measured on {name}, 12 heads of 128")
     axes.set_ylabel("TFLOP/s")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)

@@ -104,7 +104,7 @@ def torch_lerp(ratio: float) -> Provider:
         inputs["x"][:, : inputs["source"].shape[1]].lerp_(inputs["source"], ratio)
         return (inputs["x"],)
 
-    return Provider("torch.lerp", run, prepare=first_rows)
+    return Provider("torch.lerp", run, prepare=first_rows, library="torch")
 
 
 def case(shape: Shape, share: float, source: torch.dtype, ratio: float) -> Case:
@@ -125,13 +125,14 @@ def case(shape: Shape, share: float, source: torch.dtype, ratio: float) -> Case:
     )
 
 
-def pair_case(shape: Shape, source: torch.dtype) -> Case:
-    setting: dict[str, Any] = {"share": SHARE, "source": source, "ratio": RATIO}
-    headline = shape == WAN_1_3B_480P
+def pair_case(shape: Shape, share: float, source: torch.dtype, ratio: float) -> Case:
+    setting: dict[str, Any] = {"share": share, "source": source, "ratio": ratio}
+    headline = shape == WAN_1_3B_480P and (share, ratio) == (SHARE, RATIO)
+    others = formula(reference.kv_lerp_pair_, "k", "v") if 0 < ratio < 1 else ()
     return Case(
-        "kv_lerp_pair_", shape, "bf16", NAMES[source], f"share {SHARE:g}, ratio {RATIO:g}",
+        "kv_lerp_pair_", shape, "bf16", NAMES[source], f"share {share:g}, ratio {ratio:g}",
         partial(make_pair, **setting), partial(traffic, **setting, tensors=2), check_pair,
-        (ours("kv_lerp_pair_"), *formula(reference.kv_lerp_pair_, "k", "v")),
+        (ours("kv_lerp_pair_"), *others),
         core=("kvlock",) if headline and source != torch.float8_e4m3fn else (), offline=headline,
     )
 
@@ -139,5 +140,7 @@ def pair_case(shape: Shape, source: torch.dtype) -> Case:
 CASES = (
     *(case(shape, share, source, RATIO) for shape in SHAPES for source in SOURCES for share in SHARES),
     *(case(WAN_1_3B_480P, SHARE, source, ratio) for source in SOURCES for ratio in (0.0, 1.0)),
-    *(pair_case(shape, source) for shape in SHAPES for source in SOURCES),
+    *(pair_case(shape, SHARE, source, RATIO) for shape in SHAPES for source in SOURCES),
+    *(pair_case(WAN_1_3B_480P, share, source, RATIO) for source in SOURCES for share in SHARES if share != SHARE),
+    *(pair_case(WAN_1_3B_480P, SHARE, source, ratio) for source in SOURCES for ratio in (0.0, 1.0)),
 )

@@ -56,7 +56,9 @@ def projections(shape: Shape, device: str, seed: int, share: float) -> tuple[Inp
     return qkv | weights | common, index.to(device)
 
 
-def make(shape: Shape, device: str, seed: int, *, share: float, source: torch.dtype) -> Inputs:
+def make(
+    shape: Shape, device: str, seed: int, *, share: float, source: torch.dtype, ratio: float = RATIO
+) -> Inputs:
     """Arguments of qk_norm_rope_kv_lerp_."""
     inputs, index = projections(shape, device, seed, share)
     for i, name in enumerate("kv", 6):
@@ -64,12 +66,12 @@ def make(shape: Shape, device: str, seed: int, *, share: float, source: torch.dt
         mean = rows.mean(1, dtype=torch.float32) if name == "k" and source != torch.bfloat16 else None
         data, scale = kvlock_kernels.pack_kv(rows, index, source, mean=mean)
         inputs |= {f"{name}_source": data, f"{name}_scale": scale, f"{name}_mean": mean}
-    return inputs | {"ratio": torch.full((1,), RATIO, device=device)}
+    return inputs | {"ratio": torch.full((1,), ratio, device=device)}
 
 
-def make_pack(shape: Shape, device: str, seed: int, *, source: torch.dtype) -> Inputs:
+def make_pack(shape: Shape, device: str, seed: int, *, source: torch.dtype, share: float = SHARE) -> Inputs:
     """Arguments of qk_norm_rope_kv_pack_."""
-    inputs, index = projections(shape, device, seed, SHARE)
+    inputs, index = projections(shape, device, seed, share)
     return inputs | {"rows": len(index), "dtype": source}
 
 
@@ -118,15 +120,21 @@ def check_pack(before: Inputs, after: Outputs) -> Check:
     return worst(checks)
 
 
-def traffic(shape: Shape, *, share: float, source: torch.dtype, packs: bool = False) -> Traffic:
-    """Queries and keys read and written, cos and sin once for all heads, and the locked share of the rest."""
-    locked = background_rows(shape, share) / shape.tokens if share else 0.0
+def traffic(
+    shape: Shape, *, share: float, source: torch.dtype, ratio: float = RATIO, packs: bool = False
+) -> Traffic:
+    """Queries and keys read and written, cos and sin once for all heads, and the locked share of the rest.
+
+    At ratio 0 there is no rest, at ratio 1 locked keys and values are not read.
+    """
+    locked = background_rows(shape, share) / shape.tokens if share and ratio else 0.0
     stored = 2 * (source.itemsize + (4 / shape.dim if source.itemsize == 1 else 0))
     if packs:
         rest = (locked * 2, "v"), (locked * stored, "rows packed")
     else:
-        rest = (locked * 4, "v, v written"), (locked * stored, "source")
-    terms = (4.0, "q, k"), (8 / shape.heads, "cos, sin"), (4.0, "q, k written"), *(rest if locked else ())
+        rest = (locked * 4, "v, v written") if ratio < 1 else (locked * 2, "v written"), (locked * stored, "source")
+    read = 4 - 2 * locked if ratio == 1 else 4.0
+    terms = (read, "q, k"), (8 / shape.heads, "cos, sin"), (4.0, "q, k written"), *(rest if locked else ())
     return Traffic(shape.tokens * shape.heads * shape.dim, terms)
 
 
@@ -160,28 +168,28 @@ def with_index(inputs: Inputs) -> Inputs:
     return inputs | {"index": reference.index_of(inputs["source_row"], inputs["k_source"].shape[1])}
 
 
-def case(shape: Shape, source: torch.dtype, share: float) -> Case:
-    setting: dict[str, Any] = {"share": share, "source": source}
-    sequence = Provider("diffusers, eager", diffusers_sequence, prepare=with_index, roundings=3)
+def case(shape: Shape, source: torch.dtype, share: float, ratio: float = RATIO) -> Case:
+    setting: dict[str, Any] = {"share": share, "source": source, "ratio": ratio}
+    sequence = Provider("diffusers, eager", diffusers_sequence, prepare=with_index, roundings=3, library="torch")
     compiled = sequence._replace(name="diffusers, compiled", compiled=True)
     plain = formula(reference.qk_norm_rope_kv_lerp_, *CHANGED)
-    short = (shape, source) == (WAN_1_3B_480P, torch.bfloat16) and share in (SHARE, 0)
+    short = (shape, source, ratio) == (WAN_1_3B_480P, torch.bfloat16, RATIO) and share in (SHARE, 0)
     return Case(
         "qk_norm_rope_kv_lerp_", shape, "bf16", NAMES[source],
-        f"share {share:g}, ratio {RATIO:g}" if share else "without the lock",
+        f"share {share:g}, ratio {ratio:g}" if share else "without the lock",
         partial(make, **setting), partial(traffic, **setting), check,
         (ours("qk_norm_rope_kv_lerp_"), sequence, compiled, *plain),
         core=("kvlock", sequence.name, compiled.name) if short else (),
-        offline=share == SHARE and compiled_offline(shape, source),
+        offline=(share, ratio) == (SHARE, RATIO) and compiled_offline(shape, source),
     )
 
 
-def pack_case(shape: Shape, source: torch.dtype) -> Case:
+def pack_case(shape: Shape, source: torch.dtype, share: float = SHARE) -> Case:
     return Case(
-        "qk_norm_rope_kv_pack_", shape, "bf16", NAMES[source], f"share {SHARE:g}",
-        partial(make_pack, source=source), partial(traffic, share=SHARE, source=source, packs=True), check_pack,
-        (packed_by_us(), *packed_by_formula()),
-        offline=compiled_offline(shape, source),
+        "qk_norm_rope_kv_pack_", shape, "bf16", NAMES[source], f"share {share:g}",
+        partial(make_pack, source=source, share=share), partial(traffic, share=share, source=source, packs=True),
+        check_pack, (packed_by_us(), *packed_by_formula()),
+        offline=share == SHARE and compiled_offline(shape, source),
     )
 
 
@@ -202,7 +210,8 @@ def packed_by_formula() -> tuple[Provider, Provider]:
         rows = reference.qk_norm_rope_kv_pack_(**inputs)
         return inputs["q"], inputs["k"], *(t for t in rows if t.numel())
 
-    return Provider("eager", run), Provider("torch.compile", run, compiled=True)
+    eager = Provider("eager", run, library="torch")
+    return eager, eager._replace(name="torch.compile", compiled=True)
 
 
 def compiled_offline(shape: Shape, source: torch.dtype) -> bool:
@@ -221,5 +230,7 @@ CASES = (
     *(case(shape, source, SHARE) for shape in SHAPES for source in SOURCES),
     *(case(shape, torch.bfloat16, 0.0) for shape in SHAPES),
     *(case(WAN_1_3B_480P, source, share) for source in SOURCES for share in SHARES if share != SHARE),
+    *(case(WAN_1_3B_480P, source, SHARE, ratio) for source in SOURCES for ratio in (0.0, 1.0)),
     *(pack_case(shape, source) for shape in SHAPES for source in SOURCES),
+    *(pack_case(WAN_1_3B_480P, source, share) for source in SOURCES for share in SHARES if share != SHARE),
 )

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks._case import Inputs, Outputs, Provider
+from benchmarks._case import Inputs, NotInstalled, Outputs, Provider
 from kvlock_kernels._triton.plain import FLASH_2, FLASH_3, FLASH_4, flash_attention
 
 BACKENDS = {
@@ -71,15 +71,17 @@ def flex(inputs: Inputs) -> Outputs:
 
 def sage(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
     """int8 products of q and k: the check allows it more."""
-    from sageattention import sageattn
-
+    try:
+        from sageattention import sageattn
+    except ModuleNotFoundError as error:
+        raise NotInstalled(*error.args) from error
     return sageattn(q, k, v, tensor_layout="NHD", sm_scale=scale)
 
 
 def flash(name: str, **inputs: Any) -> Tensor:
     function = flash_attention(name)
     if function is None:
-        raise ImportError(f"{name} cannot be imported")
+        raise NotInstalled(f"{name} cannot be imported")
     return function(**inputs)
 
 
@@ -93,8 +95,8 @@ PLAIN = (
     launcher(FLASH_2, partial(flash, FLASH_2), "flash-attn"),
     launcher(FLASH_3, partial(flash, FLASH_3), "flash-attn-3"),
     launcher(FLASH_4, partial(flash, FLASH_4), "flash-attn-4"),
-    launcher("kvlock in loop, no rows", without_rows),
-    launcher("one launch, no rows", persistent_without_rows),
-    launcher("kvlock sm_90", hopper),
+    launcher("kvlock in loop, no rows", without_rows, "triton"),
+    launcher("one launch, no rows", persistent_without_rows, "triton"),
+    launcher("kvlock sm_90", hopper, "triton"),
 )
 CORE = ("SDPA cuDNN", "SDPA FLASH", "FlexAttention", "SageAttention", "kvlock sm_90")

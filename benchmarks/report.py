@@ -39,15 +39,13 @@ COMMANDS = {  # what takes the rows of a table; the first has a column of them
 
 
 def cpu(path: Path = CPU) -> str:
-    """One core: rates only as shares of a copy and of each other, from the last run."""
+    """One core: rates only as shares of a copy and of each other in one run, from the last run of each operator."""
     found = read(path)
-    last = [row for row in found if row.date == found[-1].date]  # all rows of a run have one date
-    rows = {(row.op, row.source, row.setting, row.provider): row for row in last}
+    rows = {(row.op, row.source, row.setting, row.provider, row.date): row for row in found}  # a run has one date
+    own = {key[:3]: row for key, row in rows.items() if row.provider == "kvlock"}
     lines = []
-    for (op, source, setting, provider), row in rows.items():
-        if provider != "kvlock":
-            continue
-        others = [rows.get((op, source, setting, name)) for name in ("eager", "torch.compile")]
+    for (op, source, setting), row in own.items():
+        others = [rows.get((op, source, setting, name, row.date)) for name in ("eager", "torch.compile")]
         target = CPU_TARGETS.get((op, source))
         share = f"{100 * float(row.share_of_copy):.0f} %" if row.library == "extension" else ""
         lines.append(
@@ -56,11 +54,11 @@ def cpu(path: Path = CPU) -> str:
                 f"{100 * target:.0f} %" if target else "", *(_over(row, other) for other in others),
             )
         )  # fmt: skip
-    some = next(iter(rows.values()))
+    some = found[-1]
     table = markdown(
         ["operator", "served by", "of memcpy", "target", "eager over it", "torch.compile over it"], lines
     )
-    return f"{some.gpu}; torch {some.torch}.\n\n{table}\n\n{_attention(rows.values())}"
+    return f"{some.gpu}; torch {some.torch}.\n\n{table}\n\n{_attention(own.values())}"
 
 
 def _attention(rows: Iterable[Row]) -> str:

@@ -1,6 +1,10 @@
 """Plain attention of the benchmarks: each backend is forced by its name, and a row says whose kernel it is."""
 
+import sys
+from dataclasses import replace
+from functools import partial
 from importlib import metadata
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from benchmarks import _machine, attention, plain_attention
-from benchmarks._case import TINY, Provider
+from benchmarks import __main__ as runner
+from benchmarks import _harness, _machine, attention, plain_attention
+from benchmarks._case import TINY, NotInstalled, Provider, Shape
 
 ENABLED = {
     SDPBackend.CUDNN_ATTENTION: torch.backends.cuda.cudnn_sdp_enabled,
@@ -61,6 +66,56 @@ def test_a_kernel_of_another_library_has_the_version_of_its_distribution_in_its_
 ) -> None:
     monkeypatch.setattr(metadata, "version", lambda name: f"1.2 of {name}")
     case = attention.plain_case(TINY)
-    own = {"kvlock in loop, no rows", "one launch, no rows", "kvlock sm_90", *BACKENDS}
-    said = {p.name: _machine.library(case, p) for p in case.providers if p.name not in own}
-    assert said == {name: f"{library} 1.2 of {library}" for name, library in DISTRIBUTIONS.items()}
+    said = {p.name: _machine.library(case, p) for p in case.providers if p.name not in BACKENDS}
+    names = DISTRIBUTIONS | dict.fromkeys(("kvlock in loop, no rows", "one launch, no rows", "kvlock sm_90"), "triton")
+    assert said == {name: f"{library} 1.2 of {library}" for name, library in names.items()}
+
+
+def test_a_locked_row_says_by_whom_rows_are_mixed_and_who_attends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metadata, "version", lambda name: "1.2")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 9)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(_machine.info, "on_cuda", lambda op, device: "Triton: and more")
+    said = {p.name: _machine.library(LOCKED, p) for p in LOCKED.providers}
+    assert said == {
+        "kvlock": "Triton + cudnn 9", "in loop": "triton 1.2", "one launch": "triton 1.2",
+        "kv_lerp_pair_ + cuDNN": "Triton + cudnn 9", "torch.compile + cuDNN": "torch 1.2 + cudnn 9",
+        "torch.lerp + cuDNN": "torch 1.2 + cudnn 9",
+    }  # fmt: skip
+    long = attention.case(attention.WAN_1_3B_480P, torch.bfloat16)
+    assert _machine.library(long, long.providers[0]) == "Triton"  # which attends too
+
+
+def test_every_row_of_the_runner_says_whose_kernel_it_is() -> None:
+    assert {p.name for case in runner.CASES for p in case.providers if not p.library} == set()
+
+
+def test_the_compiled_formula_runs_at_more_shapes_than_torch_compiles_of_one_function(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    for tokens in range(2, 12):
+        shape = Shape("tiny", (1, 1, 10 * tokens), 1, 16)
+        case = attention.case(shape, torch.bfloat16)
+        provider = _harness.ready(attention.by_compiled_formula(SDPBackend.MATH))
+        assert _harness.gate(case, provider, "cpu").passed
+
+
+def test_a_library_that_is_not_installed_has_no_row_and_one_that_is_broken_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(name: str) -> Any:
+        raise ImportError("no such symbol")
+
+    case = attention.plain_case(TINY)
+    absent = [p for p in case.providers if p.name in ("SageAttention", "flash-attn 2")]
+    monkeypatch.setattr(plain_attention, "flash_attention", lambda name: None)
+    monkeypatch.setitem(sys.modules, "sageattention", None)
+    for provider in absent:
+        with pytest.raises(NotInstalled):
+            _harness.gate(case, provider, "cpu")
+    cases, machine = [replace(case, providers=tuple(absent))], SimpleNamespace(gpu="", now=dict, memory=dict)
+    measured = lambda: [*_harness.rows(cases, machine, _harness.Ceilings(1.0), "cpu")]
+    assert measured() == []
+    monkeypatch.setattr(plain_attention, "flash_attention", broken)
+    assert [(row.provider, row.note) for row in measured()] == [("flash-attn 2", "ImportError: no such symbol")]

@@ -13,14 +13,15 @@ from benchmarks._harness import Ceilings, Row, read
 from benchmarks.report import H100
 
 SHAPES = ("small-h12", "wan-1.3b-480p")
-CASES = [case for case in runner.CASES if case.shape.name in SHAPES and case.op in ("attention", "kv_lerp_attention_")]
-CASES += [case for case in runner.CASES if case.op == "lock_schedule"]
+ATTENTION = ("attention", "kv_lerp_attention_")
+CASES = [case for case in runner.CASES
+         if case.op == "lock_schedule" or (case.shape.name in SHAPES and case.op in ATTENTION)]  # fmt: skip
 
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A run whose every row takes a minute; gives the names of its rows."""
-    copy, clock = read(H100)[0]._replace(relative_error="0.001"), SimpleNamespace(now=0.0)
+    copy, clock = read(H100)[0]._replace(relative_error="0.001", over_plain="1"), SimpleNamespace(now=0.0)
 
     def rows(cases: Any, machine: Any, ceilings: Ceilings) -> Iterator[Row]:
         for case in cases:
@@ -64,7 +65,11 @@ def test_after_its_minutes_a_run_stops_and_the_next_one_goes_on(run: Any, capsys
     assert {*first, *run()} == {*every()}
 
 
-@pytest.mark.parametrize("bad", [{"p80": "9999"}, {"relative_error": ""}], ids=["spread", "of-an-earlier-version"])
+@pytest.mark.parametrize(
+    "bad",
+    [{"p80": "9999"}, {"relative_error": ""}, {"over_plain": ""}],
+    ids=["spread", "of-an-earlier-version", "without-plain-attention"],
+)
 def test_a_row_that_does_not_do_is_measured_again_beside_plain_attention(run: Any, bad: dict[str, str]) -> None:
     run(**{"one launch": bad})
     again = run()
@@ -72,3 +77,15 @@ def test_a_row_that_does_not_do_is_measured_again_beside_plain_attention(run: An
     assert locked == {("kv_lerp_attention_", "one launch", shape) for shape in SHAPES}
     plain = {("attention", name, shape) for name in ("one launch, no rows", "SDPA cuDNN") for shape in SHAPES}
     assert {*again} - locked == plain
+
+
+@pytest.mark.parametrize("new", [False, True])
+def test_plain_attention_is_measured_first_where_only_what_is_over_it_was_asked_for(
+    run: Any, tmp_path: Path, new: bool
+) -> None:
+    shape, names = SHAPES[1], ("SDPA cuDNN", "kvlock sm_90")
+    asked = [case.by("kvlock") for case in CASES if case.op == "kv_lerp_attention_" and case.shape.name == shape]
+    runner.measure(asked, tmp_path, None, new=new)
+    rows = [(row.op, row.provider, row.shape) for row in read(tmp_path / "gpu.csv")[2:]]
+    plain, locked = [("attention", name, shape) for name in names], [("kv_lerp_attention_", "kvlock", shape)]
+    assert rows == plain + len(asked) * locked

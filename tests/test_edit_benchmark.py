@@ -156,9 +156,43 @@ def test_rounds_are_pooled(made: edit.Edit, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(edit, "run", lambda *_: steps(*4 * [next(plain)]))
     lock = lambda factor: (steps(factor, 5.0, 2 * factor, 2 * factor), [{"forwards": 3, "source_bytes": 0}])
     monkeypatch.setattr(edit, "locked", lambda *_: lock(next(modes)))
-    first, row = edit.measure(made, "cpu", {"store": edit.Mode(target=math.inf)}, Machine("abc", "cpu"))
+    first, row = edit.measure(made, "cpu", {edit.USUAL: edit.Mode(target=math.inf)}, Machine("abc", "cpu"))
     assert (float(first.step_s), float(row.step_s), float(row.locked_step_s)) == (1, 1, 2)
     assert (float(row.locked_ratio), float(row.edit_ratio)) == (2, 1.4)
+    assert (float(first.spread), float(row.spread)) == (9, 9)
+
+
+def test_a_mode_that_fails_in_one_round_has_failed(made: edit.Edit, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps, rounds = edit.Steps([1.0] * 4, torch.zeros(1), 0, 0, 0), iter([False, True, True])
+    monkeypatch.setitem(edit.ROUNDS, "cpu", 3)
+    monkeypatch.setattr(edit, "run", lambda *_: steps)
+
+    def locked(*_: Any) -> Any:
+        if next(rounds):
+            return steps, [{"forwards": 3, "source_bytes": 0}]
+        raise ValueError("once")
+
+    monkeypatch.setattr(edit, "locked", locked)
+    _, row = edit.measure(made, "cpu", {edit.USUAL: edit.Mode()}, Machine("abc", "cpu"))
+    assert (row.step_s, row.note) == ("", "failed: RuntimeError: in an earlier round: ValueError: once")
+
+
+def test_what_others_are_compared_with_is_run_for_them_where_nobody_asked_for_it(
+    made: edit.Edit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[edit.Mode] = []
+
+    def locked(edit_: edit.Edit, device: str, mode: edit.Mode) -> Any:
+        ran.append(mode)
+        steps = edit.Steps([1.0] * 4, torch.full((1,), float(mode.kernel != "hooks")), 0, 0, 0)
+        return steps, [{"forwards": 3, "source_bytes": 0}]
+
+    monkeypatch.setattr(edit, "run", lambda *_: edit.Steps([1.0] * 4, torch.zeros(1), 0, 0, 0))
+    monkeypatch.setattr(edit, "locked", locked)
+    names = ("preset plain", "store, backend, full", "store, fused", "batch, hooks")
+    _, *rows = edit.measure(made, "cpu", {name: edit.MODES[name] for name in names}, Machine("abc", "cpu"))
+    assert [row.difference for row in rows] == ["0", "", "1", "0"]
+    assert ran == [edit.MODES[name] for name in (*names[:2], edit.USUAL, *names[2:])]
 
 
 def test_a_mode_that_fails_is_written_and_the_others_go_on(
@@ -174,15 +208,15 @@ def test_a_mode_that_fails_is_written_and_the_others_go_on(
             raise torch.OutOfMemoryError("no room\nfor more")
         return locked(edit_, device, mode)
 
-    names = ("store, backend", "preset plain")
+    names = ("store, backend, full", "preset plain")  # neither is compared with another
     monkeypatch.setattr(edit, "locked", failing)
     monkeypatch.setitem(edit.EDITS, "miniature", lambda device: made)
     monkeypatch.setattr(edit, "MODES", {name: edit.MODES[name]._replace(target=math.inf) for name in names})
     assert edit.main(["--out", str(tmp_path)]) == 1
-    assert written == [["pipeline"], ["pipeline", "store, backend"]]  # each is there before the next one begins
+    assert written == [["pipeline"], ["pipeline", "store, backend, full"]]  # each is there before the next one begins
     rows = {line[1]: EditRow(*line) for line in rows_of(capsys.readouterr().out)}
-    assert rows["store, backend"].note == "failed: OutOfMemoryError: no room"
-    assert rows["store, backend"].step_s == "" and rows["preset plain"].step_s
+    assert rows["store, backend, full"].note == "failed: OutOfMemoryError: no room"
+    assert rows["store, backend, full"].step_s == "" and rows["preset plain"].step_s
 
 
 def test_a_mode_that_is_not_there_is_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
@@ -210,7 +244,7 @@ def test_a_gpu_edits_with_every_shape_that_it_has_room_for_and_says_which_it_has
     machine = SimpleNamespace(now=lambda: {"gpu": "small"}, file="small.csv")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=memory))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (memory, 85e9))
     monkeypatch.setattr(edit, "Machine", lambda *_: machine)
     monkeypatch.setattr(edit, "measure", measured)
     assert edit.main(["--gpu", *words, "--out", str(tmp_path)]) == 0
@@ -220,7 +254,23 @@ def test_a_gpu_edits_with_every_shape_that_it_has_room_for_and_says_which_it_has
     (*_, last) = rows
     if memory < 60e9 and "1.3b" not in words:
         assert (last.model, last.mode, last.step_s, last.gpu) == ("wan-14b, random", "pipeline", "", "small")
-        assert last.note == "not run: it needs about 60 GB of device memory; this GPU has 24"
+        assert last.note == "not run: it needs about 60 GB of device memory; 24 are free"
+
+
+def test_a_model_that_finds_no_room_is_a_row_and_the_next_one_is_measured(
+    made: edit.Edit, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_room(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("of 70 GiB\n")
+
+    monkeypatch.setitem(edit.EDITS, "1.3b", no_room)
+    monkeypatch.setitem(edit.EDITS, "miniature", lambda device: made)
+    machine = Machine("abc", "cpu")
+    steps = edit.Steps([1.0] * 4, torch.zeros(1), 0, 0, 0)
+    monkeypatch.setattr(edit, "run", lambda *_: steps)
+    first, second = edit.one_after_the_other(["1.3b", "miniature"], "cpu", {}, machine)
+    assert (first.model, first.note) == ("wan-1.3b, random", "failed: OutOfMemoryError: of 70 GiB")
+    assert (second.model, second.step_s) == ("miniature", "1.0000") and first.date
 
 
 def test_a_cpu_is_not_asked_for_a_large_model(capsys: pytest.CaptureFixture[str]) -> None:

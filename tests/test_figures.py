@@ -13,7 +13,7 @@ from benchmarks._case import RATES
 from benchmarks._harness import Results, Row, read
 from benchmarks.report import H100
 
-GPU = RATES["NVIDIA H100"]
+GPU = RATES["NVIDIA H100 80GB HBM3"]
 EDITS = [edited.row for edited in _edit_rows.latest(_edit_rows.beside(H100))]
 
 
@@ -43,8 +43,13 @@ def test_attention_is_drawn_over_its_tokens(lines: list[roofline.Line]) -> None:
     (axes,) = figures.attention(lines, GPU, "H100").axes
     drawn = {line.get_label(): line for line in axes.get_lines()}
     assert drawn["SDPA cuDNN"].get_xdata().tolist() == [4096, 8192, 16384, 32760, 75600]
-    us = time(lines, "attention", "SDPA cuDNN", "wan-1.3b-480p", "", "no rows")
-    assert drawn["SDPA cuDNN"].get_ydata()[-2] == pytest.approx(4 * 32760**2 * 12 * 128 / us / 1e6, abs=0.01)
+    locked = "kv_lerp_attention_", "kvlock", "int8", LOCK
+    for name, (op, provider, source, setting) in {
+        "SDPA cuDNN": ("attention", "SDPA cuDNN", "", "no rows"), "locked, rows in int8": locked,
+    }.items():  # fmt: skip
+        for at, shape in ((-2, "wan-1.3b-480p"), (-1, "wan-1.3b-720p")):
+            tokens, us = drawn[name].get_xdata()[at], time(lines, op, provider, shape, source, setting)
+            assert drawn[name].get_ydata()[at] == pytest.approx(4 * tokens**2 * 12 * 128 / us / 1e6, abs=0.01)
     assert set(drawn["assumed by predictions"].get_ydata()) == {650}
 
 
@@ -113,7 +118,7 @@ def test_pictures_are_written_beside_the_results_and_none_for_an_unknown_gpu(tmp
 @pytest.mark.parametrize("path", roofline.micro_results(), ids=lambda path: path.stem)
 def test_the_pictures_are_drawn_from_the_rows_beside_them(path: Path) -> None:
     pictures = sorted(path.parent.glob(f"{path.stem}-*.png"))
-    assert len(pictures) == 3
+    assert len(pictures) == (3 if roofline.measured(path) else 0)  # none of a GPU of unknown rates
     for picture in pictures:
         with Image.open(picture) as image:
             assert image.info.get("Rows") == figures.rows_of(path), "python -m benchmarks.figures"

@@ -1,11 +1,14 @@
 """The script for a machine with a GPU, with another program in Python's place that says what it was asked."""
 
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
 SCRIPT = Path(__file__).parents[1] / ".ci" / "gpu"
+PATH = "/usr/bin:/bin"
+TABLES = "-m benchmarks.report --write"
 PYTHON = """#!/bin/sh
 echo "$@" >> "$0.asked"
 [ "$2" != "import pynvml" ] || exit {missing}
@@ -20,7 +23,7 @@ def run(folder: Path, *parts: str, missing: int = 0, failing: str = "none") -> t
     python.write_text(PYTHON.format(missing=missing, failing=failing), encoding="utf-8")
     python.chmod(0o755)
     done = subprocess.run(
-        ["bash", str(SCRIPT), *parts], env={"PATH": "/usr/bin:/bin", "PYTHON": str(python)}, capture_output=True,
+        ["bash", str(SCRIPT), *parts], env={"PATH": PATH, "PYTHON": str(python)}, capture_output=True,
         text=True, check=False,
     )  # fmt: skip
     asked = folder / "python.asked"
@@ -28,22 +31,22 @@ def run(folder: Path, *parts: str, missing: int = 0, failing: str = "none") -> t
 
 
 @pytest.mark.parametrize(
-    ("part", "command"),
+    ("part", "commands"),
     [
-        ("tests", "-m pytest -m gpu and not slow -n auto --dist worksteal"),
-        ("times", "-m benchmarks --gpu --core"),
-        ("full", "-m benchmarks --gpu"),
+        ("tests", ["-m pytest -m gpu and not slow -n auto --dist worksteal"]),
+        ("times", ["-m benchmarks --gpu --core", TABLES]),
+        ("full", ["-m benchmarks --gpu", TABLES]),
     ],
 )
-def test_a_part_runs_its_command(tmp_path: Path, part: str, command: str) -> None:
+def test_a_part_runs_its_commands(tmp_path: Path, part: str, commands: list[str]) -> None:
     code, said, asked = run(tmp_path, part)
-    assert (code, said, asked[-1]) == (0, "", command)
+    assert (code, said, asked[-len(commands) :]) == (0, "", commands)
 
 
 @pytest.mark.parametrize("failing", ["none", "benchmarks.edit"])
 def test_edits_are_drawn_whether_or_not_a_mode_failed(tmp_path: Path, failing: str) -> None:
     code, _, asked = run(tmp_path, "edits", failing=failing)
-    assert asked[-2:] == ["-m benchmarks.edit --gpu --out benchmarks/results", "-m benchmarks.figures"]
+    assert asked[-3:] == ["-m benchmarks.edit --gpu --out benchmarks/results", "-m benchmarks.figures", TABLES]
     assert code == (failing != "none")
 
 
@@ -51,6 +54,12 @@ def test_edits_are_drawn_whether_or_not_a_mode_failed(tmp_path: Path, failing: s
 def test_rows_without_clocks_and_power_are_refused_before_anything_runs(tmp_path: Path, part: str) -> None:
     code, said, asked = run(tmp_path, "tests", part, missing=1)
     assert code == 2 and 'pip install -e ".[bench]"' in said and not any("pytest" in line for line in asked)
+
+
+@pytest.mark.skipif(shutil.which("compute-sanitizer", path=PATH) is not None, reason="the program is there")
+def test_memory_without_its_program_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    code, said, asked = run(tmp_path, "tests", "memory")
+    assert (code, asked) == (2, []) and "compute-sanitizer" in said
 
 
 def test_a_part_that_is_none_is_refused_before_anything_runs(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def test_every_operator_of_the_table_has_its_prediction_and_its_row() -> None:
     predicted: dict[str, str] = {}  # of the first case of each operator
     for case in runner.CASES:
         if case.core and case.shape == WAN_1_3B_480P and case.source == STORED.get(case.op, ""):
-            time = case.work(case.shape).predicted_us(RATES["NVIDIA H100"])
+            time = case.work(case.shape).predicted_us(RATES["NVIDIA H100 80GB HBM3"])
             predicted.setdefault(case.op, f"{time:.1f} us")
     cells = table("operator")
     assert len(cells) == 5
@@ -299,7 +299,7 @@ def test_what_the_text_says_of_attention_is_what_the_rows_say() -> None:
 def test_what_the_text_says_of_predictions_is_what_was_and_is_predicted() -> None:
     case = roofline.BY_KEY["kv_lerp_attention_", "wan-1.3b-480p", "int8", _gpu_tables.LOCK]
     small = roofline.BY_KEY["kv_lerp_attention_", "small-h12", "int8", _gpu_tables.LOCK]
-    us = lambda case, name: predict(case, name, RATES["NVIDIA H100"]).us
+    us = lambda case, name: predict(case, name, RATES["NVIDIA H100 80GB HBM3"]).us
     then = row("kv_lerp_attention_", "in loop", "wan-1.3b-480p", "int8")  # of the first run
     assert then is not None
     text(
@@ -326,13 +326,43 @@ def test_what_the_text_says_of_operators_is_what_the_rows_say() -> None:
          f"{packed[0]} to {packed[1]} %")  # fmt: skip
     times = sorted(f"{float(many(source).p50) / float(many('bf16').p50):.1f}" for source in ("e4m3", "int8"))
     text(f"that pass takes {times[0]} to {times[1]} times as long as with rows in bf16")
-    unpacked = [
-        float(at("unpack_kv", "kvlock", shape, "int8", "share 0.8").p50)
-        / next(float(r.p50) for r in reversed(ROWS)
-               if (r.op, r.provider, r.shape, r.source) == ("unpack_kv", "torch.compile", shape, "int8"))
-        for shape in ("wan-1.3b-480p", "small-h12")
-    ]  # fmt: skip
-    text("1.00 to {:.2f} times, but at 4096 tokens and 12 heads {:.2f} times.".format(*unpacked))
+
+
+def test_what_the_text_says_of_other_providers_is_what_the_rows_say() -> None:
+    lines = [line for line in roofline.latest(roofline.measured(report.H100)) if line.steady]
+    us = {line[:5]: line.measured or 0 for line in lines}
+    between = lambda found, form="{:.2f} to {:.2f}": form.format(min(found), max(found))
+
+    def over(op: str, other: str, source: str) -> list[float]:
+        own = [key for key in us if (key[0], key[1], key[3]) == (op, "kvlock", source)]
+        return [us[key] / us[op, other, *key[2:]] for key in own if (op, other, *key[2:]) in us]
+
+    sliced, compiled = (between(over("kv_lerp_", name, "bf16")) for name in ("torch.lerp", "torch.compile"))
+    text(f"`kv_lerp_` takes {sliced} times the time of `torch.lerp` on a slice")
+    text(f"needs no index, and {compiled} times that of the compiled formula.")
+    unpacked = over("unpack_kv", "torch.compile", "int8")
+    least = min(unpacked)
+    most = between([one for one in unpacked if one != least])
+    text(f"as the compiled formula, {most} times, but at 4096 tokens and 12 heads {least:.2f} times.")
+    narrow = [1 + line.missed for line in lines if line.op == "attention" and line.shape.endswith("-d64")
+              and line.provider == "SDPA cuDNN"]  # fmt: skip
+    text(f"(at D = 64 it takes {between(narrow)} times as long here)")
+    packed = [100 * float(line.row.share_of_copy) for line in lines if line.row is not None and line.source != "bf16"
+              and line[:3] == (_gpu_tables.PASS, "kvlock", "small-h40")]  # fmt: skip
+    text(f"(at 4096 tokens {between(packed, '{:.0f} to {:.0f}')})")
+    few = [100 * float(line.row.share_of_copy) for line in lines if line.row is not None and line.source != "bf16"
+           and line[:3] == (_gpu_tables.PASS, "kvlock", WAN_1_3B_480P.name)]  # fmt: skip
+    text(f"and is at {between(few, '{:.0f} to {:.0f}')} % at 32760 tokens.")
+    clocks = [float(line.row.sm_mhz) for line in lines if line.row is not None and "attention" in line.op
+              and line.provider in ("kvlock", "kvlock sm_90", "SDPA cuDNN") and line.source in ("", "int8")
+              and line.shape in ("wan-1.3b-480p", "wan-14b-480p")]  # fmt: skip
+    text(f"right after these rows it ran at {between(clocks, '{:.0f} to {:.0f}')} MHz")
+
+
+def test_a_cause_of_narrow_heads_is_given_to_narrow_heads_alone() -> None:
+    for line in roofline.latest(roofline.measured(report.H100)):
+        if _gpu_tables.CAUSES.get(line[:2]) == _gpu_tables.NARROW and line.steady and line.flagged:
+            assert line.shape.endswith("-d64")
 
 
 def test_the_noise_of_a_cpu_is_said() -> None:

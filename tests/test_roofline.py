@@ -9,7 +9,7 @@ from benchmarks import __main__ as runner
 from benchmarks import roofline
 from benchmarks._case import RATES, TARGET_GPU, WAN_1_3B_480P, Case
 from benchmarks._eager_bytes import Counting
-from benchmarks._harness import Row, read
+from benchmarks._harness import Results, Row, read
 from benchmarks._model import predict
 
 GPU = RATES[TARGET_GPU]
@@ -18,7 +18,7 @@ H100 = roofline.RESULTS / "nvidia-h100-80gb-hbm3.csv"
 
 def test_every_row_is_predicted_on_this_machine() -> None:
     for case in runner.CASES:
-        nothing_moves = case.setting[-7:] == "ratio 0" and case.op == "kv_lerp_"
+        nothing_moves = case.setting[-7:] == "ratio 0" and case.op in ("kv_lerp_", "kv_lerp_pair_")
         for provider in case.providers:
             assert (predict(case, provider.name, GPU).us > 0) != nothing_moves, (case.label, provider.name)
 
@@ -60,9 +60,10 @@ def test_eager_moves_more_than_the_fewest_bytes_and_mixing_first_adds_its_bytes(
 @pytest.mark.smoke
 def test_the_report_marks_what_misses_by_a_fifth(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     case = find("kv_lerp_", "int8")
-    predicted = predict(case, "kvlock", RATES["NVIDIA H100"]).us
+    predicted = predict(case, "kvlock", RATES["NVIDIA H100 80GB HBM3"]).us
     path = tmp_path / "gpu.csv"
-    row = Row(case.op, "kvlock", case.shape.name, case.dtype, case.source, case.setting, "ok", gpu="NVIDIA H100 PCIe")
+    names = case.op, "kvlock", case.shape.name, case.dtype, case.source, case.setting
+    row = Row(*names, "ok", gpu="NVIDIA H100 80GB HBM3")
     rows = [row._replace(p50=f"{times * predicted:.6f}") for times in (1.19, 1.21, 0.79)]
     failed = row._replace(status="failed")
     path.write_text("\n".join(",".join(f'"{cell}"' for cell in line) for line in (Row._fields, *rows, failed)))
@@ -84,9 +85,22 @@ def test_a_gpu_of_unknown_rates_is_named(tmp_path: Path, capsys: pytest.CaptureF
     assert "other.csv: no rates are known" in capsys.readouterr().err
 
 
+def test_a_gpu_of_unknown_rates_does_not_hide_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = Row("kv_lerp_", "kvlock", WAN_1_3B_480P.name, "bf16", "bf16", "share 0.8, ratio 0.3", "ok", p50="90")
+    for name, gpu in (("a", "NVIDIA H100 PCIe"), ("b", "NVIDIA H100 80GB HBM3")):
+        with Results(tmp_path / f"{name}.csv") as results:
+            results.write(row._replace(gpu=gpu))
+    monkeypatch.setattr(roofline, "RESULTS", tmp_path)
+    assert roofline.main([]) == 0
+    out, err = capsys.readouterr()
+    assert "a.csv: no rates are known" in err and "a.csv" not in out and out.startswith("b.csv\nkv_lerp_")
+
+
 def test_predictions_written_with_a_row_hold_where_it_is_bound_by_one_ceiling() -> None:
     for row in read(H100):
         case = roofline.BY_KEY.get((row.op, row.shape, row.source, row.setting))
         if case is not None and row.provider in ("kvlock", "kvlock sm_90", "SDPA cuDNN") and case.first is None:
-            predicted = predict(case, row.provider, RATES["NVIDIA H100"]).us
+            predicted = predict(case, row.provider, RATES["NVIDIA H100 80GB HBM3"]).us
             assert predicted == pytest.approx(float(row.predicted_us), abs=6e-3)
