@@ -31,7 +31,8 @@ def edits_of(path: Path, shape: str = "1.3b") -> dict[str, Edited]:
 
 def foretold(mode: Mode, found: dict[str, Edited], shape: str = "1.3b") -> Cost:
     """The cost of an edit in this mode, on the tokens of the edits measured."""
-    config = dataclasses.replace(mode.config, kappa=DEFAULT_KAPPA) if mode.config.locks else mode.config
+    config = mode.config_of(SIZES[shape].layers)
+    config = dataclasses.replace(config, kappa=DEFAULT_KAPPA) if config.locks else config
     tokens, background = growth.sizes([edited.row for edited in found.values()])
     return estimate(
         SIZES[shape], config, tokens=tokens, background_rows=background, store=mode.store, kernel=mode.kernel

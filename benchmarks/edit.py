@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,6 +50,11 @@ class Mode(NamedTuple):
     store: Store = Store()
     recorded: bool = False  # the source is recorded beforehand, which is not timed
     target: float = 1.22  # of an edit over the plain pipeline; forwards alone make 1.20
+    layers: float = 1  # the share of the blocks that lock, the first ones
+
+    def config_of(self, blocks: int) -> KVLockConfig:
+        """The config for a transformer of so many blocks."""
+        return self.config if self.layers == 1 else replace(self.config, layers=tuple(range(int(self.layers * blocks))))
 
 
 MODES = {
@@ -57,6 +63,7 @@ MODES = {
     "store, fused": Mode(kernel="fused"),
     "store, backend": Mode(kernel="backend"),
     "store, backend, full": Mode(kvlock.preset("full-lock", kappa=LOCKED), "backend"),
+    "half the layers, hooks": Mode(layers=0.5),
     "batch, hooks": Mode(kvlock.preset("kv-lock", kappa=LOCKED, source="batch"), target=math.inf),
     "store int8, hooks": Mode(store=Store("int8")),
     "store fp8, hooks": Mode(store=Store("fp8")),
@@ -127,7 +134,7 @@ def measure(edit: Edit, device: str, modes: dict[str, Mode], machine: Machine) -
     yield _row(edit, PIPELINE, Mode(kvlock.preset("plain")), plain, step, None, None)._replace(**machine.now())
     hooks: Tensor | None = None
     for name, mode in modes.items():
-        compares = name != "preset plain" and "full" not in name
+        compares = name != "preset plain" and "full" not in name and mode.layers == 1
         try:
             if name in failed:
                 raise RuntimeError(f"in an earlier round: {failed[name]}")
@@ -183,7 +190,8 @@ def locked(
     edit: Edit, device: str, mode: Mode, seen: profile | None = None
 ) -> tuple[Steps, list[dict[str, Any]]]:
     """One edit in this mode, and its trace."""
-    options: dict[str, Any] = {"config": mode.config, "kernel": mode.kernel}
+    config = mode.config_of(edit.pipe.transformer.config.num_layers)
+    options: dict[str, Any] = {"config": config, "kernel": mode.kernel}
     source: dict[str, Any] = {"source_prompt_embeds": edit.embeds, "store": mode.store}
     with tempfile.TemporaryDirectory() as folder:
         if mode.recorded:

@@ -106,7 +106,8 @@ def over_layers(axes: Axes, rows: Sequence[EditRow]) -> None:
             cost(KVLockConfig(layers=tuple(range(n))), tokens, background, store).bytes_kept / 2**30 for n in counts
         ]
         axes.plot(counts, kept, color=colour, linewidth=1.2, label=f"predicted, rows in {name}")
-    points = [(WAN_1_3B.layers, float(row.source_gib)) for row in rows if row.mode == "store, hooks"]
+    locked = {"store, hooks": WAN_1_3B.layers, "half the layers, hooks": WAN_1_3B.layers // 2}
+    points = [(locked[row.mode], float(row.source_gib)) for row in rows if row.mode in locked]
     _points(axes, points, BLUE, "measured, bf16")
     axes.set_ylim(bottom=0)
     axes.set_xlabel("locked layers")

@@ -86,6 +86,8 @@ def test_an_edit_is_measured_plain_and_locked(
         assert float(row.locked_ratio or locked / plain) == pytest.approx(locked / plain, rel=0.01)
         assert float(row.edit_ratio) == pytest.approx((0.6 * step + 0.4 * locked) / plain, rel=0.01)
     assert [row.mode for row in written if not row.locked_step_s] == ["pipeline", "preset plain"]
+    kept = [float(rows[mode].source_gib) for mode in ("store, hooks", "half the layers, hooks")]
+    assert kept[1] == pytest.approx(kept[0] / 2, rel=1e-3)
     sizes, config = ModelSizes.of(made.pipe.transformer.config), preset("kv-lock", kappa=0.4)
     wanted = {"tokens": made.masks.num_tokens, "background_rows": len(made.masks.index), "bytes_per_value": 4}
     for name, mode in edit.MODES.items():
