@@ -16,7 +16,7 @@ def test_the_edits_of_the_table_are_those_of_the_rows() -> None:
     latest = {r["mode"]: r for r in rows if r["mode"] != "pipeline" and not _edit_tables.outside(r["mode"])}
     before = rows[: rows.index(latest["store, hooks"])]  # whose run the first line is of
     rows = [[r for r in before if r["mode"] == "pipeline"][-1], *latest.values()]
-    cells = table("mode")
+    cells = [line for line in table("mode") if line[1] != "not yet measured"]
     assert len(cells) == len(rows)
     for line, measured in zip(cells, rows, strict=True):
         seconds = [f"{float(measured[name]):.3f} s" if measured[name] else "–" for name in ("step_s", "locked_step_s")]
@@ -112,7 +112,7 @@ def test_a_target_is_met_or_missed_beyond_the_noise_only(ratio: float, verdict: 
 
 def test_every_mode_of_an_edit_was_measured_on_a_cpu_in_one_run_of_a_commit() -> None:
     found = _edit_rows.latest(report.EDITS_ON_CPU)
-    assert [one.row.mode for one in found] == ["pipeline", *edit.MODES]
+    assert {one.row.mode for one in found} == {"pipeline", *edit.MODES}
     assert len({(one.plain, one.row.gpu, one.row.torch, one.row.commit) for one in found}) == 1
     assert "changes" not in found[0].row.commit and found[0].row.gpu.endswith("one thread")
 
