@@ -51,6 +51,7 @@ class Mode(NamedTuple):
     recorded: bool = False  # the source is recorded beforehand, which is not timed
     target: float = 1.22  # of an edit over the plain pipeline; forwards alone make 1.20
     layers: float = 1  # the share of the blocks that lock, the first ones
+    same: str = USUAL  # the mode that has the same latents but for rounding; blank for none
 
     def config_of(self, blocks: int) -> KVLockConfig:
         """The config for a transformer of so many blocks."""
@@ -58,12 +59,12 @@ class Mode(NamedTuple):
 
 
 MODES = {
-    "preset plain": Mode(kvlock.preset("plain"), target=1.01),
+    "preset plain": Mode(kvlock.preset("plain"), target=1.01, same=PIPELINE),
     USUAL: Mode(),
     "store, fused": Mode(kernel="fused"),
     "store, backend": Mode(kernel="backend"),
-    "store, backend, full": Mode(kvlock.preset("full-lock", kappa=LOCKED), "backend"),
-    "half the layers, hooks": Mode(layers=0.5),
+    "store, backend, full": Mode(kvlock.preset("full-lock", kappa=LOCKED), "backend", same=""),
+    "half the layers, hooks": Mode(layers=0.5, same=""),
     "batch, hooks": Mode(kvlock.preset("kv-lock", kappa=LOCKED, source="batch"), target=math.inf),
     "store int8, hooks": Mode(store=Store("int8")),
     "store fp8, hooks": Mode(store=Store("fp8")),
@@ -124,30 +125,31 @@ def measure(edit: Edit, device: str, modes: dict[str, Mode], machine: Machine) -
     failed: dict[str, str] = {}
     for _ in range(ROUNDS[device] - 1):
         plain.append(run(edit, device))
-        for name, mode in modes.items():
+        for name in (name for name in modes if name not in failed):
             try:
-                before[name].append(locked(edit, device, mode)[0])
+                before[name].append(locked(edit, device, modes[name])[0])
             except Exception as error:
                 failed[name] = _said(error)
     plain.append(run(edit, device))
     step = statistics.median(itertools.chain.from_iterable(each.seconds for each in plain))
     yield _row(edit, PIPELINE, Mode(kvlock.preset("plain")), plain, step, None, None)._replace(**machine.now())
-    hooks: Tensor | None = None
+    latents = {PIPELINE: plain[-1].latents}
+    if USUAL not in modes and any(mode.same == USUAL for mode in modes.values()):
+        with contextlib.suppress(Exception):  # then others are compared with nothing
+            latents[USUAL] = locked(edit, device, Mode())[0].latents
     for name, mode in modes.items():
-        compares = name != "preset plain" and "full" not in name and mode.layers == 1
-        try:
-            if name in failed:
-                raise RuntimeError(f"in an earlier round: {failed[name]}")
-            if compares and name != USUAL and hooks is None:  # not asked for, but what others are compared with
-                hooks = locked(edit, device, Mode())[0].latents
-            steps, trace = locked(edit, device, mode)
-        except Exception as error:
-            row = _blank(edit, name)._replace(note=f"failed: {_said(error)}", **machine.now())
+        steps = None
+        if name not in failed:
+            try:
+                steps, trace = locked(edit, device, mode)
+            except Exception as error:
+                failed[name] = _said(error)
+        if steps is None:
+            row = _blank(edit, name)._replace(note=f"failed: {failed[name]}", **machine.now())
         else:
-            if name == USUAL:
-                hooks = steps.latents
-            other = plain[-1].latents if name == "preset plain" else hooks if compares else None
-            difference = None if other is None else (steps.latents - other).abs().max().item()
+            latents[name] = steps.latents
+            same = latents.get(mode.same)
+            difference = None if same is None else (steps.latents - same).abs().max().item()
             row = _row(edit, name, mode, [*before[name], steps], step, difference, trace)._replace(**machine.now())
             if float(row.edit_ratio) > mode.target:
                 row = row._replace(note=f"target {mode.target}; {_profile(edit, device, mode)}")

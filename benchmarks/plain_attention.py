@@ -1,5 +1,6 @@
 """Plain attention, the yardstick: torch's backends, forced by name, and the kernels of other libraries."""
 
+import importlib.util
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks._case import Inputs, NotInstalled, Outputs, Provider
-from kvlock_kernels._triton.plain import FLASH_2, FLASH_3, FLASH_4, flash_attention
+from kvlock_kernels._triton.plain import FLASH_2, FLASH_3, FLASH_4, FLASH_ATTENTION, flash_attention
 
 BACKENDS = {
     "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION,
@@ -71,18 +72,25 @@ def flex(inputs: Inputs) -> Outputs:
 
 def sage(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
     """int8 products of q and k: the check allows it more."""
-    try:
-        from sageattention import sageattn
-    except ModuleNotFoundError as error:
-        raise NotInstalled(*error.args) from error
+    wants("sageattention")
+    from sageattention import sageattn
+
     return sageattn(q, k, v, tensor_layout="NHD", sm_scale=scale)
 
 
 def flash(name: str, **inputs: Any) -> Tensor:
+    wants("flash_attn_interface" if name == FLASH_3 else "flash_attn")
     function = flash_attention(name)
     if function is None:
-        raise NotInstalled(f"{name} cannot be imported")
+        FLASH_ATTENTION[name]()  # says why
+        raise ImportError(f"{name} could not be imported")
     return function(**inputs)
+
+
+def wants(module: str) -> None:
+    """Raises NotInstalled where there is no such package; one that is there and broken is not kept silent."""
+    if importlib.util.find_spec(module) is None:
+        raise NotInstalled(f"there is no {module}")
 
 
 PLAIN = (

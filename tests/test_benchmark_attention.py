@@ -1,9 +1,11 @@
 """Plain attention of the benchmarks: each backend is forced by its name, and a row says whose kernel it is."""
 
+import importlib.util
 import sys
 from dataclasses import replace
 from functools import partial
 from importlib import metadata
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +17,8 @@ from torch.nn.attention import SDPBackend
 
 from benchmarks import __main__ as runner
 from benchmarks import _harness, _machine, attention, plain_attention
-from benchmarks._case import TINY, NotInstalled, Provider, Shape
+from benchmarks._case import TINY, Provider, Shape
+from kvlock_kernels._triton import plain
 
 ENABLED = {
     SDPBackend.CUDNN_ATTENTION: torch.backends.cuda.cudnn_sdp_enabled,
@@ -101,21 +104,24 @@ def test_the_compiled_formula_runs_at_more_shapes_than_torch_compiles_of_one_fun
         assert _harness.gate(case, provider, "cpu").passed
 
 
+@pytest.mark.parametrize(
+    ("name", "package"),
+    [("SageAttention", "sageattention"), ("flash-attn 2", "flash_attn"), ("flash-attn 3", "flash_attn_interface"),
+     ("flash-attn 4", "flash_attn")],
+)  # fmt: skip
 def test_a_library_that_is_not_installed_has_no_row_and_one_that_is_broken_an_error(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, package: str
 ) -> None:
-    def broken(name: str) -> Any:
-        raise ImportError("no such symbol")
-
     case = attention.plain_case(TINY)
-    absent = [p for p in case.providers if p.name in ("SageAttention", "flash-attn 2")]
-    monkeypatch.setattr(plain_attention, "flash_attention", lambda name: None)
-    monkeypatch.setitem(sys.modules, "sageattention", None)
-    for provider in absent:
-        with pytest.raises(NotInstalled):
-            _harness.gate(case, provider, "cpu")
-    cases, machine = [replace(case, providers=tuple(absent))], SimpleNamespace(gpu="", now=dict, memory=dict)
+    cases = [replace(case, providers=tuple(p for p in case.providers if p.name == name))]
+    machine = SimpleNamespace(gpu="", now=dict, memory=dict)
     measured = lambda: [*_harness.rows(cases, machine, _harness.Ceilings(1.0), "cpu")]
-    assert measured() == []
-    monkeypatch.setattr(plain_attention, "flash_attention", broken)
-    assert [(row.provider, row.note) for row in measured()] == [("flash-attn 2", "ImportError: no such symbol")]
+    if importlib.util.find_spec(package) is None:
+        assert measured() == []
+    (tmp_path / f"{package}.py").write_text("import of_another_version", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, package, raising=False)
+    plain.flash_attention.cache_clear()
+    (row,) = measured()
+    plain.flash_attention.cache_clear()
+    assert (row.status, row.note) == ("error", "ModuleNotFoundError: No module named 'of_another_version'")

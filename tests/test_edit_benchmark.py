@@ -176,7 +176,8 @@ def test_a_mode_that_fails_in_one_round_has_failed(made: edit.Edit, monkeypatch:
 
     monkeypatch.setattr(edit, "locked", locked)
     _, row = edit.measure(made, "cpu", {edit.USUAL: edit.Mode()}, Machine("abc", "cpu"))
-    assert (row.step_s, row.note) == ("", "failed: RuntimeError: in an earlier round: ValueError: once")
+    assert (row.step_s, row.note) == ("", "failed: ValueError: once")
+    assert [*rounds] == [True, True]  # once was enough
 
 
 def test_what_others_are_compared_with_is_run_for_them_where_nobody_asked_for_it(
@@ -194,7 +195,26 @@ def test_what_others_are_compared_with_is_run_for_them_where_nobody_asked_for_it
     names = ("preset plain", "store, backend, full", "store, fused", "batch, hooks")
     _, *rows = edit.measure(made, "cpu", {name: edit.MODES[name] for name in names}, Machine("abc", "cpu"))
     assert [row.difference for row in rows] == ["0", "", "1", "0"]
-    assert ran == [edit.MODES[name] for name in (*names[:2], edit.USUAL, *names[2:])]
+    assert ran == [edit.MODES[name] for name in (edit.USUAL, *names)]
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_where_hooks_fail_the_others_are_measured_and_compared_with_nothing(
+    made: edit.Edit, monkeypatch: pytest.MonkeyPatch, asked: bool
+) -> None:
+    steps = edit.Steps([1.0] * 4, torch.zeros(1), 0, 0, 0)
+
+    def locked(edit_: edit.Edit, device: str, mode: edit.Mode) -> Any:
+        if mode == edit.Mode():
+            raise torch.OutOfMemoryError("no room")
+        return steps, [{"forwards": 3, "source_bytes": 0}]
+
+    monkeypatch.setattr(edit, "run", lambda *_: steps)
+    monkeypatch.setattr(edit, "locked", locked)
+    names = (edit.USUAL, "store int8, hooks")[not asked :]
+    rows = [*edit.measure(made, "cpu", {name: edit.MODES[name] for name in names}, Machine("abc", "cpu"))]
+    assert (rows[-1].mode, rows[-1].step_s, rows[-1].difference) == ("store int8, hooks", "1.0000", "")
+    assert rows[-1].note == "" and (not asked or rows[1].note == "failed: OutOfMemoryError: no room")
 
 
 def test_a_mode_that_fails_is_written_and_the_others_go_on(
@@ -210,15 +230,16 @@ def test_a_mode_that_fails_is_written_and_the_others_go_on(
             raise torch.OutOfMemoryError("no room\nfor more")
         return locked(edit_, device, mode)
 
-    names = ("store, backend, full", "preset plain")  # neither is compared with another
+    names = (edit.USUAL, "store, backend", "preset plain")
     monkeypatch.setattr(edit, "locked", failing)
     monkeypatch.setitem(edit.EDITS, "miniature", lambda device: made)
     monkeypatch.setattr(edit, "MODES", {name: edit.MODES[name]._replace(target=math.inf) for name in names})
     assert edit.main(["--out", str(tmp_path)]) == 1
-    assert written == [["pipeline"], ["pipeline", "store, backend, full"]]  # each is there before the next one begins
+    names = ["pipeline", *names]
+    assert written == [names[:count] for count in (1, 2, 3)]  # each is there before the next one begins
     rows = {line[1]: EditRow(*line) for line in rows_of(capsys.readouterr().out)}
-    assert rows["store, backend, full"].note == "failed: OutOfMemoryError: no room"
-    assert rows["store, backend, full"].step_s == "" and rows["preset plain"].step_s
+    assert rows["store, backend"].note == "failed: OutOfMemoryError: no room"
+    assert rows["store, backend"].step_s == "" and rows["preset plain"].step_s
 
 
 def test_a_mode_that_is_not_there_is_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
