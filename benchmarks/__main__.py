@@ -23,7 +23,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--gpu", action="store_true", help="measure on the first CUDA GPU")
     parser.add_argument("--core", action="store_true", help="the core, about 40 rows, marked in the list")
-    parser.add_argument("--only", metavar="NAME", default="", help="cases whose line in the list has NAME in it")
+    only = "cases whose line in the list has NAME in it; plain attention joins what is set against it"
+    parser.add_argument("--only", metavar="NAME", default="", help=only)
     parser.add_argument("--by", metavar="NAME", default="", help="providers whose name has NAME in it")
     parser.add_argument("--new", action="store_true", help="only rows that this GPU's file has no steady, whole one of")
     parser.add_argument("--minutes", type=float, default=math.inf, metavar="N", help="begin no row after so many")
@@ -39,6 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
         cases = [case.by(options.by) for case in cases]
         if not any(case.providers for case in cases):
             parser.error(f"no provider of these cases has {options.by!r} in its name")
+    cases = with_plain(cases)
     if not options.gpu:
         print(*map(describe, cases), sep="\n")
         return 0
@@ -76,12 +78,14 @@ def with_plain(cases: list[Case]) -> list[Case]:
 
 
 def missing(cases: list[Case], path: Path) -> list[Case]:
-    """The cases with those of their providers that a file of results has no steady row of, or none that is whole."""
-    over = {_key(case, provider) for case in cases for provider in case.providers if provider.over}
-    seen = {
-        key(row) for row in (read(path) if path.exists() else [])
-        if row.status == "ok" and is_steady(row) and row.relative_error and (row.over_plain or key(row) not in over)
-    }  # fmt: skip
+    """The cases with those of their providers that a file of results has no steady row of, or none that is whole.
+
+    A whole row has its relative error, and its time over plain attention where that can be measured.
+    """
+    found = [row for row in (read(path) if path.exists() else []) if row.status == "ok" and is_steady(row)]
+    plain = {(row.shape, row.provider) for row in found if row.op == "attention"}
+    over = {_key(case, p) for case in cases for p in case.providers if (case.shape.name, p.over) in plain}
+    seen = {key(row) for row in found if row.relative_error and (row.over_plain or key(row) not in over)}
     return [
         dataclasses.replace(case, providers=tuple(p for p in case.providers if _key(case, p) not in seen))
         for case in cases
@@ -99,10 +103,10 @@ def _key(case: Case, provider: Provider) -> Key:
 def measure(
     cases: list[Case], out: Path, commit: str | None, *, new: bool = False, minutes: float = math.inf
 ) -> None:
-    """Measures, writes and draws the cases, with plain attention where they need it; what a cut run has done stays."""
+    """Measures, writes and draws the cases; what a cut run has measured stays."""
     machine, end = Machine(commit), time.monotonic() + 60 * minutes
     path = out / machine.file
-    cases = with_plain(missing(cases, path) if new else cases)
+    cases = with_plain(missing(cases, path)) if new else cases
     with Results(path) as results:
         row, copy = copy_row(machine)
         results.write(row)

@@ -140,7 +140,7 @@ class Provider(NamedTuple):
     prepare: Callable[[Inputs], Inputs] = lambda inputs: inputs  # for one who serves only some inputs
     needs_gpu: bool = False
     roundings: int = 1  # to the result's dtype on the way; the check allows as many times the error of one
-    library: str = ""  # whose version a row states: a distribution, "cudnn", or "kvlock" for what serves its operator
+    libraries: tuple[str, ...] = ()  # whose versions a row states, see `_machine.libraries`
     over: str = ""  # the provider of plain attention whose time this one's is set against
 
 
@@ -184,7 +184,7 @@ class Case:
 def ours(op: str) -> Provider:
     """The public operator."""
     function = getattr(kvlock_kernels, op)
-    return Provider("kvlock", lambda inputs: outputs(function(**inputs)), library="kvlock")
+    return Provider("kvlock", lambda inputs: outputs(function(**inputs)), libraries=("kvlock",))
 
 
 def served_by_triton(op: str, *changed: str) -> Provider:
@@ -193,7 +193,7 @@ def served_by_triton(op: str, *changed: str) -> Provider:
     def run(inputs: Inputs) -> Outputs:
         return outputs(_cuda.launchers()[op](**inputs)) + tuple(inputs[name] for name in changed)
 
-    return Provider("Triton", run, needs_gpu=True, library="triton")
+    return Provider("Triton", run, needs_gpu=True, libraries=("triton",))
 
 
 def served_by_extension(op: str, *changed: str) -> Provider:
@@ -212,7 +212,7 @@ def served_by_extension(op: str, *changed: str) -> Provider:
     def run(inputs: Inputs) -> Outputs:
         return outputs(function(**inputs)) + tuple(inputs[name] for name in changed)
 
-    return Provider("C++", run, prepare=served, needs_gpu=True, library="kvlock")
+    return Provider("C++", run, prepare=served, needs_gpu=True, libraries=("kvlock",))
 
 
 def formula(function: Callable[..., Any], *changed: str) -> tuple[Provider, Provider]:
@@ -222,7 +222,7 @@ def formula(function: Callable[..., Any], *changed: str) -> tuple[Provider, Prov
         result = outputs(function(**inputs))
         return result + tuple(inputs[name] for name in changed)
 
-    eager = Provider("eager", run, library="torch")
+    eager = Provider("eager", run, libraries=("torch",))
     return eager, eager._replace(name="torch.compile", compiled=True)
 
 

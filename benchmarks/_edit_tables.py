@@ -19,7 +19,7 @@ SIZES = {"1.3b": growth.WAN_1_3B, "14b": ModelSizes(layers=40, heads=40, head_di
 SHORTEST, BESIDE = "store, fused", "batch, hooks"
 LINK = 50e9  # bytes a second, what pinned copies over PCIe 5 with 16 lanes reach
 COPY = 10e9  # bytes a second, what one core is assumed to copy out of the cache of files
-NONE = "–"
+DASH = "–"
 EDIT, OPERATOR = "python -m benchmarks.edit --gpu --shape 1.3b --only", "python -m benchmarks --gpu --core --only"
 
 
@@ -80,7 +80,7 @@ def _whole(edits: dict[str, Edited], name: str) -> tuple[str, ...]:
     command = f'`{EDIT} "{name}"`'
     if name not in edits:
         guess = by_forwards(MODES[name], foretold(MODES[name], edits))
-        return f"a whole edit: {name}", NOT_YET, NOT_YET, f"predicted {guess:.2f}", NONE, command
+        return f"a whole edit: {name}", NOT_YET, NOT_YET, f"predicted {guess:.2f}", DASH, command
     row, plain = edits[name]
     return (
         f"a whole edit: {name}", f"{float(plain.step_s):.2f} s a step",
@@ -103,9 +103,9 @@ def _attention(found: Measured, name: str, shape: Shape) -> tuple[str, ...]:
 def edits(path: Path, shape: str = "1.3b") -> str:
     """Whole edits with rows as given on the device, and without: measured, or predicted and said so."""
     found = edits_of(path, shape)
-    usual = found.get(USUAL)
-    alone = usual and Edited(usual.plain, usual.plain)  # a ratio is of one run; others' plain steps lie near this one
-    lines = [("pipeline alone", *_measured(alone), "1", NONE, NONE, NONE, _peak(alone))]
+    usual = _usual(found)
+    alone = usual and Edited(usual.plain, usual.plain)
+    lines = [("pipeline alone", *_measured(alone), "1", DASH, DASH, DASH, _peak(alone))]
     for name in (name for name in MODES if not outside(name)):
         mode, costs = MODES[name], foretold(MODES[name], found, shape)
         edited = found.get(name)
@@ -119,26 +119,31 @@ def edits(path: Path, shape: str = "1.3b") -> str:
     return markdown([*header, "rows kept", "peak"], lines)
 
 
+def _usual(found: dict[str, Edited]) -> Edited | None:
+    """The mode whose run the plain pipeline is shown of, each mode being set against that of its own."""
+    return found.get(USUAL) or next(iter(found.values()), None)
+
+
 def _measured(edited: Edited | None) -> tuple[str, str, str]:
     """A step, a locked one, and that over the plain pipeline."""
     if edited is None:
-        return NOT_YET, NONE, NONE
+        return NOT_YET, DASH, DASH
     row = edited.row
     if not row.locked_step_s:
-        return f"{float(row.step_s):.3f} s", NONE, NONE
+        return f"{float(row.step_s):.3f} s", DASH, DASH
     return f"{float(row.step_s):.3f} s", f"{float(row.locked_step_s):.3f} s", f"{float(row.locked_ratio):.2f}"
 
 
 def _peak(edited: Edited | None) -> str:
-    return NONE if edited is None else f"{float(edited.row.peak_gib):.1f} GiB"
+    return DASH if edited is None else f"{float(edited.row.peak_gib):.1f} GiB"
 
 
 def _host(edited: Edited | None) -> str:
-    return NONE if edited is None or not edited.row.host_gib else f"{float(edited.row.host_gib):.1f} GiB"
+    return DASH if edited is None or not edited.row.host_gib else f"{float(edited.row.host_gib):.1f} GiB"
 
 
 def _target(mode: Mode) -> str:
-    return f"{mode.target:.2f}" if math.isfinite(mode.target) else NONE
+    return f"{mode.target:.2f}" if math.isfinite(mode.target) else DASH
 
 
 def miniature(path: Path) -> str:
@@ -185,7 +190,8 @@ def places(path: Path, shape: str = "1.3b") -> str:
     measured = edits_of(path, shape)
     if not measured:
         return NOT_YET
-    usual = measured.get(USUAL) or next(iter(measured.values()))
+    usual = _usual(measured)
+    assert usual is not None
     lines = []
     for name in filter(outside, MODES):
         mode, edited = MODES[name], measured.get(name)
@@ -208,6 +214,6 @@ def places(path: Path, shape: str = "1.3b") -> str:
 def _slowest(costs: Cost, moved: int, files: bool) -> str:
     """Seconds of the slowest part of the way, at its assumed rate."""
     if not moved:
-        return NONE
+        return DASH
     rate, name = (COPY, "files") if files else (LINK, "PCIe")
     return f"{name}, {moved / rate:.2f} s at {rate / 1e9:.0f} GB/s"

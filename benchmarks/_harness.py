@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Self
 import torch
 
 from benchmarks._case import RATES, Case, Check, Inputs, NotInstalled, Products, Provider, Traffic, normal
-from benchmarks._machine import Machine, library
+from benchmarks._machine import Machine, libraries
 from benchmarks._model import predict
 
 SECONDS = 0.5  # of repeats for a row, within the bounds of the next line
@@ -59,7 +59,7 @@ class Row(NamedTuple):
     memory_mhz: str = ""
     power_w: str = ""
     used_mib: str = ""  # device memory with the inputs of the row still in it
-    library: str = ""  # name and version of whose kernel it is
+    library: str = ""  # names and versions of whose kernels they are
     torch: str = ""
     triton: str = ""
     commit: str = ""
@@ -266,7 +266,7 @@ def _measured(case: Case, provider: Provider, ceilings: Ceilings, device: str) -
 def _blank(case: Case, provider: Provider, status: str, **more: str) -> Row:
     work = case.work(case.shape)
     row = Row(case.op, provider.name, case.shape.name, case.dtype, case.source, case.setting, status, **more)
-    return row._replace(work=f"{work.amount:.0f}", work_formula=work.formula, library=library(case, provider))
+    return row._replace(work=f"{work.amount:.0f}", work_formula=work.formula, library=libraries(case, provider))
 
 
 def _timed(timing: Timing, work: Traffic | Products, ceilings: Ceilings) -> dict[str, str]:

@@ -7,8 +7,9 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+from torch.nn.attention import SDPBackend
 
-from benchmarks._case import Case, Provider
+from benchmarks._case import NAMES, Case, Provider
 from kvlock_kernels import info
 
 
@@ -91,15 +92,21 @@ def processor() -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown processor")
 
 
-def library(case: Case, provider: Provider) -> str:
-    """Names and versions of the libraries that compute, or what serves the operator of this package."""
-    return " + ".join(filter(None, (_named(case, name) for name in provider.library.split(" + "))))
+def libraries(case: Case, provider: Provider) -> str:
+    """Names and versions of the libraries that compute.
+
+    A provider's name is that of a distribution, "cudnn", "kvlock" for what serves the operator of this package, or
+    "attention" for what this package lets attend after it on this GPU, where that is another's.
+    """
+    return " + ".join(filter(None, (_named(case, name) for name in provider.libraries)))
 
 
 def _named(case: Case, name: str) -> str:
     """One of them; blank where its version is not known."""
     if name == "kvlock":
         return (info.on_cuda(case.op, 0) if torch.cuda.is_available() else info.on_cpu(case.op)).split(":")[0]
+    if name == "attention":
+        return _named(case, _attending(case)) if torch.cuda.is_available() else ""
     if name == "cudnn":
         version = torch.backends.cudnn.version()
         return f"{name} {version}" if version else ""
@@ -107,3 +114,14 @@ def _named(case: Case, name: str) -> str:
         return f"{name} {metadata.version(name)}" if name else ""
     except metadata.PackageNotFoundError:
         return ""
+
+
+def _attending(case: Case, device: str = "cuda") -> str:
+    from kvlock_kernels._triton import attend  # wants Triton
+
+    rows = torch.empty(0, case.shape.tokens, case.shape.heads, case.shape.dim, device=device)
+    source = next(dtype for dtype, name in NAMES.items() if name == case.source)
+    first = attend.choice(rows, rows, rows.to(source)).plain[0]
+    if first == attend.OWN:
+        return ""
+    return "cudnn" if first == SDPBackend.CUDNN_ATTENTION else "torch"

@@ -116,7 +116,7 @@ def pair(inputs: Inputs) -> Inputs:
     return {name: value for name, value in inputs.items() if name not in ("q", "scale")}
 
 
-def mixed_first(name: str, mix: Callable[[Inputs], Any], backend: SDPBackend = CUDNN) -> Provider:
+def mixed_first(name: str, library: str, mix: Callable[[Inputs], Any], backend: SDPBackend) -> Provider:
     """Keys and values mixed in place by somebody, then torch's attention."""
     attend = forced(backend)
 
@@ -124,12 +124,12 @@ def mixed_first(name: str, mix: Callable[[Inputs], Any], backend: SDPBackend = C
         mix(inputs)
         return attend(inputs)
 
-    library = f"{'kvlock' if name == 'kv_lerp_pair_' else 'torch'} + cudnn"
-    return Provider(f"{name} + {FORCED.split()[1]}", run, needs_gpu=True, library=library, over=FORCED)
+    name = f"{name} + {FORCED.split()[1]}"
+    return Provider(name, run, needs_gpu=True, libraries=(library, "cudnn"), over=FORCED)
 
 
 def by_operator(backend: SDPBackend = CUDNN) -> Provider:
-    return mixed_first("kv_lerp_pair_", lambda inputs: kvlock_kernels.kv_lerp_pair_(**pair(inputs)), backend)
+    return mixed_first("kv_lerp_pair_", "kvlock", lambda inputs: kvlock_kernels.kv_lerp_pair_(**pair(inputs)), backend)
 
 
 def by_compiled_formula(backend: SDPBackend = CUDNN) -> Provider:
@@ -139,7 +139,7 @@ def by_compiled_formula(backend: SDPBackend = CUDNN) -> Provider:
     def compiled_formula() -> Callable[..., None]:
         return torch.compile(reference.kv_lerp_pair_, fullgraph=True, dynamic=False)
 
-    return mixed_first("torch.compile", lambda inputs: compiled_formula()(**pair(inputs)), backend)
+    return mixed_first("torch.compile", "torch", lambda inputs: compiled_formula()(**pair(inputs)), backend)
 
 
 def by_torch_lerp(ratio: float, backend: SDPBackend = CUDNN) -> Provider:
@@ -149,7 +149,7 @@ def by_torch_lerp(ratio: float, backend: SDPBackend = CUDNN) -> Provider:
         for name in ("k", "v"):
             inputs[name][:, : len(inputs["index"])].lerp_(inputs[f"{name}_source"], ratio)
 
-    return mixed_first("torch.lerp", mix, backend)._replace(prepare=first_rows)
+    return mixed_first("torch.lerp", "torch", mix, backend)._replace(prepare=first_rows)
 
 
 def plain_case(shape: Shape) -> Case:
@@ -163,8 +163,7 @@ def plain_case(shape: Shape) -> Case:
 
 def case(shape: Shape, source: torch.dtype, share: float = SHARE, ratio: float = RATIO) -> Case:
     setting: dict[str, Any] = {"source": source, "share": share, "ratio": ratio}
-    over = serving(shape)
-    own = ours("kv_lerp_attention_")._replace(over=over, library="kvlock + cudnn" if over == FORCED else "kvlock")
+    own = ours("kv_lerp_attention_")._replace(over=serving(shape), libraries=("kvlock", "attention"))
     providers = [own, *WAYS, by_operator(), by_compiled_formula()]
     if source == torch.bfloat16 and 0 < ratio < 1:  # torch.lerp does not know the ends
         providers.append(by_torch_lerp(ratio))

@@ -38,7 +38,7 @@ STEPS, LOCKED = 5, 3  # the first of each kind warms up
 ROUNDS = {"cpu": 5, "cuda": 1}  # a CPU's clock drifts more than what is to be told apart
 CLOCKS = {"cpu": time.process_time, "cuda": time.perf_counter}  # what other programs take of a core does not count
 LARGEST = 5  # operators in a note
-USUAL = "store, hooks"  # whose latents the others are compared with
+USUAL, HALF = "store, hooks", "half the layers, hooks"
 KAPPA = 0.4  # the share of locked steps in an edit of the paper's settings, 20 of 50
 
 
@@ -64,7 +64,7 @@ MODES = {
     "store, fused": Mode(kernel="fused"),
     "store, backend": Mode(kernel="backend"),
     "store, backend, full": Mode(kvlock.preset("full-lock", kappa=LOCKED), "backend", same=""),
-    "half the layers, hooks": Mode(layers=0.5, same=""),
+    HALF: Mode(layers=0.5, same=""),
     "batch, hooks": Mode(kvlock.preset("kv-lock", kappa=LOCKED, source="batch"), target=math.inf),
     "store int8, hooks": Mode(store=Store("int8")),
     "store fp8, hooks": Mode(store=Store("fp8")),

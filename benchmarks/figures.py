@@ -11,6 +11,7 @@ from benchmarks import _edit_rows, growth, roofline
 from benchmarks._case import RATES, WAN_1_3B_480P, Rates
 from benchmarks._harness import read
 from benchmarks._model import predict
+from benchmarks.lerp import LOCK
 from benchmarks.roofline import Line
 from kvlock.plots import BLUE, DARK_RED, GREEN, GREY, ORANGE
 
@@ -86,7 +87,7 @@ def attention(lines: list[Line], gpu: Rates, name: str) -> Figure:
         case = roofline.BY_KEY.get((line.op, line.shape, line.source, line.setting))
         if case is None or (case.shape.heads, case.shape.dim) != (12, 128):
             continue
-        locked = (line.op, line.source, line.setting) == ("kv_lerp_attention_", "int8", "share 0.8, ratio 0.3")
+        locked = (line.op, line.source, line.setting) == ("kv_lerp_attention_", "int8", LOCK)
         if line.provider in LINES and (locked or line.op == "attention"):
             rate = case.work(case.shape).amount / (line.measured or 1) / 1e6
             found[line.provider][case.shape.tokens] = rate

@@ -12,6 +12,7 @@ from benchmarks import attention, roofline
 from benchmarks._case import NAMES, WAN_1_3B_480P, Rates, Shape, background_rows
 from benchmarks._edit_rows import EditRow
 from benchmarks._model import predict
+from benchmarks.edit import HALF, MODES, USUAL
 from benchmarks.lerp import RATIO, SHARE, traffic
 from benchmarks.roofline import Line
 from kvlock.config import DEFAULT_KAPPA, KVLockConfig
@@ -106,7 +107,8 @@ def over_layers(axes: Axes, rows: Sequence[EditRow]) -> None:
             cost(KVLockConfig(layers=tuple(range(n))), tokens, background, store).bytes_kept / 2**30 for n in counts
         ]
         axes.plot(counts, kept, color=colour, linewidth=1.2, label=f"predicted, rows in {name}")
-    locked = {"store, hooks": WAN_1_3B.layers, "half the layers, hooks": WAN_1_3B.layers // 2}
+    modes = {mode: MODES[mode].config_of(WAN_1_3B.layers) for mode in (USUAL, HALF)}
+    locked = {mode: len(config.layers or range(WAN_1_3B.layers)) for mode, config in modes.items()}
     points = [(locked[row.mode], float(row.source_gib)) for row in rows if row.mode in locked]
     _points(axes, points, BLUE, "measured, bf16")
     axes.set_ylim(bottom=0)

@@ -34,6 +34,7 @@ from kvlock_kernels import reference
 SOURCES = (torch.bfloat16, torch.float8_e4m3fn, torch.int8)
 SHARES = (0.25, 0.5, 0.8, 1.0)
 SHARE, RATIO = 0.8, 0.3
+LOCK = f"share {SHARE:g}, ratio {RATIO:g}"  # the usual setting
 
 
 def make(shape: Shape, device: str, seed: int, *, share: float, source: torch.dtype, ratio: float) -> Inputs:
@@ -104,13 +105,13 @@ def torch_lerp(ratio: float) -> Provider:
         inputs["x"][:, : inputs["source"].shape[1]].lerp_(inputs["source"], ratio)
         return (inputs["x"],)
 
-    return Provider("torch.lerp", run, prepare=first_rows, library="torch")
+    return Provider("torch.lerp", run, prepare=first_rows, libraries=("torch",))
 
 
 def case(shape: Shape, share: float, source: torch.dtype, ratio: float) -> Case:
     setting: dict[str, Any] = {"share": share, "source": source, "ratio": ratio}
     providers = [ours("kv_lerp_"), served_by_triton("kv_lerp_", "x"), served_by_extension("kv_lerp_", "x")]
-    if 0 < ratio < 1:  # the others do not know the ends
+    if 0 < ratio < 1:  # at the ends the others do all of the work
         providers += [torch_lerp(ratio)] if source == torch.bfloat16 else []
         providers += formula(reference.kv_lerp_, "x")
     headline = shape == WAN_1_3B_480P and (share, ratio) == (SHARE, RATIO)
@@ -128,7 +129,7 @@ def case(shape: Shape, share: float, source: torch.dtype, ratio: float) -> Case:
 def pair_case(shape: Shape, share: float, source: torch.dtype, ratio: float) -> Case:
     setting: dict[str, Any] = {"share": share, "source": source, "ratio": ratio}
     headline = shape == WAN_1_3B_480P and (share, ratio) == (SHARE, RATIO)
-    others = formula(reference.kv_lerp_pair_, "k", "v") if 0 < ratio < 1 else ()
+    others = formula(reference.kv_lerp_pair_, "k", "v") if 0 < ratio < 1 else ()  # as above
     return Case(
         "kv_lerp_pair_", shape, "bf16", NAMES[source], f"share {share:g}, ratio {ratio:g}",
         partial(make_pair, **setting), partial(traffic, **setting, tensors=2), check_pair,

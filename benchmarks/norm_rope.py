@@ -170,7 +170,7 @@ def with_index(inputs: Inputs) -> Inputs:
 
 def case(shape: Shape, source: torch.dtype, share: float, ratio: float = RATIO) -> Case:
     setting: dict[str, Any] = {"share": share, "source": source, "ratio": ratio}
-    sequence = Provider("diffusers, eager", diffusers_sequence, prepare=with_index, roundings=3, library="torch")
+    sequence = Provider("diffusers, eager", diffusers_sequence, prepare=with_index, roundings=3, libraries=("torch",))
     compiled = sequence._replace(name="diffusers, compiled", compiled=True)
     plain = formula(reference.qk_norm_rope_kv_lerp_, *CHANGED)
     short = (shape, source, ratio) == (WAN_1_3B_480P, torch.bfloat16, RATIO) and share in (SHARE, 0)
@@ -210,7 +210,7 @@ def packed_by_formula() -> tuple[Provider, Provider]:
         rows = reference.qk_norm_rope_kv_pack_(**inputs)
         return inputs["q"], inputs["k"], *(t for t in rows if t.numel())
 
-    eager = Provider("eager", run, library="torch")
+    eager = Provider("eager", run, libraries=("torch",))
     return eager, eager._replace(name="torch.compile", compiled=True)
 
 

@@ -32,9 +32,9 @@ def forced(backend: SDPBackend) -> Callable[[Inputs], Outputs]:
     return run
 
 
-def launcher(name: str, function: Callable[..., Tensor], library: str = "", over: str = "") -> Provider:
+def launcher(name: str, function: Callable[..., Tensor], *libraries: str, over: str = "") -> Provider:
     """A launcher called directly; it wants a GPU, and raises where that is too old."""
-    return Provider(name, lambda inputs: (function(**inputs),), needs_gpu=True, library=library, over=over)
+    return Provider(name, lambda inputs: (function(**inputs),), needs_gpu=True, libraries=libraries, over=over)
 
 
 def without_rows(**inputs: Any) -> Tensor:
@@ -95,10 +95,10 @@ def wants(module: str) -> None:
 
 PLAIN = (
     *(
-        Provider(name, forced(backend), needs_gpu=True, library="cudnn" if name == "SDPA cuDNN" else "torch")
+        Provider(name, forced(backend), needs_gpu=True, libraries=("cudnn" if name == "SDPA cuDNN" else "torch",))
         for name, backend in BACKENDS.items()
     ),
-    Provider("FlexAttention", flex, compiled=True, needs_gpu=True, library="torch"),
+    Provider("FlexAttention", flex, compiled=True, needs_gpu=True, libraries=("torch",)),
     launcher("SageAttention", sage, "sageattention")._replace(roundings=16),
     launcher(FLASH_2, partial(flash, FLASH_2), "flash-attn"),
     launcher(FLASH_3, partial(flash, FLASH_3), "flash-attn-3"),

@@ -54,11 +54,11 @@ def cpu(path: Path = CPU) -> str:
                 f"{100 * target:.0f} %" if target else "", *(_over(row, other) for other in others),
             )
         )  # fmt: skip
-    some = found[-1]
+    versions = ", ".join(dict.fromkeys(row.torch for row in own.values()))
     table = markdown(
         ["operator", "served by", "of memcpy", "target", "eager over it", "torch.compile over it"], lines
     )
-    return f"{some.gpu}; torch {some.torch}.\n\n{table}\n\n{_attention(own.values())}"
+    return f"{found[-1].gpu}; torch {versions}.\n\n{table}\n\n{_attention(own.values())}"
 
 
 def _attention(rows: Iterable[Row]) -> str:

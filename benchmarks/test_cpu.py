@@ -16,7 +16,7 @@ from torch import Tensor
 from benchmarks.__main__ import CASES
 from benchmarks._case import TINY, WAN_1_3B_480P, Case, Products, Provider, Shape, Traffic, formula
 from benchmarks._harness import Ceilings, Row, gate, ready
-from benchmarks._machine import library
+from benchmarks._machine import libraries
 from kvlock_kernels import reference
 
 # Time of the processor: what other programs take of a core does not count.
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.benchmark(max_time=0.5, min_rounds=5, warmup=True, disa
 
 SIZE = Shape("cpu", (8, 32, 32), 12)  # 25 MB of bf16 keys
 ATTENTION = Shape("cpu-attention", (1, 16, 32), 12)
-ALONE = Provider("SDPA", lambda inputs: (sdpa(**inputs),), library="torch")  # as the reference calls it
+ALONE = Provider("SDPA", lambda inputs: (sdpa(**inputs),), libraries=("torch",))  # as the reference calls it
 SETTINGS = ("share 0.8, ratio 0.3", "share 0.8", "without the lock")  # or one that has neither
 SOURCES = {"qk_norm_rope_kv_lerp_": ("bf16",), "qk_norm_rope_kv_pack_": ("int8",), "kv_lerp_attention_": ("int8",)}
 
@@ -93,5 +93,5 @@ def measured(case: Case, provider: Provider, seconds: list[float], reached: Ceil
         rate=f"{rate / work.per_unit:.5g}", rate_unit=work.unit, work=f"{work.amount:.0f}", work_formula=work.formula,
         share_of_copy=f"{rate / reached.copy:.3f}" if moves else "",
         share_of_matmul="" if moves else f"{rate / reached.matmul:.3f}",
-        over_plain=f"{1e6 * p50 / alone[-1]:.4f}" if alone else "", library=library(case, provider),
+        over_plain=f"{1e6 * p50 / alone[-1]:.4f}" if alone else "", library=libraries(case, provider),
     )  # fmt: skip

@@ -7,6 +7,7 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Collection
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -215,15 +216,12 @@ class DiskShelf(FileShelf):
 
     def _forget(self) -> None:
         """The step's rows, but not the files; all of them, also where the device is lost and waiting for it raises."""
-        try:
-            super().clear()
-        finally:
-            try:
-                self._outbox.discard()
-            finally:
-                for writer in self._writers.values():
-                    writer.discard()
-                self._writers.clear()
+        with ExitStack() as last_first:
+            last_first.callback(self._writers.clear)
+            for writer in self._writers.values():
+                last_first.callback(writer.discard)
+            last_first.callback(self._outbox.discard)
+            last_first.callback(super().clear)
 
     def close(self) -> None:
         try:

@@ -120,12 +120,12 @@ class StepWriter:
 
 
 class StepFile:
-    """Reads the rows of a step, from one file or from several that share its layers or tensors out among them.
+    """Reads the rows of a step, from one file, or from one of K and one of V.
 
     Tensors are views of a memory map, and their pages come when they are touched.
 
     Raises:
-        ValueError: a file is not there, is none of ours, or K comes without V; the message names it.
+        ValueError: a file is not there, is none of ours, or K comes without V; the message names the files.
     """
 
     def __init__(self, *paths: Path) -> None:

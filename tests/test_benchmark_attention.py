@@ -69,7 +69,7 @@ def test_a_kernel_of_another_library_has_the_version_of_its_distribution_in_its_
 ) -> None:
     monkeypatch.setattr(metadata, "version", lambda name: f"1.2 of {name}")
     case = attention.plain_case(TINY)
-    said = {p.name: _machine.library(case, p) for p in case.providers if p.name not in BACKENDS}
+    said = {p.name: _machine.libraries(case, p) for p in case.providers if p.name not in BACKENDS}
     names = DISTRIBUTIONS | dict.fromkeys(("kvlock in loop, no rows", "one launch, no rows", "kvlock sm_90"), "triton")
     assert said == {name: f"{library} 1.2 of {library}" for name, library in names.items()}
 
@@ -79,18 +79,22 @@ def test_a_locked_row_says_by_whom_rows_are_mixed_and_who_attends(monkeypatch: p
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 9)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(_machine.info, "on_cuda", lambda op, device: "Triton: and more")
-    said = {p.name: _machine.library(LOCKED, p) for p in LOCKED.providers}
+    monkeypatch.setattr(_machine, "_attending", partial(_machine._attending, device="cpu"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    said = {p.name: _machine.libraries(LOCKED, p) for p in LOCKED.providers}
     assert said == {
         "kvlock": "Triton + cudnn 9", "in loop": "triton 1.2", "one launch": "triton 1.2",
         "kv_lerp_pair_ + cuDNN": "Triton + cudnn 9", "torch.compile + cuDNN": "torch 1.2 + cudnn 9",
         "torch.lerp + cuDNN": "torch 1.2 + cudnn 9",
     }  # fmt: skip
     long = attention.case(attention.WAN_1_3B_480P, torch.bfloat16)
-    assert _machine.library(long, long.providers[0]) == "Triton"  # which attends too
+    assert _machine.libraries(long, long.providers[0]) == "Triton"  # which attends too
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert _machine.libraries(long, long.providers[0]) == "Triton + torch 1.2"  # FLASH is torch's
 
 
 def test_every_row_of_the_runner_says_whose_kernel_it_is() -> None:
-    assert {p.name for case in runner.CASES for p in case.providers if not p.library} == set()
+    assert {p.name for case in runner.CASES for p in case.providers if not p.libraries} == set()
 
 
 def test_the_compiled_formula_runs_at_more_shapes_than_torch_compiles_of_one_function(

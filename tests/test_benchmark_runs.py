@@ -85,7 +85,7 @@ def test_plain_attention_is_measured_first_where_only_what_is_over_it_was_asked_
 ) -> None:
     shape, names = SHAPES[1], ("SDPA cuDNN", "kvlock sm_90")
     asked = [case.by("kvlock") for case in CASES if case.op == "kv_lerp_attention_" and case.shape.name == shape]
-    runner.measure(asked, tmp_path, None, new=new)
+    runner.measure(runner.with_plain(asked), tmp_path, None, new=new)
     rows = [(row.op, row.provider, row.shape) for row in read(tmp_path / "gpu.csv")[2:]]
     plain, locked = [("attention", name, shape) for name in names], [("kv_lerp_attention_", "kvlock", shape)]
     assert rows == plain + len(asked) * locked

@@ -52,6 +52,25 @@ def test_a_provider_passes_the_check(case: Case, provider: Provider) -> None:
     assert check.passed, check
 
 
+def bytes_of(op: str, setting: str, source: str = "bf16") -> float:
+    """An element of this case at the tiny shape: 3 heads of 16."""
+    return TINY_CASES[f"{op}-{source}-{setting}".replace(" ", "-")].work(TINY).per_element
+
+
+def test_at_the_ends_only_what_is_needed_moves() -> None:
+    share = _case.background_rows(TINY, 0.8) / TINY.tokens
+    for op in ("kv_lerp_", "kv_lerp_pair_"):
+        assert [bytes_of(op, f"share 0.8, ratio {ratio}") for ratio in ("0", "0.3", "1")] == [0, 6, 4]
+    op, alone = "qk_norm_rope_kv_lerp_", 4 + 8 / 3 + 4  # queries and keys, angles for 3 heads, and written
+    assert bytes_of(op, "without the lock") == pytest.approx(alone)
+    assert bytes_of(op, "share 0.8, ratio 0") == pytest.approx(alone)
+    assert bytes_of(op, "share 0.8, ratio 0.3") == pytest.approx(alone + share * (4 + 4))
+    # Keys and values of locked tokens are not read: 2 bytes of each, of which those of keys are among `alone`.
+    assert bytes_of(op, "share 0.8, ratio 1") == pytest.approx(alone - 2 * share + share * (2 + 4))
+    packed = 2 * (1 + 4 / 16)  # codes, and a scale for each head
+    assert bytes_of(op, "share 0.8, ratio 1", "int8") == pytest.approx(alone - 2 * share + share * (2 + packed))
+
+
 def spoiled(case: Case) -> Provider:
     """The eager formula with one element of its first result off by an eighth of the largest value."""
     provider = next(provider for provider in case.providers if provider.name == "eager")
@@ -239,9 +258,9 @@ def test_a_gpu_of_unknown_rates_gets_no_prediction() -> None:
 
 def test_a_row_says_whose_kernel_it_is_and_how_full_the_memory_was() -> None:
     case = TINY_CASES["pack_kv-int8-share-0.8"]
-    assert _machine.library(case, case.providers[0]) in ("extension", "reference", "Triton")
-    assert _machine.library(case, Provider("torch", print, library="torch")) == f"torch {torch.__version__}"
-    assert _machine.library(case, Provider("nobody", print, library="no-such-library")) == ""
+    assert _machine.libraries(case, case.providers[0]) in ("extension", "reference", "Triton")
+    assert _machine.libraries(case, Provider("torch", print, libraries=("torch",))) == f"torch {torch.__version__}"
+    assert _machine.libraries(case, Provider("nobody", print, libraries=("no-such-library",))) == ""
     machine = object.__new__(_machine.Machine)  # without a GPU there is no other way to one
     machine._nvml, machine._handle = None, "gpu 0"
     assert machine.memory() == {}

@@ -8,7 +8,7 @@ from benchmark_readme import text
 from PIL import Image
 
 from benchmarks import __main__ as runner
-from benchmarks import _edit_rows, figures, growth, roofline
+from benchmarks import _edit_rows, edit, figures, growth, roofline
 from benchmarks._case import RATES
 from benchmarks._harness import Results, Row, read
 from benchmarks.report import H100
@@ -92,6 +92,13 @@ def test_lerps_are_drawn_at_the_shares_of_their_rows(lines: list[roofline.Line])
     case = roofline.BY_KEY["kv_lerp_", "wan-1.3b-480p", "int8", LOCK]
     predicted = dict(drawn["predicted, rows in int8"])[0.8]
     assert predicted == pytest.approx(case.work(case.shape).predicted_us(GPU), rel=1e-3)
+
+
+def test_an_edit_with_half_the_layers_is_drawn_at_them(lines: list[roofline.Line]) -> None:
+    half = next(row for row in EDITS if row.mode == "store, hooks")._replace(mode=edit.HALF, source_gib="2.19")
+    layers = growth.figure(lines, [*EDITS, half], GPU, "H100").axes[2]
+    (drawn,) = [line.get_xydata().tolist() for line in layers.get_lines() if line.get_label() == "measured, bf16"]
+    assert sorted(drawn) == [[15, 2.19], [30, 4.38]]
 
 
 def test_edits_of_another_model_are_no_points_of_this_one(lines: list[roofline.Line]) -> None:

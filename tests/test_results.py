@@ -225,6 +225,16 @@ def test_every_row_says_what_it_was_measured_on() -> None:
     assert all(r.max_error or r.op in ("copy", "matmul") for r in ROWS)
 
 
+def test_the_readme_counts_what_earlier_rows_lack() -> None:
+    found = [r for r in ROWS if not r.used_mib]
+    assert not any(r.relative_error or r.library or r.share_of_matmul for r in found)
+    text("Seventy of them are older than `share_of_matmul`, `relative_error`, `used_mib` and `library`")
+    ways = "kv_lerp_attention_"
+    lacking = sum(r.op == ways and not r.over_plain for r in ROWS)
+    unnamed = sum(bool(r.used_mib) and not r.library and r.op not in ("copy", "matmul") for r in ROWS)
+    text(f"{lacking} rows of locked attention lack `over_plain`, {unnamed} newer rows a `library`")
+
+
 def test_rows_of_a_gpu_say_what_it_was_doing() -> None:
     assert all(r.driver and r.sm_mhz and r.memory_mhz and r.power_w for r in ROWS)
 

@@ -119,11 +119,13 @@ def test_every_mode_of_an_edit_was_measured_on_a_cpu_in_one_run_of_a_commit() ->
 
 def test_the_readme_says_which_edits_do_not_name_their_diffusers() -> None:
     files = _edit_rows.beside(report.H100), report.EDITS_ON_CPU
-    unnamed = []
+    rows = []
     for path in files:
         with path.open(newline="", encoding="utf-8") as file:
-            unnamed.append(sum(not row["diffusers"] for row in csv.DictReader(file)))
-    text("{} edits of the H100 and {} of the CPU are older than `diffusers`".format(*unnamed))
+            rows.append([*csv.DictReader(file)])
+    without = lambda column: [sum(not row[column] for row in found) for found in rows]
+    text("{} edits of the H100 and {} of the CPU are older than `diffusers`".format(*without("diffusers")))
+    text("with; {} and {} are older than `spread`.".format(*without("spread")))
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("edit-*.csv")), ids=lambda path: path.stem)
