@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from benchmarks import attention, guidance, lerp, norm_rope, packing, variance
-from benchmarks._case import RATES, TARGET_GPU, Case, Provider
-from benchmarks._harness import Ceilings, Key, Machine, Results, copy_row, is_steady, key, matmul_row, read, rows
+from benchmarks._case import RATES, TARGET_GPU, Case
+from benchmarks._harness import Ceilings, Machine, Results, copy_row, is_steady, key, matmul_row, read, rows
 from benchmarks._model import predict
 from benchmarks.plain_attention import FORCED
 
@@ -65,12 +65,12 @@ def describe(case: Case) -> str:
 
 def with_plain(cases: list[Case]) -> list[Case]:
     """The cases, in the order of the runner, and plain attention beside what is compared with it."""
-    asked = {_of(case): {provider.name for provider in case.providers} for case in cases}
+    asked = {case.key: {provider.name for provider in case.providers} for case in cases}
     beside = {(case.shape.name, name) for case in cases for p in case.providers if p.over for name in (p.over, FORCED)}
     found = []
     for case in CASES:
         plain = {name for shape, name in beside if case.op == "attention" and case.shape.name == shape}
-        wanted = asked.get(_of(case), set()) | plain
+        wanted = asked.get(case.key, set()) | plain
         providers = tuple(provider for provider in case.providers if provider.name in wanted)
         if providers:
             found.append(dataclasses.replace(case, providers=providers))
@@ -84,20 +84,12 @@ def missing(cases: list[Case], path: Path) -> list[Case]:
     """
     found = [row for row in (read(path) if path.exists() else []) if row.status == "ok" and is_steady(row)]
     plain = {(row.shape, row.provider) for row in found if row.op == "attention"}
-    over = {_key(case, p) for case in cases for p in case.providers if (case.shape.name, p.over) in plain}
+    over = {case.row_key(p) for case in cases for p in case.providers if (case.shape.name, p.over) in plain}
     seen = {key(row) for row in found if row.relative_error and (row.over_plain or key(row) not in over)}
     return [
-        dataclasses.replace(case, providers=tuple(p for p in case.providers if _key(case, p) not in seen))
+        dataclasses.replace(case, providers=tuple(p for p in case.providers if case.row_key(p) not in seen))
         for case in cases
     ]
-
-
-def _of(case: Case) -> tuple[str, ...]:
-    return case.op, case.shape.name, case.source, case.setting
-
-
-def _key(case: Case, provider: Provider) -> Key:
-    return case.op, provider.name, case.shape.name, case.source, case.setting
 
 
 def measure(

@@ -165,6 +165,15 @@ class Case:
     launch: Callable[..., Any] | None = None  # what the table compiles instead of the operator's own launcher
 
     @property
+    def key(self) -> tuple[str, str, str, str]:
+        """What tells the case from the others: operator, shape, source and setting."""
+        return self.op, self.shape.name, self.source, self.setting
+
+    def row_key(self, provider: Provider) -> tuple[str, str, str, str, str]:
+        """What tells its row by a provider from the others of a run, see `_harness.key`."""
+        return self.op, provider.name, self.shape.name, self.source, self.setting
+
+    @property
     def name(self) -> str:
         return f"{self.op}-H{self.shape.heads}-{self.source}" if self.source else f"{self.op}-{self.dtype}"
 

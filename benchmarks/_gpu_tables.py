@@ -225,8 +225,7 @@ def unmeasured(path: Path) -> str:
     listed: dict[str, list[tuple[str, ...]]] = {}
     for case in CASES:
         for provider in case.providers:
-            key = (case.op, provider.name, case.shape.name, case.source, case.setting)
-            listed.setdefault(case.op, []).append(key)
+            listed.setdefault(case.op, []).append(case.row_key(provider))
     lines = []
     for op, keys in listed.items():
         done = [key for key in keys if key in seen]

@@ -10,16 +10,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.__main__ import CASES
-from benchmarks._case import RATES, Case, Rates
+from benchmarks._case import RATES, Rates
 from benchmarks._harness import Key, Row, is_steady, key, read
 from benchmarks._model import Prediction, predict
 
 RESULTS = Path(__file__).with_name("results")
 MISS = 0.2  # of the prediction, either way
 LAUNCH_US = 1.0  # a call that would need less is all launch, of which predictions know nothing
-BY_KEY: dict[tuple[str, str, str, str], Case] = {
-    (case.op, case.shape.name, case.source, case.setting): case for case in CASES
-}  # fmt: skip
+BY_KEY = {case.key: case for case in CASES}
 
 
 class Line(NamedTuple):
@@ -101,7 +99,7 @@ def not_measured(lines: list[Line], gpu: Rates) -> Iterator[Line]:
     seen = {line[:5] for line in lines}
     for case in CASES:
         for provider in case.providers:
-            names = case.op, provider.name, case.shape.name, case.source, case.setting
+            names = case.row_key(provider)
             if names not in seen:
                 yield Line(*names, predict(case, provider.name, gpu), None)
 

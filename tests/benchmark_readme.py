@@ -1,13 +1,16 @@
-"""The page of the benchmarks as tests read it: its tables and its sentences."""
+"""The page of the benchmarks as tests read it, its tables and its sentences, and the H100's rows that it speaks of."""
 
 import itertools
 from pathlib import Path
 
-from benchmarks import report
+from benchmarks import _gpu_tables, report
+from benchmarks._harness import Row, is_steady, read
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 README = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+ROWS = read(report.H100)
+SHAPES = {tokens: shape.name for tokens, shape in _gpu_tables.lengths(heads=12).items()}
 
 
 def table(first: str) -> list[list[str]]:
@@ -27,3 +30,10 @@ def text(*wanted: str) -> None:
     """Wants each in the README, wherever its lines break."""
     flat = " ".join(README.split())
     assert [each for each in wanted if each not in flat] == []
+
+
+def row(op: str, provider: str, shape: str, source: str = "") -> Row | None:
+    """The last steady one that was measured at the usual setting."""
+    wanted = op, provider, shape, source, "ok"
+    found = (r for r in reversed(ROWS) if (r.op, r.provider, r.shape, r.source, r.status) == wanted)
+    return next((r for r in found if r.setting != "without the lock" and is_steady(r)), None)

@@ -1,34 +1,20 @@
-"""What the documents and the choice of kernels say of measurements is what the committed rows say."""
+"""What the documents say of measurements is what the committed rows say."""
 
 import datetime
-import inspect
 import itertools
 import re
 
 import pytest
-from benchmark_readme import README, RESULTS, ROOT, table, text
+from benchmark_readme import README, RESULTS, ROOT, ROWS, SHAPES, row, table, text
 
 from benchmarks import __main__ as runner
 from benchmarks import _gpu_tables, accuracy, report, roofline
 from benchmarks._case import RATES, WAN_1_3B_480P
 from benchmarks._case import SHAPES as SHAPES_OF_MODELS
 from benchmarks._harness import Row, is_steady, key, read
-from benchmarks._model import predict
 from benchmarks.figures import OURS
-from kvlock_kernels._triton import attend
 
-ROWS = read(RESULTS / "nvidia-h100-80gb-hbm3.csv")
 STORED = {"kv_lerp_": "bf16", "pack_kv": "int8", "qk_norm_rope_kv_lerp_": "bf16"}  # the rows of the table
-SHAPES = {tokens: shape.name for tokens, shape in _gpu_tables.lengths(heads=12).items()}
-NOT_YET = re.compile(r"not yet measured \(predicted [\d.]+\)")
-PLAIN = ("SDPA cuDNN", "SDPA FLASH", "FlexAttention", "SageAttention", "kvlock sm_90")
-
-
-def row(op: str, provider: str, shape: str, source: str = "") -> Row | None:
-    """The last steady one that was measured at the usual setting."""
-    wanted = op, provider, shape, source, "ok"
-    found = (r for r in reversed(ROWS) if (r.op, r.provider, r.shape, r.source, r.status) == wanted)
-    return next((r for r in found if r.setting != "without the lock" and is_steady(r)), None)
 
 
 def shares(op: str, shape: str) -> str:
@@ -97,25 +83,6 @@ def test_how_long_the_core_took_is_what_the_dates_of_its_rows_say() -> None:
          f"{(dates[-1] - dates[0]).seconds} s after the first")  # fmt: skip
 
 
-def test_the_rates_of_attention_are_those_of_the_rows() -> None:
-    cells = table("heads")
-    assert [(int(line[0]), int(line[1])) for line in cells] == [(heads, n) for heads in (12, 40) for n in SHAPES]
-    for line in cells:
-        tokens = int(line[1])
-        shape = _gpu_tables.lengths(int(line[0]))[tokens].name
-        for cell, provider in zip(line[2:7], PLAIN, strict=True):
-            r = row("attention", provider, shape)
-            assert NOT_YET.fullmatch(cell) if r is None else cell == f"{float(r.rate):.0f}"
-        locked = row("kv_lerp_attention_", "kvlock", shape, "int8")
-        for cell, provider in ((line[7], PLAIN[-1] if tokens >= 32760 else PLAIN[0]), (line[8], PLAIN[0])):
-            if locked is None:
-                assert NOT_YET.fullmatch(cell)
-                continue
-            plain = [r for r in ROWS if (r.op, r.provider, r.shape) == ("attention", provider, shape)]
-            plain = [r for r in plain if r.commit == locked.commit]
-            assert cell == f"{float(locked.p50) / float(plain[-1].p50):.2f}"
-
-
 @pytest.mark.parametrize("name", sorted({*report.BLOCKS} - {"cost"}))
 def test_every_table_names_the_command_behind_its_rows(name: str) -> None:
     (command,) = re.findall(r"^Rows by `(.+)`\.$", report.BLOCKS[name](), flags=re.MULTILINE)
@@ -151,73 +118,6 @@ def test_the_8_bit_scheme_that_the_readme_names_wins_in_every_edit() -> None:
         assert sorted(order, key=lambda rows: float(runs[rows].attention_relative_l2)) == order
         for side in ("background_psnr_db", "foreground_psnr_db") if model == "float32" else ():
             assert sorted(order, key=lambda rows: -float(getattr(runs[rows], side))) == order
-
-
-PROVIDERS = {attend.OWN: "kvlock sm_90"}  # of kernels that no CPU can check; others have the name of their provider
-
-
-def test_a_kernel_that_no_cpu_can_check_is_chosen_only_where_a_row_shows_it_right_and_faster() -> None:
-    lines = [(line, name) for line in attend.TABLE for name in line.plain if isinstance(name, str)]
-    assert lines
-    for line, name in lines:
-        names = SHAPES if line.dim == WAN_1_3B_480P.dim else {n: f"n{n}-h12-d{line.dim}" for n in SHAPES}
-        chosen = [shape for tokens, shape in names.items() if tokens >= line.tokens]
-        assert line.capability == 9 and chosen
-        for shape in chosen:
-            own = row("attention", PROVIDERS.get(name, name), shape)
-            cudnn = row("attention", "SDPA cuDNN", shape)
-            assert own is not None and cudnn is not None, f"{name} has no row at {shape}"
-            assert own.status == "ok" and float(own.max_error) < 0.01 and float(own.p50) < float(cudnn.p50)
-
-
-def test_mixing_first_is_chosen_where_rows_show_it_faster_than_the_other_ways() -> None:
-    assert {line.way for line in attend.TABLE} == {attend.LERP_FIRST}
-    for shape in (SHAPES[4096], SHAPES[32760]):
-        ways = ("kvlock", "in loop", "one launch")
-        first, *others = (row("kv_lerp_attention_", way, shape, "int8") for way in ways)
-        assert first is not None
-        assert all(other is not None and float(first.p50) < float(other.p50) for other in others)
-
-
-def test_the_numbers_beside_the_choice_of_kernels_are_those_of_the_rows() -> None:
-    said = " ".join(inspect.getsource(attend).replace("\n#", "\n").split())
-    names = {heads: {n: shape.name for n, shape in _gpu_tables.lengths(heads).items()} for heads in (12, 40)}
-
-    def over(one: Row | None, other: Row | None) -> float:
-        assert one is not None and other is not None
-        return float(one.p50) / float(other.p50)
-
-    def own(heads: int, *tokens: int) -> list[str]:
-        of = lambda n, provider: row("attention", provider, names[heads][n])
-        return [f"{over(of(n, 'kvlock sm_90'), of(n, 'SDPA cuDNN')):.2f}" for n in tokens]
-
-    assert "{} and {} times cuDNN's time at 32760 and 75600".format(*own(12, 32760, 75600)) in said
-    assert "{}, {} and {} times at 4096, 8192 and 16384".format(*own(12, 4096, 8192, 16384)) in said
-    many = "with 40 heads {} and {} at 32760 and 75600, and {}, {} and {} below"
-    assert many.format(*own(40, 32760, 75600, 4096, 8192, 16384)) in said
-    narrow = lambda heads, n, provider: row("attention", provider, f"n{n}-h{heads}-d64")
-    at_64 = [
-        f"{over(narrow(heads, n, 'kvlock sm_90'), narrow(heads, n, 'SDPA cuDNN')):.2f}"
-        for heads, n in ((12, 32760), (12, 75600), (12, 4096), (12, 8192), (12, 16384), (40, 32760), (40, 75600))
-    ]
-    many = "At D = 64: {} and {} times with 12 heads at 32760 and 75600 tokens, {}, {} and {} below; {} and {} with 40"
-    assert many.format(*at_64) in said
-    small = {heads: names[heads][4096] for heads in names}
-    locked = [
-        over(row("kv_lerp_attention_", "kvlock", small[n], source), row("attention", "SDPA cuDNN", small[n]))
-        for n, source in ((12, "bf16"), (12, "int8"), (12, "e4m3"), (40, "int8"))
-    ]
-    assert f"mixing first takes {min(locked):.2f} to {max(locked):.2f} times as long as plain attention" in said
-    ways = {way: row("kv_lerp_attention_", way, SHAPES[4096], "int8") for way in ("kvlock", "in loop", "one launch")}
-    few = over(*(row("kv_lerp_attention_", way, SHAPES[4096], "bf16") for way in ("in loop", "kvlock")))
-    many_times = over(ways["in loop"], ways["kvlock"])
-    assert f"mixing in the loop {few:.0f} (bf16) to {many_times:.0f} times (int8) as long as that" in said
-    assert f"one launch {over(ways['one launch'], ways['kvlock']):.1f} times" in said
-    twice = over(*(row("kv_lerp_attention_", way, SHAPES[32760], "int8") for way in ("one launch", "kvlock")))
-    assert "one launch takes twice as long" in said and round(twice) == 2
-    rates = [row("attention", f"SDPA {name}", SHAPES[32760]) for name in ("cuDNN", "FLASH", "EFFICIENT")]
-    tens = [10 * round(float(r.rate) / 10) for r in rates if r is not None]
-    assert "cuDNN reaches {} TFLOP/s at 32760 tokens, FLASH {}, EFFICIENT {}".format(*tens) in said
 
 
 def test_every_row_says_what_it_was_measured_on() -> None:
@@ -280,43 +180,6 @@ def test_what_loses_on_a_cpu_is_said() -> None:
     faster = {key[:2] for key, r in rows.items() if key[2] == "torch.compile" and float(r.p50) < own(rows, key)}
     served = {key[:2] for key, r in rows.items() if r.library == "extension"}
     assert faster & served == {("kv_lerp_", "bf16")} and ("kv_lerp_pair_", "bf16") in faster - served
-
-
-def test_what_the_text_says_of_attention_is_what_the_rows_say() -> None:
-    us = lambda *names: float(found.p50) if (found := row(*names)) is not None else float("nan")
-    wan, small = "wan-1.3b-480p", "small-h12"
-    op, one, lone = "kv_lerp_attention_", "one launch", "one launch, no rows"
-    alone = [us("attention", lone, shape) for shape in (wan, small)]
-    fused, compiled = (us(_gpu_tables.PASS, name, wan, "bf16") for name in ("kvlock", "diffusers, compiled"))
-    text(
-        f"32760 that lerp takes {us('kv_lerp_pair_', 'kvlock', wan, 'int8') / 1e3:.2f} ms; the medians of plain and "
-        f"locked attention lie {(us('attention', 'kvlock sm_90', wan) - us(op, 'kvlock', wan, 'int8')) / 1e3:.2f} ms "
-        "apart there, the locked one below",
-        f"takes {us(op, one, wan, 'int8') / alone[0]:.3f} times its own plain time at 32760 tokens (target 1.01; "
-        f"{us(op, one, small, 'int8') / alone[1]:.2f} at 4096)",
-        f"It takes {fused / compiled:.2f} times the time of diffusers' compiled sequence",
-        f"takes {us(op, 'in loop', small, 'bf16') / us(op, 'kvlock', small, 'bf16'):.0f} (bf16 rows) to "
-        f"{us(op, 'in loop', small, 'int8') / us(op, 'kvlock', small, 'int8'):.0f} times (int8)",
-    )
-    names = "kvlock sm_90", "SDPA cuDNN"
-    own, cudnn = ([us("attention", name, shape) for shape in SHAPES.values()] for name in names)
-    slower = [ours / theirs for ours, theirs in zip(own, cudnn, strict=True)]
-    text("takes {:.2f}, {:.2f} and {:.2f} times cuDNN's time at 4096, 8192 and 16384 tokens with 12".format(*slower))
-    many = [us("attention", name, "wan-14b-480p") for name in names]
-    text(f"for sm_90 is {1 / slower[3]:.2f} (12 heads) and {many[1] / many[0]:.2f} times (40) as fast there")
-
-
-def test_what_the_text_says_of_predictions_is_what_was_and_is_predicted() -> None:
-    case = roofline.BY_KEY["kv_lerp_attention_", "wan-1.3b-480p", "int8", _gpu_tables.LOCK]
-    small = roofline.BY_KEY["kv_lerp_attention_", "small-h12", "int8", _gpu_tables.LOCK]
-    us = lambda case, name: predict(case, name, RATES["NVIDIA H100 80GB HBM3"]).us
-    then = row("kv_lerp_attention_", "in loop", "wan-1.3b-480p", "int8")  # of the first run
-    assert then is not None
-    text(
-        f"it had given them FLOP at cuDNN's rate, {float(then.predicted_us):.1f} us",
-        f"it gives {us(case, 'in loop'):.1f} us to mixing in the loop and {us(case, 'one launch'):.1f} us to",
-        f"where the cost model says {us(small, 'in loop') / us(small, 'kvlock'):.1f}:",
-    )
 
 
 def test_what_the_text_says_of_operators_is_what_the_rows_say() -> None:
