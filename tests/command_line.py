@@ -28,7 +28,7 @@ def save_model(path, pipeline, transformer, **changes):
         tokenizer=models.build_tokenizer(),
         text_encoder=models.build_text_encoder(),
         vae=AutoencoderKLWan(
-            base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+            base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=0, temperal_downsample=[False, True, True]
         ),
         scheduler=models.build_scheduler(),
         transformer=transformer(

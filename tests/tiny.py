@@ -65,7 +65,7 @@ def scheduler(name: str = "euler", shift: float = 3.0):
 def vae() -> AutoencoderKLWan:
     torch.manual_seed(1)
     model = AutoencoderKLWan(
-        base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+        base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=0, temperal_downsample=[False, True, True]
     )
     return model.eval()
 
