@@ -15,6 +15,7 @@ from tiny import FRAMES, SIZE
 
 import kvlock
 from kvlock.adapters.vae import decode, encode, repair_stride
+from kvlock.mini.models import build_vae
 
 VIDEO = torch.rand(FRAMES, SIZE, SIZE, 3, generator=torch.Generator().manual_seed(0))
 MASK = tiny.pixel_mask()
@@ -226,11 +227,10 @@ def test_trim_drops_frames_only_when_asked(pipe):
 
 
 def test_the_stride_of_a_patchified_vae_is_repaired():
-    mini = tiny.miniature()
-    mini.vae_scale_factor_spatial = 4
-    repair_stride(mini)
-    assert mini.vae_scale_factor_spatial == 8
-    assert mini.video_processor.config.vae_scale_factor == 8
+    pipe = WanVACEPipeline(**tiny.miniature().components | {"vae": build_vae()})
+    assert (pipe.vae_scale_factor_spatial, pipe.video_processor.config.vae_scale_factor) == (4, 4)
+    repair_stride(pipe)
+    assert (pipe.vae_scale_factor_spatial, pipe.video_processor.config.vae_scale_factor) == (8, 8)
 
 
 @pytest.mark.parametrize(

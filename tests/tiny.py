@@ -211,18 +211,16 @@ class Operators(TorchDispatchMode):
 
 
 def miniature() -> WanVACEPipeline:
-    """The embedded miniature's architecture with random weights, strides repaired."""
-    from kvlock.adapters.vae import repair_stride
+    """The embedded miniature's architecture with random weights, but for its VAE, which is the tiny one."""
     from kvlock.mini import models
 
     torch.manual_seed(2)
     pipe = WanVACEPipeline(
         tokenizer=models.build_tokenizer(),
         text_encoder=models.build_text_encoder().eval(),
-        vae=models.build_vae().eval(),
+        vae=vae(),
         scheduler=models.build_scheduler(),
         transformer=models.build_transformer().eval(),
     )
-    repair_stride(pipe)
     pipe.set_progress_bar_config(disable=True)
     return pipe
