@@ -60,7 +60,7 @@ def over_tokens(axes: Axes, lines: list[Line], gpu: Rates) -> None:
             case_ = roofline.BY_KEY.get((line.op, line.shape, line.source, line.setting))
             if case_ is None or line[:2] != ("kv_lerp_attention_", "kvlock") or line.source != NAMES[source]:
                 continue
-            if case_.shape.dim != WAN_1_3B_480P.dim:
+            if (case_.shape.heads, case_.shape.dim) != (WAN_1_3B_480P.heads, WAN_1_3B_480P.dim):
                 continue
             alone = roofline.beside(lines, line, "attention", attention.serving(case_.shape), "", "no rows")
             if alone is not None:
