@@ -46,7 +46,7 @@ def figure(lines: list[Line], edits: Sequence[EditRow], gpu: Rates, name: str) -
 
 
 def over_tokens(axes: Axes, lines: list[Line], gpu: Rates) -> None:
-    """Locked attention over plain attention by the kernel that serves it."""
+    """Locked attention over plain attention by the kernel that serves it, with as many heads."""
     for source, colour in STORED.items():
         times = []
         for n in TOKENS:

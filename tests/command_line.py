@@ -6,14 +6,9 @@ from types import SimpleNamespace
 from unittest import mock
 
 import pytest
+import tiny
 import torch
-from diffusers import (
-    AutoencoderKLWan,
-    WanTransformer3DModel,
-    WanVACEPipeline,
-    WanVACETransformer3DModel,
-    WanVideoToVideoPipeline,
-)
+from diffusers import WanTransformer3DModel, WanVACEPipeline, WanVACETransformer3DModel, WanVideoToVideoPipeline
 from matplotlib.figure import Figure
 
 from kvlock import cli, video
@@ -27,9 +22,7 @@ def save_model(path, pipeline, transformer, **changes):
     pipe = pipeline(
         tokenizer=models.build_tokenizer(),
         text_encoder=models.build_text_encoder(),
-        vae=AutoencoderKLWan(
-            base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=0, temperal_downsample=[False, True, True]
-        ),
+        vae=tiny.vae(),
         scheduler=models.build_scheduler(),
         transformer=transformer(
             num_attention_heads=2,

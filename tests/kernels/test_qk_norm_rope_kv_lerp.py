@@ -1,4 +1,4 @@
-"""qk_norm_rope_kv_lerp_ and qk_norm_rope_kv_pack_: QK norm, RoPE and the lock in one pass."""
+"""qk_norm_rope_kv_lerp_: QK norm, RoPE and the lock in one pass."""
 
 import itertools
 from collections.abc import Callable
@@ -19,14 +19,12 @@ from tolerance import (
 )
 from torch import Tensor
 
-from kvlock_kernels import kv_lerp_, pack_kv, qk_norm_rope_kv_lerp_, qk_norm_rope_kv_pack_, reference, unpack_kv
+from kvlock_kernels import kv_lerp_, qk_norm_rope_kv_lerp_, reference, unpack_kv
 
 EACH_IMPLEMENTATION = True
 
 EPS = 1e-6
 REGIMES = STREAMING | {"dim": (24, 32, 64, 128), "heads": (1, 2)}  # odd widths and wide heads come further down
-RECORDED = {name: REGIMES[name] for name in ("tokens", "dim", "heads", "share", "dtype")}
-RECORDED |= {"source": [kind for kind in STREAMING["source"] if not kind[1]], "samples": ((1, 1), (2, 2))}
 INT8, FP8 = torch.int8, torch.float8_e4m3fn
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 each_packing = pytest.mark.parametrize("packing", [INT8, FP8], ids=["int8", "fp8"])
@@ -239,49 +237,6 @@ def test_each_sample_has_its_own_ratio_and_the_source_is_shared() -> None:
     assert_bit_identical(actual, kv_lerp_(v, source, index, ratio))
 
 
-@each_regime(RECORDED)
-def test_recording_packs_what_pack_kv_packs(regime: dict[str, Any]) -> None:
-    n, h, d, dtype = (regime[name] for name in ("tokens", "heads", "dim", "dtype"))
-    (b, _), (storage, _), (index, source_row) = regime["samples"], regime["source"], rows_of(n, regime["share"])
-    args = projections(b, n, h, d, dtype)
-    v, none, nothing = args[2].clone(), torch.full((n,), -1, dtype=torch.int32), torch.empty(1, 0, h, d)
-    plain = qk_norm_rope_kv_lerp_(*(x.clone() for x in args), nothing, nothing, none, torch.ones(b), eps=EPS)
-    k = normed(args[1].double(), args[4].double()).unflatten(2, (h, d))[:, index.long()]
-    recorded = qk_norm_rope_kv_pack_(*args, source_row, len(index), storage, eps=EPS)
-    assert_bit_identical(args[2], plain[2])
-    for one, other in zip(args[:2], plain[:2], strict=True):
-        assert_sums_differ_at_most(one, other)
-    data, scale = pack_kv(v.unflatten(2, (h, d)), index, storage)
-    assert_bit_identical(recorded.v.data, data)
-    if scale is None:
-        assert recorded.k.scale is None and recorded.v.scale is None
-        error = (recorded.k.data.double() - k).abs()
-        assert (error <= torch.finfo(storage).eps * k.abs() + 1e-5).all()
-        return
-    assert recorded.v.scale is not None and recorded.k.scale is not None
-    assert_bit_identical(recorded.v.scale, scale)
-    limit = 127.0 if storage == INT8 else 448.0
-    assert_within_roundings(recorded.k.scale, (k.abs().amax(-1) / limit).float(), 8)
-    half_step = 0.5 if storage == INT8 else 16.0  # of the largest codes
-    error = (unpack_kv(recorded.k.data, recorded.k.scale).double() - k).abs()
-    assert (error <= (half_step + 0.01) * recorded.k.scale[..., None]).all()
-
-
-def test_rows_recorded_from_the_same_projections_give_them_back_at_ratio_one() -> None:
-    args, (_, source_row) = projections(1, 21, 3, 24), rows_of(21, 13 / 21)
-    v = args[2].clone()
-    recorded = qk_norm_rope_kv_pack_(*(x.clone() for x in args), source_row, 13, torch.float32, eps=EPS)
-    plain, locked = (
-        qk_norm_rope_kv_lerp_(
-            *(x.clone() for x in args), recorded.k.data, recorded.v.data, source_row, torch.full((1,), a), eps=EPS
-        )
-        for a in (0.0, 1.0)
-    )
-    for one, other in zip(locked, plain, strict=True):
-        assert_bit_identical(one, other)
-    assert_bit_identical(locked.v, v)
-
-
 def test_strided_projections_give_the_bits_of_contiguous_ones() -> None:
     fused = normal(2, 9, 3, 24)  # q, k, v side by side
     q, k, v = fused.unbind(2)
@@ -311,10 +266,6 @@ def test_empty_inputs_stay_empty() -> None:
     none, source = torch.full((5,), -1, dtype=torch.int32), torch.empty(1, 0, 2, 4)
     empty = [torch.empty(0, 5, 8) for _ in range(3)]
     assert qk_norm_rope_kv_lerp_(*empty, *rest, source, source, none, torch.ones(0), eps=EPS).q.shape == (0, 5, 8)
-    recorded = qk_norm_rope_kv_pack_(*empty, *rest, none, 0, INT8, eps=EPS)
-    assert recorded.k.data.shape == (0, 0, 2, 4) and recorded.v.scale is not None
-    args = projections(2, 5, 2, 4)
-    assert qk_norm_rope_kv_pack_(*args, none, 0, torch.bfloat16, eps=EPS).k.data.shape == (2, 0, 2, 4)
 
 
 def _good() -> dict[str, Any]:
@@ -346,16 +297,3 @@ def _good() -> dict[str, Any]:
 )
 def test_bad_inputs_are_named(bad: Bad) -> None:
     assert_refused(qk_norm_rope_kv_lerp_, _good(), bad)
-
-
-@bad_inputs(
-    Bad({"rows": 6}, "rows", "6", "from 0 to N = 5"),
-    Bad({"rows": 1.0}, "rows", "1.0", "an int"),
-    Bad({"dtype": torch.int16}, "dtype", "torch.int16", "float8_e4m3fn or int8"),
-    Bad({"sin": torch.ones(5, 4, device="meta")}, "sin", "device meta", "device cpu"),
-)
-def test_bad_inputs_of_the_recording_are_named(bad: Bad) -> None:
-    good = _good() | {"rows": 3, "dtype": torch.bfloat16}
-    for name in ("k_source", "v_source", "ratio"):
-        del good[name]
-    assert_refused(qk_norm_rope_kv_pack_, good, bad)
