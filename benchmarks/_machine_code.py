@@ -7,15 +7,28 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*)")
+INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+((?:@!?U?P\w+)?)\s*([A-Z][A-Z0-9_.]*)(.*)")
 
 
 class Instruction(NamedTuple):
     """One instruction."""
 
     at: int  # the byte of the file that it begins at, by which branches name it
+    guard: str  # the predicate that it is skipped without, or nothing
     opcode: str
     operands: str
+
+    @property
+    def target(self) -> int:
+        """Where a branch goes, -1 for other instructions."""
+        found = re.search("0x([0-9a-f]+)", self.operands) if self.opcode.startswith("BRA") else None
+        return int(found[1], 16) if found else -1
+
+    @property
+    def ends(self) -> bool:
+        """Whether what follows in memory is never what follows in time."""
+        always = self.opcode in ("EXIT", "BRX") or re.fullmatch(r"BRA\s+0x[0-9a-f]+ ;\s*", self.opcode + self.operands)
+        return not self.guard and bool(always)
 
 
 def disassembled(kernels: Sequence[Any]) -> list[list[Instruction]]:
@@ -33,7 +46,7 @@ def disassembled(kernels: Sequence[Any]) -> list[list[Instruction]]:
             file.flush()
             name = "SM90a" if arch == 90 else f"SM{arch}"
             lines = INSTRUCTION.findall(output_of(knobs.nvidia.nvdisasm.path, "--binary", name, file.name))
-        instructions = [Instruction(int(at, 16), opcode, operands) for at, opcode, operands in lines]
+        instructions = [Instruction(int(at, 16), *words) for at, *words in lines]
         begin = 0
         for i, code in group:
             end = begin + len(code)
@@ -55,13 +68,32 @@ def code_of(kernel: Any) -> bytes:
 
 def product_loop(code: Sequence[Instruction]) -> str:
     """The number of instructions in the smallest loop of a kernel that has products in it; or a dash."""
+    number_of = {one.at: number for number, one in enumerate(code)}
     loops = []
-    for number, one in enumerate(code, 1):
-        target = re.search("0x([0-9a-f]+)", one.operands) if one.opcode.startswith("BRA") else None
-        body = [other.opcode for other in code[:number] if target and other.at >= int(target[1], 16)]
-        if any("HMMA" in opcode or "HGMMA" in opcode for opcode in body):
-            loops.append(len(body))
+    for last, one in enumerate(code):
+        span = code[number_of[one.target] : last + 1] if one.target in number_of else []
+        if any(re.match("HG?MMA", other.opcode) for other in span) and is_loop(span):
+            loops.append(len(span))
     return str(min(loops)) if loops else "–"
+
+
+def is_loop(span: Sequence[Instruction]) -> bool:
+    """Whether the last instruction, which branches to the first, can be reached from there without leaving the span.
+
+    A wait that stands out of line, behind the rest of the kernel, jumps back too, but only from outside is it reached.
+    """
+    number_of = {one.at: number for number, one in enumerate(span)}
+    reached, ahead = set[int](), [0]
+    while ahead:
+        number = ahead.pop()
+        if number in reached or number == len(span):
+            continue
+        reached.add(number)
+        if not span[number].ends:
+            ahead.append(number + 1)
+        if span[number].target in number_of:
+            ahead.append(number_of[span[number].target])
+    return len(span) - 1 in reached
 
 
 def output_of(*command: str) -> str:

@@ -182,10 +182,10 @@ def read_before_the_wait(kernel: Any) -> list[str]:
         if load := re.search(r"\bld\.global\S*\s+(.*), \[ ?(%rd\d+)", line):
             found |= behind[load[2]]
             behind |= {register: set() for register in re.findall(r"%[a-z]+\d+", load[1])}
-        elif write := re.match(r"\s+(?:@!?%p\d+ )?\w[\w.]*\s+(%[a-z]+\d+), (.*);", line):
+        elif write := re.match(r"\s+(?:@!?%p\d+ )?\w[\w.]*\s+(%[a-z]+\d+|\{.*?\}), (.*);", line):
             origins = [pointers.get(number, set()) for number in re.findall(r"_param_(\d+)", write[2])]
             origins += [behind[register] for register in re.findall(r"%[a-z]+\d+", write[2])]
-            behind[write[1]] = set().union(*origins)
+            behind |= dict.fromkeys(re.findall(r"%[a-z]+\d+", write[1]), set().union(*origins))
     return sorted(found)
 
 

@@ -114,6 +114,7 @@ def guided_velocity(
     if optimized:
         projection_kernel[(samples * parts,)](
             cond, other, partials, elements, blocks, parts, BLOCK=BLOCK, EARLY=early,
+            enable_fp_fusion=True,
         )
     velocity_kernel[(samples * blocks,)](
         cond, other, guidance_scale, x, sigma, inside, scale, partials, velocity, s_star, x0,

@@ -29,6 +29,9 @@ CONSUMERS = gl.constexpr(2)
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = gl.constexpr(240), gl.constexpr(24)  # with the first consumer's: all 64 Ki
 BLOCK_N, STAGES = 128, 2  # keys of a tile and tiles in flight: a third does not fit shared memory
 LN2 = gl.constexpr(0.6931471805599453)
+# Triton 3.8 gave them these names, 3.9 took the old ones away.
+load_async = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+store_async = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
 
 @gluon.jit
@@ -50,7 +53,7 @@ def fill(tensor, start, ring, i, STAGES: gl.constexpr):
     stage, parity = stage_of(i, STAGES)
     mbarrier.wait(empty.index(stage), parity ^ 1)
     mbarrier.expect(full.index(stage), tensor.block_type.nbytes)
-    tma.async_copy_global_to_shared(tensor, [start, 0], full.index(stage), tiles.index(stage))
+    load_async(tensor, [start, 0], full.index(stage), tiles.index(stage))
 
 
 @gluon.jit
@@ -59,7 +62,7 @@ def produce(q_desc, k_desc, v_desc, q_s, q_full, k_ring, v_ring, row, tiles, BLO
     """One warp: all loads of the program."""
     for c in gl.static_range(CONSUMERS):
         mbarrier.expect(q_full.index(c), q_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(q_desc, [row + c * ROWS, 0], q_full.index(c), q_s.index(c))
+        load_async(q_desc, [row + c * ROWS, 0], q_full.index(c), q_s.index(c))
     for i in range(tiles):
         start = tile_start(i, tiles, BLOCK_N)
         fill(k_desc, start, k_ring, i, STAGES)
@@ -136,7 +139,7 @@ def consume(out_desc, lse, q, q_full, k_ring, v_ring, row, tiles, M, N, scale_lo
         gl.store(lse + rows, (row_max + gl.log2(row_sum)) * LN2, mask=rows < M)
     q.store(acc.to(q.dtype))  # the queries have been read, by this consumer only
     fence_async_shared()
-    tma.async_copy_shared_to_global(out_desc, [row, 0], q)
+    store_async(out_desc, [row, 0], q)
     tma.store_wait(0)
 
 
@@ -225,6 +228,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, return_lse: bool
         hopper_kernel[(blocks * b * h,)](
             q, k, v, out, lse, m, n, h, blocks, scale * LOG2_E, *strides(q, k, v),
             D=d, DIM=max(triton.next_power_of_2(d), 64), LSE=return_lse, BLOCK_N=BLOCK_N, STAGES=STAGES, num_warps=4,
+            enable_fp_fusion=True,
         )
 
     # Descriptors made on the device need memory from an allocator, which Triton keeps in a context variable: set in a

@@ -122,6 +122,7 @@ def attend_persistently_(
         b * h, scale * LOG2_E, *strides(q, k, v), PRECISION=precision(q), H=h, D=d,
         **source_options(k_source, k_mean, "K_"), **source_options(v_source, v_mean, "V_"),
         ROWS=ROWS, **tiling(d, q.dtype, tokens),
+        enable_fp_fusion=True,
         launch_cooperative_grid=True,  # refused where not all programs would be resident
     )
     return out

@@ -126,7 +126,8 @@ def fp32_to_e4m3(x):
 def load_mean(mean, b, row, head, d, H: tl.constexpr, D: tl.constexpr):
     """The mean of each row's head and element, once a row: as a smaller tile it would be spread over other threads."""
     at = tl.broadcast_to((b * H + head) * D + d, (row + head + d).shape)
-    return tl.load(mean + at, mask=(row >= 0) & (head < H) & (d < D), other=0.0)
+    heads = head + tl.zeros_like(d)  # of a single head a block, which a comparison can combine with other blocks
+    return tl.load(mean + at, mask=(row >= 0) & (heads < H) & (d < D), other=0.0)
 
 
 @triton.jit

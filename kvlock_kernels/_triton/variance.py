@@ -120,9 +120,11 @@ def windowed_variance_(x0: Tensor, history: Tensor, step: Tensor, *, weight: Ten
     ring_kernel[(samples * parts,)](
         x0.contiguous(), ring, step, weights, partials, elements, blocks, parts, *ring.stride()[:2],
         weight_stride, period, WEIGHTED=weight is not None, W=slots, BLOCK=BLOCK, EARLY=early,
+        enable_fp_fusion=True,
     )
     mean_kernel[(samples,)](
         partials, step, variance, parts, W=slots, PARTS=PARTS, EARLY=early, launch_pdl=early,
+        enable_fp_fusion=True,
     )
     if ring is not history:
         history.copy_(ring)
@@ -140,5 +142,6 @@ def lock_schedule(
     schedule_kernel[(triton.cdiv(samples, SCHEDULE_BLOCK),)](
         variance, guidance_scale, fusion_ratio, guidance, samples, variance.stride(0),
         sample_stride(guidance_scale, samples), tau, boost, alpha_min, BLOCK=SCHEDULE_BLOCK,
+        enable_fp_fusion=True,
     )
     return fusion_ratio, guidance

@@ -27,7 +27,7 @@ def code(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
         arch = re.search(r"sm_\d+", cubin.name)
         assert arch is not None
         for part in re.split(r"\n(?=\.text\.)", output_of(tools.nvdisasm.path, "-c", str(cubin)))[1:]:
-            found[arch[0], part.split(":", 1)[0]] = Counter(opcode for _, opcode, _ in INSTRUCTION.findall(part))
+            found[arch[0], part.split(":", 1)[0]] = Counter(opcode for _, _, opcode, _ in INSTRUCTION.findall(part))
     return found
 
 
