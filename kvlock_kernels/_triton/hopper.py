@@ -4,6 +4,8 @@ Triton's interpreter does not run Gluon: without a GPU only the machine code can
 """
 
 import contextvars
+import functools
+import warnings
 
 import torch
 import triton
@@ -235,6 +237,27 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, return_lse: bool
     # copy of the context it ends with this launch, and one that the caller has set stays.
     contextvars.copy_context().run(run)
     return out, lse
+
+
+@functools.cache
+def compiles(device: torch.device, dtype: torch.dtype, heads: int, dim: int) -> bool:
+    """Whether the Triton that is installed compiles the kernel; warns once where it does not, with its reason.
+
+    Gluon is experimental, and its names move from one Triton to the next. The call of one row is compiled as longer
+    ones of so many heads are.
+    """
+    x = torch.empty(1, 1, heads, dim, dtype=dtype, device=device)
+    try:
+        attention(x, x, x, scale=1.0, return_lse=False)
+    except Exception as error:  # what it raises differs with what is missing
+        reason: BaseException = error
+        while reason.__cause__ is not None:
+            reason = reason.__cause__
+        said = next(iter(str(reason).strip().splitlines()), type(reason).__name__)
+        wanted = f"Triton {triton.__version__} does not compile the kernel for sm_90 ({said})"
+        warnings.warn(f"attention runs by torch's kernels on {device}: {wanted}", RuntimeWarning, stacklevel=2)
+        return False
+    return True
 
 
 def why_not(q: Tensor, k: Tensor, scale: float) -> str | None:

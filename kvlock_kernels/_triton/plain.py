@@ -40,9 +40,11 @@ def own_kernel(q: Tensor, k: Tensor, scale: float) -> Callable[..., tuple[Tensor
         return None
     try:
         from kvlock_kernels._triton import hopper
-    except ImportError:  # it is written in Gluon, whose names still move from one Triton to the next
+    except ImportError:  # Triton has no Gluon, or not the names that are imported
         return None
-    return None if hopper.why_not(q, k, scale) else hopper.attention
+    if hopper.why_not(q, k, scale) or not hopper.compiles(q.device, q.dtype, *q.shape[2:]):
+        return None
+    return hopper.attention
 
 
 @functools.cache  # an import that fails half-way is slow, and would be tried again at every call

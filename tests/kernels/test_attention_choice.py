@@ -44,6 +44,7 @@ def way_of(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(attend, "attend_persistently_", lambda q, *args, **options: noted("one launch")(q)[1])
     monkeypatch.setattr(attend, "kv_lerp_pair_", lambda *args, **options: None)
     monkeypatch.setattr(hopper, "attention", noted("own kernel"))
+    monkeypatch.setattr(hopper, "compiles", lambda *call: True)
     monkeypatch.setattr(plain.F, "scaled_dot_product_attention", torch_attention)
 
     def call(capability: tuple[int, int], args: list[torch.Tensor], *, inplace: bool = False, **options: Any) -> str:
@@ -181,6 +182,16 @@ def test_without_gluon_the_others_stay(way_of: Any, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "kvlock_kernels._triton.hopper", None)
     monkeypatch.delattr("kvlock_kernels._triton.hopper")
     assert way_of((9, 0), arguments(1000), return_lse=return_lse) == ("in loop" if return_lse else CUDNN)
+
+
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_where_triton_does_not_compile_it_the_others_stay(
+    way_of: Any, monkeypatch: pytest.MonkeyPatch, return_lse: bool
+) -> None:
+    asked: list[tuple[Any, ...]] = []
+    monkeypatch.setattr("kvlock_kernels._triton.hopper.compiles", lambda *call: asked.append(call))
+    assert way_of((9, 0), arguments(1000), return_lse=return_lse) == ("in loop" if return_lse else CUDNN)
+    assert asked == [(torch.device("cpu"), torch.float16, 2, 32)]
 
 
 def test_what_the_own_kernel_does_not_take_goes_to_torch(way_of: Any) -> None:

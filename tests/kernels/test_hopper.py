@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 from absent_gpu import printed_by
 from evaluations import draws, log_sum_exps
 from regimes import each_regime
@@ -211,10 +212,36 @@ def test_another_gpu_is_refused(capability: tuple[int, int], monkeypatch: pytest
         hopper.attention(x, x, x, scale=0.1, return_lse=False)
 
 
+def test_that_triton_does_not_compile_it_is_found_out_and_said_once(
+    monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    calls: list[tuple[int, ...]] = []
+
+    def not_compiled(q: torch.Tensor, *args: torch.Tensor, **options: Any) -> None:
+        calls.append(tuple(q.shape))
+        try:
+            raise RuntimeError("async_store was taken away\n")
+        except RuntimeError as error:
+            raise ValueError("at 44:4:\n    async_store(") from error
+
+    monkeypatch.setattr(hopper, "attention", not_compiled)
+    call = torch.device("cpu"), torch.bfloat16, 977, 72  # of no other test
+    assert [hopper.compiles(*call), hopper.compiles(*call)] == [False, False]
+    (warned,) = recwarn
+    assert calls == [(1, 1, 977, 72)] and warned.category is RuntimeWarning
+    wanted = f"Triton {triton.__version__} does not compile the kernel for sm_90 (async_store was taken away)"
+    assert str(warned.message) == f"attention runs by torch's kernels on cpu: {wanted}"
+
+
 @pytest.fixture(scope="module")
-def compiled() -> list[dict[str, Any]]:
+def printed() -> dict[str, Any]:
     """What hopper_machine_code.py prints."""
     return printed_by(str(Path(__file__).with_name("hopper_machine_code.py")))
+
+
+@pytest.fixture
+def compiled(printed: dict[str, Any]) -> list[dict[str, Any]]:
+    return printed["kernels"]
 
 
 def test_it_does_not_spill_and_every_warp_group_has_its_role(compiled: list[dict[str, Any]]) -> None:
@@ -227,3 +254,7 @@ def test_it_computes_weights_while_pv_runs(compiled: list[dict[str, Any]]) -> No
     """64 exponentials a thread, between the end of QK with PV still in flight and the end of PV, in both consumers."""
     for kernel in compiled:
         assert len(kernel["overlaps"]) == 2 and min(kernel["overlaps"]) >= 64, kernel
+
+
+def test_what_is_compiled_to_find_out_is_what_longer_calls_run(printed: dict[str, Any]) -> None:
+    assert printed["found out by the same kernel"] is True
