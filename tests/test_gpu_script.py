@@ -36,6 +36,7 @@ def run(folder: Path, *parts: str, missing: int = 0, failing: str = "none") -> t
         ("tests", ["-m pytest -m gpu and not slow -n auto --dist worksteal"]),
         ("times", ["-m benchmarks --gpu --core", TABLES]),
         ("full", ["-m benchmarks --gpu", TABLES]),
+        ("new", ["-m benchmarks --gpu --new --minutes 10", TABLES]),
     ],
 )
 def test_a_part_runs_its_commands(tmp_path: Path, part: str, commands: list[str]) -> None:
@@ -50,7 +51,7 @@ def test_edits_are_drawn_whether_or_not_a_mode_failed(tmp_path: Path, failing: s
     assert code == (failing != "none")
 
 
-@pytest.mark.parametrize("part", ["times", "full", "edits"])
+@pytest.mark.parametrize("part", ["times", "full", "new", "edits"])
 def test_rows_without_clocks_and_power_are_refused_before_anything_runs(tmp_path: Path, part: str) -> None:
     code, said, asked = run(tmp_path, "tests", part, missing=1)
     assert code == 2 and 'pip install -e ".[bench]"' in said and not any("pytest" in line for line in asked)
