@@ -91,6 +91,8 @@ def test_a_locked_row_says_by_whom_rows_are_mixed_and_who_attends(monkeypatch: p
     assert _machine.libraries(long, long.providers[0]) == "Triton"  # which attends too
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert _machine.libraries(long, long.providers[0]) == "Triton + torch 1.2"  # FLASH is torch's
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    assert _machine.libraries(long, long.providers[0]) == "Triton + cudnn 9"
 
 
 def test_every_row_of_the_runner_says_whose_kernel_it_is() -> None:
