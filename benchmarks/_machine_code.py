@@ -27,7 +27,7 @@ class Instruction(NamedTuple):
     @property
     def ends(self) -> bool:
         """Whether what follows in memory is never what follows in time."""
-        always = self.opcode in ("EXIT", "BRX") or re.fullmatch(r"BRA\s+0x[0-9a-f]+ ;\s*", self.opcode + self.operands)
+        always = self.opcode == "EXIT" or re.fullmatch(r"BRA\s+0x[0-9a-f]+ ;\s*", self.opcode + self.operands)
         return not self.guard and bool(always)
 
 

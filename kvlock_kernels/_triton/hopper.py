@@ -4,8 +4,7 @@ Triton's interpreter does not run Gluon: without a GPU only the machine code can
 """
 
 import contextvars
-import functools
-import warnings
+from typing import Any
 
 import torch
 import triton
@@ -217,21 +216,17 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, return_lse: bool
     """
     if reason := why_not(q, k, scale):
         raise Unsupported(reason)
-    (b, m, h, d), n = q.shape, k.shape[1]
+    b, m, h, _ = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((b, h, m) if return_lse else (0,), dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
     q, k, v = (described(x) for x in (q, k, v))
-    blocks = triton.cdiv(m, CONSUMERS.value * ROWS.value)
+    grid, arguments, options = launch_arguments(q, k, v, out, lse, scale, return_lse)
 
     def run() -> None:
         triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=q.device))
-        hopper_kernel[(blocks * b * h,)](
-            q, k, v, out, lse, m, n, h, blocks, scale * LOG2_E, *strides(q, k, v),
-            D=d, DIM=max(triton.next_power_of_2(d), 64), LSE=return_lse, BLOCK_N=BLOCK_N, STAGES=STAGES, num_warps=4,
-            enable_fp_fusion=True,
-        )
+        hopper_kernel[grid](*arguments, **options)
 
     # Descriptors made on the device need memory from an allocator, which Triton keeps in a context variable: set in a
     # copy of the context it ends with this launch, and one that the caller has set stays.
@@ -239,25 +234,29 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, return_lse: bool
     return out, lse
 
 
-@functools.cache
-def compiles(device: torch.device, dtype: torch.dtype, heads: int, dim: int) -> bool:
-    """Whether the Triton that is installed compiles the kernel; warns once where it does not, with its reason.
+def launch_arguments(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, return_lse: bool
+) -> tuple[tuple[int], tuple[Any, ...], dict[str, Any]]:
+    """The grid, the arguments and the options of the kernel's launch."""
+    (b, m, h, d), n = q.shape, k.shape[1]
+    blocks = triton.cdiv(m, CONSUMERS.value * ROWS.value)
+    arguments = q, k, v, out, lse, m, n, h, blocks, scale * LOG2_E, *strides(q, k, v)
+    options = {
+        "D": d, "DIM": max(triton.next_power_of_2(d), 64), "LSE": return_lse, "BLOCK_N": BLOCK_N, "STAGES": STAGES,
+        "num_warps": 4, "enable_fp_fusion": True,
+    }  # fmt: skip
+    return (blocks * b * h,), arguments, options
 
-    Gluon is experimental, and its names move from one Triton to the next. The call of one row is compiled as longer
-    ones of so many heads are.
+
+def compile_for(dtype: torch.dtype, heads: int, dim: int) -> None:
+    """Compiles what calls without the log-sum-exp run, of so many heads; nothing is launched.
+
+    Raises:
+        Exception: this Triton does not compile it. What it raises differs with what is missing.
     """
-    x = torch.empty(1, 1, heads, dim, dtype=dtype, device=device)
-    try:
-        attention(x, x, x, scale=1.0, return_lse=False)
-    except Exception as error:  # what it raises differs with what is missing
-        reason: BaseException = error
-        while reason.__cause__ is not None:
-            reason = reason.__cause__
-        said = next(iter(str(reason).strip().splitlines()), type(reason).__name__)
-        wanted = f"Triton {triton.__version__} does not compile the kernel for sm_90 ({said})"
-        warnings.warn(f"attention runs by torch's kernels on {device}: {wanted}", RuntimeWarning, stacklevel=2)
-        return False
-    return True
+    row = torch.empty(1, 1, heads, dim, dtype=dtype, device="meta")
+    grid, arguments, options = launch_arguments(row, row, row, row, torch.empty(0, device="meta"), 1.0, False)
+    hopper_kernel.warmup(*arguments, grid=grid, **options)
 
 
 def why_not(q: Tensor, k: Tensor, scale: float) -> str | None:

@@ -1,13 +1,17 @@
 """Plain attention: the kernels there are, by name, and the call of the first that serves."""
 
 import functools
+import warnings
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+import triton
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from triton.compiler.errors import CompilationError
 
 OWN = "the kernel of this package for sm_90"
 FLASH_2, FLASH_3, FLASH_4 = "flash-attn 2", "flash-attn 3", "flash-attn 4"
@@ -38,13 +42,35 @@ def own_kernel(q: Tensor, k: Tensor, scale: float) -> Callable[..., tuple[Tensor
     """The kernel of this package for sm_90, where it serves."""
     if torch.cuda.get_device_capability(q.device) != (9, 0):
         return None
+    hopper = compiled_hopper(q.dtype, *q.shape[2:])
+    return None if hopper is None or hopper.why_not(q, k, scale) else hopper.attention
+
+
+@functools.cache
+def compiled_hopper(dtype: torch.dtype, heads: int, dim: int) -> ModuleType | None:
+    """The module with the kernel for sm_90; None, and a warning, where this Triton does not compile it.
+
+    It is written in Gluon, whose names move from one Triton to the next.
+    """
     try:
         from kvlock_kernels._triton import hopper
-    except ImportError:  # Triton has no Gluon, or not the names that are imported
+
+        if dtype in hopper.DTYPES:
+            hopper.compile_for(dtype, heads, dim)
+    except Exception as error:  # what it raises differs with what is missing
+        reason = f"Triton {triton.__version__} does not compile the kernel for sm_90 ({innermost(error)})"
+        said = f"attention of {heads} heads of {dim} runs by other kernels: {reason}"
+        warnings.warn(said, RuntimeWarning, stacklevel=2)
         return None
-    if hopper.why_not(q, k, scale) or not hopper.compiles(q.device, q.dtype, *q.shape[2:]):
-        return None
-    return hopper.attention
+    return hopper
+
+
+def innermost(error: BaseException) -> str:
+    """The reason for an error, in one line. Triton's own begin with the place and quote code before they come to it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[-1] if isinstance(error, CompilationError) else f"{type(error).__name__}: {lines[0]}"
 
 
 @functools.cache  # an import that fails half-way is slow, and would be tried again at every call

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 from samples import int32, normal
 from tolerance import assert_as_accurate_as_torch, assert_bit_identical, assert_within_roundings
 
@@ -24,7 +25,7 @@ def arguments(tokens: int = 70, dim: int = 32, dtype: torch.dtype = torch.float1
 
 
 @pytest.fixture
-def way_of(monkeypatch: pytest.MonkeyPatch) -> Any:
+def way_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The way a call goes on a GPU of a compute capability; it does not go it."""
     from kvlock_kernels._triton import attend, hopper, plain
 
@@ -44,7 +45,7 @@ def way_of(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(attend, "attend_persistently_", lambda q, *args, **options: noted("one launch")(q)[1])
     monkeypatch.setattr(attend, "kv_lerp_pair_", lambda *args, **options: None)
     monkeypatch.setattr(hopper, "attention", noted("own kernel"))
-    monkeypatch.setattr(hopper, "compiles", lambda *call: True)
+    monkeypatch.setattr(hopper, "compile_for", lambda *call: None)
     monkeypatch.setattr(plain.F, "scaled_dot_product_attention", torch_attention)
 
     def call(capability: tuple[int, int], args: list[torch.Tensor], *, inplace: bool = False, **options: Any) -> str:
@@ -54,7 +55,9 @@ def way_of(monkeypatch: pytest.MonkeyPatch) -> Any:
         assert len(gone) <= 1
         return gone.pop() if gone else "another package"
 
-    return call
+    plain.compiled_hopper.cache_clear()
+    yield call
+    plain.compiled_hopper.cache_clear()
 
 
 @pytest.mark.parametrize("inplace", [False, True])
@@ -181,17 +184,31 @@ def test_a_line_of_the_table_sends_a_call_any_way(
 def test_without_gluon_the_others_stay(way_of: Any, monkeypatch: pytest.MonkeyPatch, return_lse: bool) -> None:
     monkeypatch.setitem(sys.modules, "kvlock_kernels._triton.hopper", None)
     monkeypatch.delattr("kvlock_kernels._triton.hopper")
-    assert way_of((9, 0), arguments(1000), return_lse=return_lse) == ("in loop" if return_lse else CUDNN)
+    with pytest.warns(RuntimeWarning, match="does not compile the kernel for sm_90 .*Error: "):
+        assert way_of((9, 0), arguments(1000), return_lse=return_lse) == ("in loop" if return_lse else CUDNN)
 
 
 @pytest.mark.parametrize("return_lse", [False, True])
 def test_where_triton_does_not_compile_it_the_others_stay(
-    way_of: Any, monkeypatch: pytest.MonkeyPatch, return_lse: bool
+    way_of: Any, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder, return_lse: bool
 ) -> None:
     asked: list[tuple[Any, ...]] = []
-    monkeypatch.setattr("kvlock_kernels._triton.hopper.compiles", lambda *call: asked.append(call))
-    assert way_of((9, 0), arguments(1000), return_lse=return_lse) == ("in loop" if return_lse else CUDNN)
-    assert asked == [(torch.device("cpu"), torch.float16, 2, 32)]
+
+    def not_compiled(*call: Any) -> None:
+        asked.append(call)
+        try:
+            raise RuntimeError("async_store was taken away\ncall another")
+        except RuntimeError as error:
+            raise ValueError("at 44:4") from error
+
+    monkeypatch.setattr("kvlock_kernels._triton.hopper.compile_for", not_compiled)
+    for _ in range(2):
+        assert way_of((9, 0), arguments(1000), return_lse=return_lse) == ("in loop" if return_lse else CUDNN)
+    assert asked == [(torch.float16, 2, 32)]
+    (warned,) = recwarn
+    reason = "does not compile the kernel for sm_90 (RuntimeError: async_store was taken away)"
+    said = f"attention of 2 heads of 32 runs by other kernels: Triton {triton.__version__} {reason}"
+    assert str(warned.message) == said
 
 
 def test_what_the_own_kernel_does_not_take_goes_to_torch(way_of: Any) -> None:

@@ -1,12 +1,12 @@
 """Plain attention for sm_90: its values on such a GPU; without one its machine code, and what it refuses."""
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import triton
 from absent_gpu import printed_by
 from evaluations import draws, log_sum_exps
 from regimes import each_regime
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.offline import SHARED_LIMIT
-from kvlock_kernels._triton import Unsupported, hopper
+from kvlock_kernels._triton import Unsupported, hopper, plain
 
 B, H = 2, 3
 TOKENS = (1, 45, 128, 200, 257)  # single, within a tile, one full tile, ragged second, a tile of one row
@@ -212,25 +212,11 @@ def test_another_gpu_is_refused(capability: tuple[int, int], monkeypatch: pytest
         hopper.attention(x, x, x, scale=0.1, return_lse=False)
 
 
-def test_that_triton_does_not_compile_it_is_found_out_and_said_once(
-    monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
-) -> None:
-    calls: list[tuple[int, ...]] = []
-
-    def not_compiled(q: torch.Tensor, *args: torch.Tensor, **options: Any) -> None:
-        calls.append(tuple(q.shape))
-        try:
-            raise RuntimeError("async_store was taken away\n")
-        except RuntimeError as error:
-            raise ValueError("at 44:4:\n    async_store(") from error
-
-    monkeypatch.setattr(hopper, "attention", not_compiled)
-    call = torch.device("cpu"), torch.bfloat16, 977, 72  # of no other test
-    assert [hopper.compiles(*call), hopper.compiles(*call)] == [False, False]
-    (warned,) = recwarn
-    assert calls == [(1, 1, 977, 72)] and warned.category is RuntimeWarning
-    wanted = f"Triton {triton.__version__} does not compile the kernel for sm_90 (async_store was taken away)"
-    assert str(warned.message) == f"attention runs by torch's kernels on cpu: {wanted}"
+@on_gpu
+@each_dtype
+def test_this_triton_compiles_it(dtype: torch.dtype, recwarn: pytest.WarningsRecorder) -> None:
+    q, k, _ = inputs(45, 45, 128, dtype)
+    assert plain.own_kernel(q, k, 0.1) is hopper.attention and not recwarn.list
 
 
 @pytest.fixture(scope="module")
@@ -258,3 +244,8 @@ def test_it_computes_weights_while_pv_runs(compiled: list[dict[str, Any]]) -> No
 
 def test_what_is_compiled_to_find_out_is_what_longer_calls_run(printed: dict[str, Any]) -> None:
     assert printed["found out by the same kernel"] is True
+
+
+def test_a_name_that_triton_took_away_is_the_reason_given(printed: dict[str, Any]) -> None:
+    said = r"does not compile the kernel for sm_90 \(.*no attribute 'warp_specialize'"
+    assert re.search(said, printed["without a name"])

@@ -18,8 +18,8 @@ each_case_and_arch = pytest.mark.parametrize(
 
 @pytest.fixture(scope="module")
 def report() -> dict[str, Any]:
-    """The numbers and the table; what is fused where a launch does not say it is here not what Triton fuses then."""
-    return printed_by("-m", "benchmarks.offline", "--json", TRITON_DEFAULT_FP_FUSION="0")
+    """The numbers and the table."""
+    return printed_by("-m", "benchmarks.offline", "--json")
 
 
 @pytest.fixture
