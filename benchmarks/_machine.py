@@ -119,11 +119,11 @@ def _named(case: Case, name: str) -> str:
 def _attending(case: Case, device: str = "cuda") -> str:
     from kvlock_kernels._triton import attend  # wants Triton
 
-    rows = torch.empty(0, case.shape.tokens, case.shape.heads, case.shape.dim, device=device)
+    shape = 0, case.shape.tokens, case.shape.heads, case.shape.dim
+    rows = torch.empty(shape, dtype=torch.bfloat16, device=device)
     source = next(dtype for dtype, name in NAMES.items() if name == case.source)
     first, second, *_ = attend.choice(rows, rows, rows.to(source)).plain
-    if first == attend.OWN:
-        if torch.cuda.get_device_capability(rows.device) == (9, 0):
-            return ""
-        first = second
-    return "cudnn" if first == SDPBackend.CUDNN_ATTENTION else "torch"
+    if first == attend.OWN and attend.own_kernel(rows, rows, 1.0) is not None:
+        return ""
+    attends = second if first == attend.OWN else first
+    return "cudnn" if attends == SDPBackend.CUDNN_ATTENTION else "torch"

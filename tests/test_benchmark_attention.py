@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend
 from benchmarks import __main__ as runner
 from benchmarks import _harness, _machine, attention, plain_attention
 from benchmarks._case import TINY, Provider, Shape
-from kvlock_kernels._triton import plain
+from kvlock_kernels._triton import hopper, plain
 
 ENABLED = {
     SDPBackend.CUDNN_ATTENTION: torch.backends.cuda.cudnn_sdp_enabled,
@@ -81,6 +81,7 @@ def test_a_locked_row_says_by_whom_rows_are_mixed_and_who_attends(monkeypatch: p
     monkeypatch.setattr(_machine.info, "on_cuda", lambda op, device: "Triton: and more")
     monkeypatch.setattr(_machine, "_attending", partial(_machine._attending, device="cpu"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(plain, "compiled_hopper", lambda *call: hopper)
     said = {p.name: _machine.libraries(LOCKED, p) for p in LOCKED.providers}
     assert said == {
         "kvlock": "Triton + cudnn 9", "in loop": "triton 1.2", "one launch": "triton 1.2",
@@ -89,6 +90,8 @@ def test_a_locked_row_says_by_whom_rows_are_mixed_and_who_attends(monkeypatch: p
     }  # fmt: skip
     long = attention.case(attention.WAN_1_3B_480P, torch.bfloat16)
     assert _machine.libraries(long, long.providers[0]) == "Triton"  # which attends too
+    monkeypatch.setattr(plain, "compiled_hopper", lambda *call: None)
+    assert _machine.libraries(long, long.providers[0]) == "Triton + cudnn 9"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert _machine.libraries(long, long.providers[0]) == "Triton + torch 1.2"  # FLASH is torch's
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
