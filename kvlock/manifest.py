@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,19 @@ def write(fields: dict[str, Any], file: Path) -> None:
     file.write_bytes(_bytes_of(fields))
 
 
+def size_of(file: Path) -> int | None:
+    """Bytes of a regular file, or None where there is none.
+
+    Raises:
+        OSError: the system does not say. (From Python 3.14 on `Path.is_file` keeps that to itself.)
+    """
+    try:
+        found = os.stat(file)
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # the last for a name with a null character
+        return None
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
+
+
 def read(folder: Path) -> dict[str, Any]:
     """The fields of a recording's manifest.
 
@@ -70,7 +84,7 @@ def read(folder: Path) -> dict[str, Any]:
     """
     file = folder / MANIFEST
     try:
-        if not file.is_file():
+        if size_of(file) is None:
             raise ValueError(f"{folder} is no recording: it has no {MANIFEST}")
         if os.path.basename(os.path.realpath(folder)).startswith(UNFINISHED):  # whatever name led there
             raise ValueError(f"{folder} is no recording: it was cut off before it got its name")

@@ -45,7 +45,7 @@ class Recording:
         for name, entry in self.fields["files"].items():
             file = self.path / name
             try:
-                found = file.stat().st_size if file.is_file() else None
+                found = manifest.size_of(file)
             except OSError as error:
                 raise ValueError(f"{file} cannot be read: {error.strerror}") from error
             if found != entry["bytes"]:

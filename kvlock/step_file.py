@@ -116,7 +116,9 @@ class StepWriter:
             yield self._file
         except OSError as error:
             self.discard()
-            raise ValueError(f"cannot write {self.path}: {error.strerror}") from error
+            # Its traceback leads to this frame and on to the callers', which in Python 3.12 and 3.13 would hold it, and
+            # with it the rows and activations of a forward, until the garbage is collected.
+            raise ValueError(f"cannot write {self.path}: {error.strerror}") from error.with_traceback(None)
 
 
 class StepFile:

@@ -101,6 +101,8 @@ def test_a_path_with_nothing_or_something_else_is_no_recording(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match=r"file is no recording"):
         Recording(tmp_path / "file")
+    with pytest.raises(ValueError, match="null\0 is no recording"):
+        Recording(tmp_path / "null\0")
 
 
 def test_a_name_in_the_manifest_leads_nowhere_else(copy):
@@ -112,3 +114,11 @@ def test_a_name_in_the_manifest_leads_nowhere_else(copy):
 def test_a_path_that_the_system_refuses_is_one_error():
     with pytest.raises(ValueError, match=r"x/manifest.json cannot be read: File name too long"):
         Recording("x" * 300)
+
+
+def test_a_file_that_the_system_does_not_show_is_not_called_missing(copy):
+    file = copy / "step-0003.safetensors"
+    file.unlink()
+    file.symlink_to(file.name)
+    with pytest.raises(ValueError, match=r"step-0003.safetensors cannot be read: Too many levels of symbolic links"):
+        Recording(copy)
