@@ -11,7 +11,18 @@ import torch
 
 from benchmarks import attention, guidance, lerp, norm_rope, packing, variance
 from benchmarks._case import RATES, TARGET_GPU, Case
-from benchmarks._harness import Ceilings, Machine, Results, copy_row, is_steady, key, matmul_row, read, rows
+from benchmarks._harness import (
+    Ceilings,
+    Machine,
+    Results,
+    copy_row,
+    is_steady,
+    key,
+    matmul_row,
+    not_failed_since,
+    read,
+    rows,
+)
 from benchmarks._model import predict
 from benchmarks.plain_attention import FORCED
 
@@ -19,7 +30,7 @@ CASES = (*lerp.CASES, *packing.CASES, *norm_rope.CASES, *variance.CASES, *guidan
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 2 where a GPU is asked for and there is none."""
+    """Returns the exit code: 1 where a row failed its check or could not be measured, 2 where there is no GPU."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--gpu", action="store_true", help="measure on the first CUDA GPU")
     parser.add_argument("--core", action="store_true", help="the core, about 40 rows, marked in the list")
@@ -47,8 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("python -m benchmarks --gpu needs a CUDA GPU, and torch sees none", file=sys.stderr)
         return 2
-    measure(cases, options.out, options.commit, new=options.new, minutes=options.minutes)
-    return 0
+    return int(not measure(cases, options.out, options.commit, new=options.new, minutes=options.minutes))
 
 
 def describe(case: Case) -> str:
@@ -80,9 +90,11 @@ def with_plain(cases: list[Case]) -> list[Case]:
 def missing(cases: list[Case], path: Path) -> list[Case]:
     """The cases with those of their providers that a file of results has no steady row of, or none that is whole.
 
-    A whole row has its relative error, and its time over plain attention where that can be measured.
+    A whole row has its relative error, and its time over plain attention where that can be measured. One that failed
+    since counts no more.
     """
-    found = [row for row in (read(path) if path.exists() else []) if row.status == "ok" and is_steady(row)]
+    rows = not_failed_since(read(path)) if path.exists() else []
+    found = [row for row in rows if is_steady(row)]
     plain = {(row.shape, row.provider) for row in found if row.op == "attention"}
     over = {case.row_key(p) for case in cases for p in case.providers if (case.shape.name, p.over) in plain}
     seen = {key(row) for row in found if row.relative_error and (row.over_plain or key(row) not in over)}
@@ -94,11 +106,12 @@ def missing(cases: list[Case], path: Path) -> list[Case]:
 
 def measure(
     cases: list[Case], out: Path, commit: str | None, *, new: bool = False, minutes: float = math.inf
-) -> None:
-    """Measures, writes and draws the cases; what a cut run has measured stays."""
+) -> bool:
+    """Measures, writes and draws the cases; what a cut run has measured stays. Returns whether every row is a time."""
     machine, end = Machine(commit), time.monotonic() + 60 * minutes
     path = out / machine.file
     cases = with_plain(missing(cases, path)) if new else cases
+    bad = 0
     with Results(path) as results:
         row, copy = copy_row(machine)
         results.write(row)
@@ -108,6 +121,7 @@ def measure(
         print(f"matmul: {row.rate} TFLOP/s")
         for row in rows(cases, machine, Ceilings(copy, matmul)):
             results.write(row)
+            bad += row.status != "ok"
             share = f"{row.share_of_copy or row.share_of_matmul or '-'} of {'copy' if row.share_of_copy else 'matmul'}"
             took = f"{row.p50} us, {share}" if row.status == "ok" else row.note
             print(f"{row.op} {row.source} {row.shape} {row.setting} {row.provider}: {row.status}, {took}", flush=True)
@@ -117,6 +131,9 @@ def measure(
     from benchmarks import figures  # needs matplotlib, which nothing else here does
 
     figures.draw(path)
+    if bad:
+        print(f"{bad} rows have no time: they failed their check, or could not be measured", file=sys.stderr)
+    return not bad
 
 
 if __name__ == "__main__":

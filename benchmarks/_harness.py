@@ -108,6 +108,17 @@ def is_steady(row: Row) -> bool:
     return not row.p20 or (not row.note.startswith(LATE) and float(row.p80) <= STEADY * float(row.p20))
 
 
+def not_failed_since(rows: Iterable[Row]) -> list[Row]:
+    """The timed rows of a file, in its order, but for those whose kind has failed, or could not be measured, later."""
+    found: list[Row] = []
+    for row in rows:
+        if row.status != "ok":
+            found = [before for before in found if key(before) != key(row)]
+        else:
+            found.append(row)
+    return found
+
+
 class Timing(NamedTuple):
     """Percentiles in microseconds."""
 
@@ -176,10 +187,13 @@ def _times(call: Callable[[Inputs], Any], sets: list[Inputs], repeats: int) -> t
 
 
 def rotation(case: Case, provider: Provider, device: str) -> list[Inputs]:
-    """Three input sets or more, together more than twice the L2 cache: no call finds its inputs there."""
+    """Three input sets or more, of which calls touch more than twice the L2 cache: none finds its inputs there."""
     cache = torch.cuda.get_device_properties(0).L2_cache_size
     sets = [provider.prepare(case.make(case.shape, device, 0))]
     size = sum(value.nbytes for value in sets[0].values() if isinstance(value, torch.Tensor))
+    work = case.work(case.shape)
+    if isinstance(work, Traffic) and work.amount:
+        size = min(size, math.ceil(work.amount))  # a call may touch a part of what it is given
     count = min(max(3, math.ceil(2 * cache / size) + 1), 100)  # a hundred sets of a few numbers are enough
     return sets + [provider.prepare(case.make(case.shape, device, seed)) for seed in range(1, count)]
 

@@ -1,5 +1,6 @@
 """The GPU of a row, or the processor, and the software on it, as its columns say them."""
 
+import contextlib
 import datetime
 import re
 import subprocess
@@ -60,15 +61,17 @@ class Machine:
         nvml, gpu = self._nvml, self._handle
         if nvml is None:
             return {}
-        try:
-            return {
-                "driver": nvml.nvmlSystemGetDriverVersion(),
-                "sm_mhz": str(nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_SM)),
-                "memory_mhz": str(nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_MEM)),
-                "power_w": f"{nvml.nvmlDeviceGetPowerUsage(gpu) / 1000:.0f}",
-            }
-        except nvml.NVMLError:
-            return {}
+        columns = {
+            "driver": lambda: nvml.nvmlSystemGetDriverVersion(),
+            "sm_mhz": lambda: str(nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_SM)),
+            "memory_mhz": lambda: str(nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_MEM)),
+            "power_w": lambda: f"{nvml.nvmlDeviceGetPowerUsage(gpu) / 1000:.0f}",
+        }
+        state = {}
+        for name, ask in columns.items():
+            with contextlib.suppress(nvml.NVMLError):  # not every GPU knows each of them
+                state[name] = ask()
+        return state
 
 
 def checkout() -> str:

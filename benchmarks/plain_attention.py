@@ -1,5 +1,6 @@
 """Plain attention, the yardstick: torch's backends, forced by name, and the kernels of other libraries."""
 
+import importlib.machinery
 import importlib.util
 from collections.abc import Callable
 from functools import partial
@@ -78,8 +79,11 @@ def sage(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
     return sageattn(q, k, v, tensor_layout="NHD", sm_scale=scale)
 
 
+MODULES = {FLASH_2: "flash_attn.flash_attn_interface", FLASH_3: "flash_attn_interface", FLASH_4: "flash_attn.cute"}
+
+
 def flash(name: str, **inputs: Any) -> Tensor:
-    wants("flash_attn_interface" if name == FLASH_3 else "flash_attn")
+    wants(MODULES[name])
     function = flash_attention(name)
     if function is None:
         FLASH_ATTENTION[name]()  # says why
@@ -88,8 +92,12 @@ def flash(name: str, **inputs: Any) -> Tensor:
 
 
 def wants(module: str) -> None:
-    """Raises NotInstalled where there is no such package; one that is there and broken is not kept silent."""
-    if importlib.util.find_spec(module) is None:
+    """Raises NotInstalled where there is no such module; one that is there and broken is not kept silent."""
+    package, _, inside = module.partition(".")
+    found = importlib.util.find_spec(package)
+    if found is not None and inside:  # looked for without importing the package, which another generation may own
+        found = importlib.machinery.PathFinder.find_spec(module, found.submodule_search_locations or [])
+    if found is None:
         raise NotInstalled(f"there is no {module}")
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from benchmarks.__main__ import CASES
 from benchmarks._case import RATES, Rates
-from benchmarks._harness import Key, Row, is_steady, key, read
+from benchmarks._harness import Key, Row, is_steady, key, not_failed_since, read
 from benchmarks._model import Prediction, predict
 
 RESULTS = Path(__file__).with_name("results")
@@ -58,12 +58,12 @@ def micro_results() -> list[Path]:
 
 
 def measured(path: Path) -> list[Line]:
-    """Every timed row of a file with the prediction for its GPU. A run begins with the row of the copy."""
+    """The timed rows of a file that have not failed since, with predictions. A run begins with the row of the copy."""
     found, runs = [], 0
-    for row in read(path):
+    for row in not_failed_since(read(path)):
         gpu = RATES.get(row.gpu)
         runs += row.op == "copy"
-        if row.status == "ok" and gpu is not None:
+        if gpu is not None:
             found.append(Line(*key(row), _prediction(row, gpu), float(row.p50), row, (runs, row.commit)))
     return found
 

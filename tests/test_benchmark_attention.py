@@ -114,23 +114,29 @@ def test_the_compiled_formula_runs_at_more_shapes_than_torch_compiles_of_one_fun
 
 
 @pytest.mark.parametrize(
-    ("name", "package"),
-    [("SageAttention", "sageattention"), ("flash-attn 2", "flash_attn"), ("flash-attn 3", "flash_attn_interface"),
-     ("flash-attn 4", "flash_attn")],
+    ("name", "module"),
+    [("SageAttention", "sageattention"), ("flash-attn 2", "flash_attn.flash_attn_interface"),
+     ("flash-attn 3", "flash_attn_interface"), ("flash-attn 4", "flash_attn.cute")],
 )  # fmt: skip
 def test_a_library_that_is_not_installed_has_no_row_and_one_that_is_broken_an_error(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, package: str
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, module: str
 ) -> None:
+    package, _, inside = module.partition(".")
     case = attention.plain_case(TINY)
     cases = [replace(case, providers=tuple(p for p in case.providers if p.name == name))]
     machine = SimpleNamespace(gpu="", now=dict, memory=dict)
     measured = lambda: [*_harness.rows(cases, machine, _harness.Ceilings(1.0), "cpu")]
     if importlib.util.find_spec(package) is None:
         assert measured() == []
-    (tmp_path / f"{package}.py").write_text("import of_another_version", encoding="utf-8")
+    (tmp_path / package).mkdir()
+    (tmp_path / package / "__init__.py").write_text("import of_another_version", encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, package, raising=False)
     plain.flash_attention.cache_clear()
+    if inside:
+        assert measured() == []  # another generation of the same package is there
+        (tmp_path / package / f"{inside}.py").touch()
+        importlib.invalidate_caches()
     (row,) = measured()
     plain.flash_attention.cache_clear()
     assert (row.status, row.note) == ("error", "ModuleNotFoundError: No module named 'of_another_version'")

@@ -67,8 +67,8 @@ def test_after_its_minutes_a_run_stops_and_the_next_one_goes_on(run: Any, capsys
 
 @pytest.mark.parametrize(
     "bad",
-    [{"p80": "9999"}, {"relative_error": ""}, {"over_plain": ""}],
-    ids=["spread", "of-an-earlier-version", "without-plain-attention"],
+    [{"p80": "9999"}, {"relative_error": ""}, {"over_plain": ""}, {"status": "failed"}, {"status": "error"}],
+    ids=["spread", "of-an-earlier-version", "without-plain-attention", "failed", "error"],
 )
 def test_a_row_that_does_not_do_is_measured_again_beside_plain_attention(run: Any, bad: dict[str, str]) -> None:
     run(**{"one launch": bad})
@@ -77,6 +77,18 @@ def test_a_row_that_does_not_do_is_measured_again_beside_plain_attention(run: An
     assert locked == {("kv_lerp_attention_", "one launch", shape) for shape in SHAPES}
     plain = {("attention", name, shape) for name in ("one launch, no rows", "SDPA cuDNN") for shape in SHAPES}
     assert {*again} - locked == plain
+
+
+@pytest.mark.parametrize("status", ["ok", "failed", "error"])
+def test_a_row_without_a_time_makes_the_run_an_error(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], status: str
+) -> None:
+    monkeypatch.setattr(runner.torch.cuda, "is_available", lambda: True)
+    run(**{"one launch": {"status": status}})
+    capsys.readouterr()
+    code = runner.main(["--gpu", "--only", "small-h12", "--by", "one launch", "--out", str(tmp_path / "other")])
+    said = capsys.readouterr().err
+    assert (code, "rows have no time" in said) == ((0, False) if status == "ok" else (1, True))
 
 
 @pytest.mark.parametrize("new", [False, True])

@@ -116,7 +116,8 @@ def test_a_row_says_what_the_gpu_was_doing(monkeypatch: pytest.MonkeyPatch) -> N
         raise RuntimeError("the GPU is lost")
 
     nvml.nvmlDeviceGetPowerUsage = lost
-    assert "driver" not in machine.now() and machine.now()["gpu"] == "NVIDIA H200"
+    now = machine.now()  # the others are asked all the same
+    assert "power_w" not in now and (now["gpu"], now["driver"], now["sm_mhz"]) == ("NVIDIA H200", "580.1", "1980")
 
 
 def test_the_errors_of_a_row_are_those_of_the_formula() -> None:

@@ -249,6 +249,20 @@ def test_input_sets_are_three_or_more_and_larger_than_twice_the_cache() -> None:
     assert not torch.equal(sets[0]["x0"], sets[1]["x0"])
 
 
+@pytest.mark.usefixtures("clock")
+def test_inputs_that_a_call_leaves_alone_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=2**15))
+    case = next(case for name, case in TINY_CASES.items() if name.startswith("kv_lerp_-bf16-share-0.25"))
+    touched = case.work(case.shape).amount
+    assert len(_harness.rotation(case, case.providers[0], "cpu")) > 2 * 2**15 / touched
+
+
+def test_errors_of_guidance_are_those_of_the_velocity_too() -> None:
+    case = next(case for name, case in TINY_CASES.items() if name.startswith("guided_velocity"))
+    check = _harness.gate(case, case.providers[0], "cpu")
+    assert check.passed and check.error > 1e-4 < check.relative  # it is rounded to bf16
+
+
 def test_a_gpu_of_unknown_rates_gets_no_prediction() -> None:
     case = TINY_CASES["pack_kv-int8-share-0.8"]
     machine = NoMachine()

@@ -44,6 +44,12 @@ def test_a_part_runs_its_commands(tmp_path: Path, part: str, commands: list[str]
     assert (code, said, asked[-len(commands) :]) == (0, "", commands)
 
 
+@pytest.mark.parametrize("part", ["times", "full", "new"])
+def test_tables_are_made_and_an_error_returned_where_a_row_failed(tmp_path: Path, part: str) -> None:
+    code, _, asked = run(tmp_path, part, failing="benchmarks")
+    assert (code, asked[-1]) == (1, TABLES)
+
+
 @pytest.mark.parametrize("failing", ["none", "benchmarks.edit"])
 def test_edits_are_drawn_whether_or_not_a_mode_failed(tmp_path: Path, failing: str) -> None:
     code, _, asked = run(tmp_path, "edits", failing=failing)

@@ -211,7 +211,7 @@ def test_what_the_text_says_of_other_providers_is_what_the_rows_say() -> None:
         return [us[key] / us[op, other, *key[2:]] for key in own if (op, other, *key[2:]) in us]
 
     sliced, compiled = (between(over("kv_lerp_", name, "bf16")) for name in ("torch.lerp", "torch.compile"))
-    text(f"`kv_lerp_` takes {sliced} times the time of `torch.lerp` on a slice")
+    text(f"`kv_lerp_` of bf16 rows takes {sliced} times the time of `torch.lerp` on a slice")
     text(f"needs no index, and {compiled} times that of the compiled formula.")
     unpacked = over("unpack_kv", "torch.compile", "int8")
     least = min(unpacked)

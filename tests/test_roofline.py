@@ -65,9 +65,17 @@ def test_the_report_marks_what_misses_by_a_fifth(tmp_path: Path, capsys: pytest.
     names = case.op, "kvlock", case.shape.name, case.dtype, case.source, case.setting
     row = Row(*names, "ok", gpu="NVIDIA H100 80GB HBM3")
     rows = [row._replace(p50=f"{times * predicted:.6f}") for times in (1.19, 1.21, 0.79)]
-    failed = row._replace(status="failed")
-    path.write_text("\n".join(",".join(f'"{cell}"' for cell in line) for line in (Row._fields, *rows, failed)))
+    failed = row._replace(provider="eager", status="failed")
+    with Results(path) as results:
+        for written in (*rows, failed):
+            results.write(written)
     assert [line.flagged for line in roofline.measured(path)] == [False, True, True]
+    with Results(path) as results:
+        results.write(row._replace(provider="eager", p50="1"))
+    assert [line.provider for line in roofline.measured(path)] == ["kvlock"] * 3 + ["eager"]
+    with Results(path) as results:
+        results.write(failed)
+    assert [line.provider for line in roofline.measured(path)] == ["kvlock"] * 3
     assert roofline.main([str(path)]) == 0
     name, first, second, third, last = capsys.readouterr().out.splitlines()
     assert name == "gpu.csv" and last == "2 of 3 rows miss by more than 20 %"
