@@ -93,8 +93,7 @@ def missing(cases: list[Case], path: Path) -> list[Case]:
     A whole row has its relative error, and its time over plain attention where that can be measured. One that failed
     since counts no more.
     """
-    rows = not_failed_since(read(path)) if path.exists() else []
-    found = [row for row in rows if is_steady(row)]
+    found = [row for row in not_failed_since(read(path) if path.exists() else []) if is_steady(row)]
     plain = {(row.shape, row.provider) for row in found if row.op == "attention"}
     over = {case.row_key(p) for case in cases for p in case.providers if (case.shape.name, p.over) in plain}
     seen = {key(row) for row in found if row.relative_error and (row.over_plain or key(row) not in over)}

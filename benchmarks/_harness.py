@@ -187,7 +187,7 @@ def _times(call: Callable[[Inputs], Any], sets: list[Inputs], repeats: int) -> t
 
 
 def rotation(case: Case, provider: Provider, device: str) -> list[Inputs]:
-    """Three input sets or more, of which calls touch more than twice the L2 cache: none finds its inputs there."""
+    """Three input sets or more; calls read and write twice the L2 cache of them, so that none finds its inputs."""
     cache = torch.cuda.get_device_properties(0).L2_cache_size
     sets = [provider.prepare(case.make(case.shape, device, 0))]
     size = sum(value.nbytes for value in sets[0].values() if isinstance(value, torch.Tensor))

@@ -62,7 +62,7 @@ class Machine:
         if nvml is None:
             return {}
         columns = {
-            "driver": lambda: nvml.nvmlSystemGetDriverVersion(),
+            "driver": nvml.nvmlSystemGetDriverVersion,
             "sm_mhz": lambda: str(nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_SM)),
             "memory_mhz": lambda: str(nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_MEM)),
             "power_w": lambda: f"{nvml.nvmlDeviceGetPowerUsage(gpu) / 1000:.0f}",

@@ -1,7 +1,6 @@
 """The benchmarks on a CPU: every case passes its own check at a tiny shape, and what is written can be read."""
 
 import dataclasses
-import re
 import time
 from importlib import metadata
 from pathlib import Path
@@ -18,8 +17,6 @@ from benchmarks._harness import Ceilings, Results, Row
 from kvlock_kernels import reference
 from kvlock_kernels._triton import attend, plain
 
-README = (Path(__file__).parents[1] / "benchmarks" / "README.md").read_text(encoding="utf-8")
-SOURCES = ("bf16", "e4m3", "int8")
 LERP = "kv_lerp_-int8-share-0.8,-ratio-0.3"
 CEILINGS = Ceilings(1.0)
 TINY_CASES = {
@@ -284,17 +281,6 @@ def test_a_row_says_whose_kernel_it_is_and_how_full_the_memory_was() -> None:
     assert machine.memory() == {"used_mib": "3"}
 
 
-def test_the_grid_has_the_models_and_all_shares_sources_and_ratios() -> None:
-    tokens = {shape.name: (shape.tokens, shape.heads, shape.dim) for shape in SHAPES}
-    assert tokens["wan-1.3b-480p"] == (32760, 12, 128) and tokens["wan-14b-480p"] == (32760, 40, 128)
-    assert tokens["wan-14b-720p"] == (75600, 40, 128) and tokens["wan-5b-480p"] == (8190, 24, 128)
-    assert {"cogvideox-2b", "ltx"} <= set(tokens)
-    for op in ("kv_lerp_", "kv_lerp_attention_"):
-        settings = {(case.source, case.setting) for case in runner.CASES if case.op == op}
-        shares = {(source, f"share {share}, ratio 0.3") for source in SOURCES for share in ("0.25", "0.5", "0.8", "1")}
-        assert settings == shares | {(source, f"share 0.8, ratio {ratio}") for source in SOURCES for ratio in "01"}
-
-
 def test_rows_round_trip_through_the_file_and_a_second_run_appends(tmp_path: Path) -> None:
     path = tmp_path / "results" / "gpu.csv"
     rows = [Row(*(f"{field}, {number}" for field in Row._fields)) for number in range(3)]
@@ -321,44 +307,3 @@ def test_the_bytes_of_a_lerp_are_those_of_x_source_and_result() -> None:
     traffic = case.work(case.shape)
     assert traffic == Traffic(26216 * 12 * 128, ((2, "x"), (1, "source"), (4 / 128, "scale"), (2, "written")))
     assert traffic.amount == 26216 * 12 * (128 * 5 + 4)
-
-
-def test_the_core_is_small_and_serves_every_target() -> None:
-    core = [case for case in runner.CASES if case.core]
-    assert all(set(case.core) <= {provider.name for provider in case.providers} for case in core)
-    assert sum(len(case.short().providers) for case in core) <= 45
-    assert {case.op for case in core} >= set(re.findall(r"^\| `(\w+)` \| at ", README, flags=re.MULTILINE))
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_the_run_ends_with_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert runner.main(["--gpu", "--core", "--out", str(tmp_path)]) == 2
-    out, err = capsys.readouterr()
-    assert (out, err.count("\n")) == ("", 1) and "needs a CUDA GPU" in err
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_list_names_every_case(capsys: pytest.CaptureFixture[str]) -> None:
-    assert runner.main(["--only", "windowed_variance_"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 6 and all(line.startswith("windowed_variance_-fp32 ") for line in lines)
-
-
-def test_providers_can_be_chosen_by_name(capsys: pytest.CaptureFixture[str]) -> None:
-    assert runner.main(["--only", "pack_kv-H12-int8 wan-1.3b-480p share 0.8", "--by", "eager"]) == 0
-    assert [line.split("; ")[1] for line in capsys.readouterr().out.splitlines()] == ["eager", "eager"]
-    with pytest.raises(SystemExit):
-        runner.main(["--by", "nobody"])
-    assert "no provider of these cases has 'nobody'" in capsys.readouterr().err
-
-
-def test_the_core_has_the_marked_providers_only(capsys: pytest.CaptureFixture[str]) -> None:
-    assert runner.main(["--core", "--only", "guided_velocity"]) == 0
-    (line,) = capsys.readouterr().out.splitlines()
-    assert line.split("; ")[1] == "kvlock*, torch.compile*"
-
-
-def test_a_name_that_no_case_has_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        runner.main(["--only", "nonsense"])
-    assert "no case has 'nonsense'" in capsys.readouterr().err
