@@ -1,11 +1,15 @@
-"""The bytes that eager PyTorch moves for a call, counted step by step without data or GPU."""
+"""The bytes that eager PyTorch moves on a GPU, and what it multiplies, counted step by step without data or GPU."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks._case import Case, Provider
 
@@ -15,16 +19,49 @@ WRITES_ONLY = {"copy_", "fill_", "zero_"}  # the first argument is not read
 FREE = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"}
 
 
-class Counting(TorchDispatchMode):
-    """Inside, each operator adds what it reads and writes; views are free."""
+PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "convolution"}  # bound by their FLOP
 
-    bytes = 0
-    steps = 0
+
+class Counting(TorchDispatchMode):
+    """Inside, each operator adds what it reads and writes, or the FLOP of a product of matrices; views are free.
+
+    What a GPU runs as one kernel is one step, although it falls apart on tensors without data: attention and RMS norm.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+        self._attended = 0
+        self._products = FlopCounterMode(display=False)
+        self._whole = WholeSteps(self)
+
+    @property
+    def flop(self) -> int:
+        return self._attended + self._products.get_total_flops()
+
+    def __enter__(self) -> "Counting":
+        self._whole.__enter__()
+        self._products.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._products.__exit__(*error)
+        self._whole.__exit__(*error)
+
+    def attend(self, q: Tensor, k: Tensor) -> Tensor:
+        """Two products of q [..., M, D] with k and v [..., N, D]."""
+        self._attended += 4 * q.numel() * k.shape[-2]
+        return torch.empty_like(q)
+
+    def norm(self, x: Tensor) -> Tensor:
+        self.bytes += 2 * stored(x)
+        return torch.empty_like(x)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        if func.is_view or name in FREE or name == "_unsafe_view":
+        if func.is_view or name in FREE or name == "_unsafe_view" or name in PRODUCTS:
             return result
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         written = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
@@ -37,8 +74,26 @@ class Counting(TorchDispatchMode):
         else:
             read = tensors
         self.bytes += sum(map(stored, read)) + sum(map(stored, written))
-        self.steps += 1
         return result
+
+
+class WholeSteps(TorchFunctionMode):
+    """Tells `counting` of attention and of RMS norms, and computes none."""
+
+    def __init__(self, counting: Counting) -> None:
+        super().__init__()
+        self._counting = counting
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            q, k = (args[i] if len(args) > i else kwargs[name] for i, name in enumerate(("query", "key")))
+            return self._counting.attend(q, k)
+        if func in (F.rms_norm, torch.rms_norm):
+            return self._counting.norm(args[0] if args else kwargs["input"])
+        return func(*args, **kwargs)
 
 
 def stored(x: Tensor) -> int:

@@ -52,10 +52,10 @@ class Edited(NamedTuple):
 
 def latest(path: Path) -> list[Edited]:
     """The last measurement of each model and mode, in the order of the first; none where there is no such file."""
-    return [*{(one.row.model, one.row.mode): one for one in _runs(path)}.values()]
+    return [*{(one.row.model, one.row.mode): one for one in timed(path)}.values()]
 
 
-def _runs(path: Path) -> Iterator[Edited]:
+def timed(path: Path) -> Iterator[Edited]:
     """What was timed; a run begins with the plain pipeline."""
     if not path.exists():
         return

@@ -1,23 +1,20 @@
 """Tables of whole edits measured on a GPU, from one file of results and that of the edits beside it."""
 
-import dataclasses
 import math
 from pathlib import Path
 
 from benchmarks import _edit_rows, growth
-from benchmarks._case import WAN_1_3B_480P, Shape
+from benchmarks._case import WAN_1_3B_480P, Rates, Shape
+from benchmarks._edit_model import LINK, Seconds, cost_of, seconds
 from benchmarks._edit_rows import Edited, EditRow
 from benchmarks._edits import named
-from benchmarks._gpu_tables import LOCK, NOT_YET, PASS, Measured, markdown, milliseconds, times
+from benchmarks._gpu_tables import LOCK, NOT_YET, PASS, Measured, markdown, milliseconds, rates, times
 from benchmarks.edit import MODES, USUAL, Mode
 from benchmarks.lerp import SMALL_H12
 from kvlock import Store
-from kvlock.config import DEFAULT_KAPPA
-from kvlock.cost import Cost, ModelSizes, estimate
+from kvlock.cost import Cost
 
-SIZES = {"1.3b": growth.WAN_1_3B, "14b": ModelSizes(layers=40, heads=40, head_dim=128, token_values=64)}
 SHORTEST, BESIDE = "store, fused", "batch, hooks"
-LINK = 50e9  # bytes a second, what pinned copies over PCIe 5 with 16 lanes reach
 COPY = 10e9  # bytes a second, what one core is assumed to copy out of the cache of files
 DASH = "–"
 EDIT, OPERATOR = "python -m benchmarks.edit --gpu --shape 1.3b --only", "python -m benchmarks --gpu --core --only"
@@ -29,25 +26,16 @@ def edits_of(path: Path, shape: str = "1.3b") -> dict[str, Edited]:
     return {edited.row.mode: edited for edited in found if edited.row.model == named(shape)}
 
 
-def foretold(mode: Mode, found: dict[str, Edited], shape: str = "1.3b") -> Cost:
-    """The cost of an edit in this mode, on the tokens of the edits measured."""
-    config = mode.config_of(SIZES[shape].layers)
-    config = dataclasses.replace(config, kappa=DEFAULT_KAPPA) if config.locks else config
+def foretold(mode: Mode, found: dict[str, Edited], shape: str, gpu: Rates) -> tuple[Cost, Seconds]:
+    """What an edit in this mode keeps and takes, on the tokens of the edits measured."""
     tokens, background = growth.sizes([edited.row for edited in found.values()])
-    return estimate(
-        SIZES[shape], config, tokens=tokens, background_rows=background, store=mode.store, kernel=mode.kernel
-    )
-
-
-def by_forwards(mode: Mode, costs: Cost) -> float:
-    """An edit over the plain pipeline, where a forward is all that takes time; one from a recording adds none."""
-    return 1 if mode.recorded else costs.forwards / costs.forwards_plain
+    return cost_of(shape, mode, tokens, background), seconds(shape, mode, background / tokens, gpu)
 
 
 def cost(path: Path) -> str:
     """What locking costs on top of what one runs anyway: a sentence, and a table."""
     edits, found = edits_of(path), Measured(path)
-    lines = [_whole(edits, name) for name in (SHORTEST, USUAL, BESIDE)]
+    lines = [_whole(edits, name, found.gpu) for name in (SHORTEST, USUAL, BESIDE)]
     for name, shape in (("32760 tokens", WAN_1_3B_480P), ("4096 tokens", SMALL_H12)):
         lines.append(_attention(found, name, shape))
     locked = found.line(PASS, "kvlock", WAN_1_3B_480P.name, "bf16", LOCK)
@@ -76,11 +64,11 @@ def _more(edited: Edited) -> float:
     return float(edited.row.peak_gib) - float(edited.plain.peak_gib)
 
 
-def _whole(edits: dict[str, Edited], name: str) -> tuple[str, ...]:
+def _whole(edits: dict[str, Edited], name: str, gpu: Rates) -> tuple[str, ...]:
     command = f'`{EDIT} "{name}"`'
     if name not in edits:
-        guess = by_forwards(MODES[name], foretold(MODES[name], edits))
-        return f"a whole edit: {name}", NOT_YET, NOT_YET, f"predicted {guess:.2f}", DASH, command
+        _, guess = foretold(MODES[name], edits, "1.3b", gpu)
+        return f"a whole edit: {name}", NOT_YET, NOT_YET, f"predicted {guess.edit_ratio:.2f}", DASH, command
     row, plain = edits[name]
     return (
         f"a whole edit: {name}", f"{float(plain.step_s):.2f} s a step",
@@ -102,17 +90,19 @@ def _attention(found: Measured, name: str, shape: Shape) -> tuple[str, ...]:
 
 def edits(path: Path, shape: str = "1.3b") -> str:
     """Whole edits with rows as given on the device, and without: measured, or predicted and said so."""
-    found = edits_of(path, shape)
+    found, gpu = edits_of(path, shape), rates(path)
     usual = _usual(found)
     alone = usual and Edited(usual.plain, usual.plain)
-    lines = [("pipeline alone", *_measured(alone), "1", DASH, DASH, DASH, _peak(alone))]
+    plain = foretold(MODES["preset plain"], found, shape, gpu)[1]
+    cells = _measured(alone, plain) if alone else (_predicted(plain.plain), DASH, DASH)
+    lines = [("pipeline alone", *cells, "1", DASH, DASH, DASH, _peak(alone))]
     for name in (name for name in MODES if not outside(name)):
-        mode, costs = MODES[name], foretold(MODES[name], found, shape)
-        edited = found.get(name)
+        mode, edited = MODES[name], found.get(name)
+        costs, guess = foretold(mode, found, shape, gpu)
         lines.append(
             (
-                name, *_measured(edited), NOT_YET if edited is None else f"{float(edited.row.edit_ratio):.2f}",
-                f"{by_forwards(mode, costs):.2f}", _target(mode), f"{costs.bytes_kept / 2**30:.1f} GiB", _peak(edited),
+                name, *_measured(edited, guess), NOT_YET if edited is None else f"{float(edited.row.edit_ratio):.2f}",
+                f"{guess.edit_ratio:.2f}", _target(mode), f"{costs.bytes_kept / 2**30:.1f} GiB", _peak(edited),
             )
         )  # fmt: skip
     header = ["mode", "a step", "a locked step", "that over plain", "an edit over plain", "predicted", "target"]
@@ -124,14 +114,18 @@ def _usual(found: dict[str, Edited]) -> Edited | None:
     return found.get(USUAL) or next(iter(found.values()), None)
 
 
-def _measured(edited: Edited | None) -> tuple[str, str, str]:
+def _measured(edited: Edited | None, guess: Seconds) -> tuple[str, str, str]:
     """A step, a locked one, and that over the plain pipeline."""
     if edited is None:
-        return NOT_YET, DASH, DASH
+        return NOT_YET, _predicted(guess.locked) if guess.locked > guess.plain else DASH, DASH
     row = edited.row
     if not row.locked_step_s:
         return f"{float(row.step_s):.3f} s", DASH, DASH
     return f"{float(row.step_s):.3f} s", f"{float(row.locked_step_s):.3f} s", f"{float(row.locked_ratio):.2f}"
+
+
+def _predicted(time: float, least: str = "") -> str:
+    return f"{NOT_YET} (predicted {least}{time:.2f} s)"
 
 
 def _peak(edited: Edited | None) -> str:
@@ -190,21 +184,22 @@ def places(path: Path, shape: str = "1.3b") -> str:
     measured = edits_of(path, shape)
     if not measured:
         return NOT_YET
-    usual = _usual(measured)
+    usual, gpu = _usual(measured), rates(path)
     assert usual is not None
     lines = []
     for name in filter(outside, MODES):
         mode, edited = MODES[name], measured.get(name)
-        costs, plain = foretold(mode, measured, shape), (edited or usual).plain
+        (costs, guess), plain = foretold(mode, measured, shape, gpu), (edited or usual).plain
         moved = costs.bytes_moved_replay if mode.recorded else costs.bytes_moved
         files = mode.recorded or mode.store.place == "disk"
-        guess = f"{NOT_YET} (predicted {'at least ' if files else ''}{by_forwards(mode, costs):.2f})"
+        least = "at least " if files else ""
         lines.append(
             (
                 name, f"{costs.bytes_kept / 2**30:.1f} GiB", f"{moved / 2**30:.1f} GiB", _slowest(costs, moved, files),
                 f"{(2 if mode.recorded else 3) / 2 * float(plain.step_s):.2f} s",
-                f"{float(edited.row.locked_step_s):.2f} s" if edited else NOT_YET,
-                f"{float(edited.row.edit_ratio):.2f}" if edited else guess, _target(mode), _peak(edited), _host(edited),
+                f"{float(edited.row.locked_step_s):.2f} s" if edited else _predicted(guess.locked, least),
+                f"{float(edited.row.edit_ratio):.2f}" if edited else
+                f"{NOT_YET} (predicted {least}{guess.edit_ratio:.2f})", _target(mode), _peak(edited), _host(edited),
             )
         )  # fmt: skip
     header = ["mode", "rows of a step", "moved in a locked step", "its slowest part", "the step's forwards"]

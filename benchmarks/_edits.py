@@ -12,7 +12,9 @@ from kvlock.mini import models, scenes
 
 SHAPES = {"1.3b": {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
           "14b": {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40}}  # fmt: skip
+HEAD_DIM = 128
 VIDEO = 81, 480, 832  # frames, rows and columns
+PROMPT = 512, 4096  # tokens, and the channels of their embeddings
 NEEDED = {"14b": 60e9}  # bytes of device memory, with rows in bf16 there
 
 
@@ -47,33 +49,47 @@ def miniature(device: str) -> Edit:
     )  # fmt: skip
 
 
-def wan(device: str, shape: str) -> Edit:
-    """A transformer of the shape of Wan2.1-T2V in bf16 on noise, with nothing encoded and nothing decoded."""
-    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
-    from transformers import UMT5Config, UMT5EncoderModel
+def transformer(device: str, sizes: dict[str, int]) -> Any:
+    """One of Wan2.1-T2V, in bf16; random weights, and none on the meta device."""
+    from diffusers import WanTransformer3DModel
 
-    torch.manual_seed(0)
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device(device):
-            transformer = WanTransformer3DModel(attention_head_dim=128, **SHAPES[shape])
+            return WanTransformer3DModel(attention_head_dim=HEAD_DIM, **sizes)
     finally:
         torch.set_default_dtype(default)
+
+
+def latents() -> tuple[int, ...]:
+    """The sizes of one sample's latents."""
+    frames, height, width = VIDEO
+    return 1, 16, (frames - 1) // 4 + 1, height // 8, width // 8
+
+
+def wan(device: str, shape: str) -> Edit:
+    """A transformer of the shape of Wan2.1-T2V in bf16 on noise, with nothing encoded and nothing decoded."""
+    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    torch.manual_seed(0)
+    model = transformer(device, SHAPES[shape])
     tokenizer, (frames, height, width) = models.build_tokenizer(), VIDEO
-    config = UMT5Config(vocab_size=len(tokenizer), d_model=4096, d_kv=64, d_ff=64, num_layers=1, num_heads=2)
+    tokens, channels = PROMPT
+    config = UMT5Config(vocab_size=len(tokenizer), d_model=channels, d_kv=64, d_ff=64, num_layers=1, num_heads=2)
     pipe = WanPipeline(
         tokenizer=tokenizer,
         text_encoder=UMT5EncoderModel(config),
         vae=AutoencoderKLWan(),  # on the CPU: only its strides are asked for
         scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
-        transformer=transformer,
+        transformer=model,
     )
     pipe.text_encoder.to(device, torch.bfloat16)
     mask = torch.zeros(frames, height, width, dtype=torch.bool)
     mask[:, height // 4 : 13 * height // 20, width // 4 : 17 * width // 26] = True
-    source = torch.randn(1, 16, (frames - 1) // 4 + 1, height // 8, width // 8, device=device)
-    source_embeds, prompt, negative = torch.randn(3, 1, 512, 4096, device=device, dtype=torch.bfloat16)
+    source = torch.randn(latents(), device=device)
+    source_embeds, prompt, negative = torch.randn(3, 1, tokens, channels, device=device, dtype=torch.bfloat16)
     return Edit(
         named(shape), pipe, kvlock.Masks.from_pixels(mask, pipe), source, source_embeds,
         {"prompt_embeds": prompt, "negative_prompt_embeds": negative, "height": height, "width": width,

@@ -66,7 +66,9 @@ def limit(lines: list[Line], gpu: Rates, name: str) -> Figure:
     axes.set_yticks(range(len(bars)), [label(line) for line, _ in bars], fontsize=6)
     axes.set_ylim(len(bars) - 0.4, -0.6)
     axes.set_xlim(0, 105)
-    axes.set_xlabel(f"limit over time (%): {gpu.bandwidth / 1e12:g} TB/s, {gpu.products / 1e12:g} TFLOP/s")
+    axes.set_xlabel(
+        f"% of the limit: time at {gpu.bandwidth / 1e12:g} TB/s or {gpu.products / 1e12:g} TFLOP/s over time taken"
+    )
     axes.set_title(f"{WAN_1_3B_480P.name}, {name}\norange: this package; |: predicted", fontsize=9, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     return figure

@@ -10,21 +10,24 @@ from matplotlib.figure import Figure
 
 from benchmarks import attention, roofline
 from benchmarks._case import NAMES, WAN_1_3B_480P, Rates, Shape, background_rows
+from benchmarks._edit_model import SIZES, seconds
 from benchmarks._edit_rows import EditRow
 from benchmarks._model import predict
 from benchmarks.edit import HALF, MODES, USUAL
 from benchmarks.lerp import RATIO, SHARE, traffic
 from benchmarks.roofline import Line
 from kvlock.config import DEFAULT_KAPPA, KVLockConfig
-from kvlock.cost import Cost, ModelSizes, estimate
+from kvlock.cost import Cost, estimate
 from kvlock.plots import BLUE, DARK_RED, GREY, ORANGE
 from kvlock.store import Store
 
-WAN_1_3B = ModelSizes(layers=30, heads=12, head_dim=128, token_values=64)
+WAN_1_3B = SIZES["1.3b"]
 STORED = {torch.bfloat16: BLUE, torch.int8: ORANGE}
 TOKENS = [2048 * 2**step for step in range(6)]
 SHARES = [step / 20 for step in range(1, 21)]
-KAPPAS = [step / 10 for step in range(1, 11)]
+STEPS = 50
+KAPPAS = [step / STEPS for step in range(1, STEPS + 1)]
+EDITED = {USUAL: BLUE, "store, fused": ORANGE, "batch, hooks": DARK_RED}
 LERPS = {"kv_lerp_pair_": 2, "kv_lerp_": 1}  # tensors that a call mixes
 
 
@@ -37,7 +40,7 @@ def figure(lines: list[Line], edits: Sequence[EditRow], gpu: Rates, name: str) -
     over_tokens(tokens, lines, gpu)
     over_share(share, lines, gpu)
     over_layers(layers, rows)
-    over_kappa(kappa, rows)
+    over_kappa(kappa, rows, gpu)
     for axes in drawing.axes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#dddddd", linewidth=0.6)
@@ -116,21 +119,21 @@ def over_layers(axes: Axes, rows: Sequence[EditRow]) -> None:
     axes.set_ylabel("source rows kept (GiB)")
 
 
-def over_kappa(axes: Axes, rows: Sequence[EditRow]) -> None:
-    """A whole edit over the plain pipeline, by forwards through the transformer."""
+def over_kappa(axes: Axes, rows: Sequence[EditRow], gpu: Rates) -> None:
+    """A whole edit over the plain pipeline; with a lock by variance its first two steps have none."""
     tokens, background = sizes(rows)
-    for source, colour in (("store", BLUE), ("batch", DARK_RED)):
-        costs = [cost(KVLockConfig(kappa=kappa, source=source), tokens, background, Store()) for kappa in KAPPAS]
-        ratios = [each.forwards / each.forwards_plain for each in costs]
-        axes.plot([0, *KAPPAS], [1, *ratios], color=colour, linewidth=1.2, label=f"predicted, {source}")
-        points = [
-            (DEFAULT_KAPPA, float(row.edit_ratio))
-            for row in rows
-            if row.mode.startswith(f"{source}, ") and row.locked_ratio  # not in 8 bits or elsewhere
-        ]
-        _points(axes, points, colour, f"measured, {source}")
+    for mode, colour in EDITED.items():
+        step = seconds("1.3b", MODES[mode], background / tokens, gpu)
+        ratios = [1 + _locked_share(kappa) * (step.locked / step.plain - 1) for kappa in KAPPAS]
+        axes.plot([0, *KAPPAS], [1, *ratios], color=colour, linewidth=1.2, label=f"predicted, {mode}")
+        points = [(DEFAULT_KAPPA, float(row.edit_ratio)) for row in rows if row.mode == mode]
+        _points(axes, points, colour, f"measured, {mode}")
     axes.set_xlabel("kappa, the share of locked steps")
     axes.set_ylabel("edit / plain pipeline")
+
+
+def _locked_share(kappa: float) -> float:
+    return len(KVLockConfig(kappa=kappa).locked_steps(STEPS)) / STEPS
 
 
 def sizes(rows: Sequence[EditRow]) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """Predictions beside measurements: `python -m benchmarks.roofline [results.csv]`; one that misses by 20 % has a mark.
 
 Predictions need no GPU. Without a file it reads all of `results/`; `--all` adds every row that was not measured yet.
+Whole edits follow the operators of their GPU.
 """
 
 import argparse
@@ -9,15 +10,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks import _edit_model, _edit_rows
 from benchmarks.__main__ import CASES
 from benchmarks._case import RATES, Rates
+from benchmarks._edits import SHAPES, named
 from benchmarks._harness import Key, Row, is_steady, key, not_failed_since, read
 from benchmarks._model import Prediction, predict
+from benchmarks.edit import MODES
+from benchmarks.lerp import SHARE
 
 RESULTS = Path(__file__).with_name("results")
 MISS = 0.2  # of the prediction, either way
 LAUNCH_US = 1.0  # a call that would need less is all launch, of which predictions know nothing
 BY_KEY = {case.key: case for case in CASES}
+MODELS = {named(shape): shape for shape in SHAPES}
+A_STEP, LOCKED_STEP = "a step", "a locked step"
 
 
 class Line(NamedTuple):
@@ -104,16 +111,51 @@ def not_measured(lines: list[Line], gpu: Rates) -> Iterator[Line]:
                 yield Line(*names, predict(case, provider.name, gpu), None)
 
 
+def edits(path: Path, gpu: Rates) -> list[Line]:
+    """The steps of the timed edits of a file, with predictions; those of the miniature have none."""
+    found = []
+    for edit, _ in _edit_rows.timed(path):
+        if edit.model in MODELS and edit.mode in (*MODES, _edit_rows.PIPELINE):
+            share = int(edit.background) / int(edit.tokens)
+            for line in _steps(edit.model, edit.mode, share, gpu):
+                seconds = edit.step_s if line.setting == A_STEP else edit.locked_step_s
+                found.append(line._replace(measured=1e6 * float(seconds)))
+    return found
+
+
+def _steps(model: str, mode: str, share: float, gpu: Rates) -> Iterator[Line]:
+    """A step of an edit, and a locked one where its mode locks; nobody has measured them."""
+    settings = MODES.get(mode, MODES["preset plain"])
+    took = _edit_model.seconds(MODELS[model], settings, share, gpu)
+    yield Line("edit", mode, model, "", A_STEP, Prediction(1e6 * took.plain, "FLOP and bytes"), None)
+    if settings.config.locks:
+        files = settings.recorded or settings.store.place == "disk"
+        counted = "FLOP and bytes, without what files take" if files else "FLOP and bytes"
+        yield Line("edit", mode, model, "", LOCKED_STEP, Prediction(1e6 * took.locked, counted), None)
+
+
+def edits_not_measured(lines: list[Line], gpu: Rates) -> Iterator[Line]:
+    """The steps of the other edits of the runner, at the background of the operators."""
+    seen = {line[:5] for line in lines}
+    for model in MODELS:
+        for mode in (_edit_rows.PIPELINE, *MODES):
+            yield from (line for line in _steps(model, mode, SHARE, gpu) if line[:5] not in seen)
+
+
 def report(lines: list[Line]) -> str:
     """A line each, then how many missed."""
     text = []
     for line in lines:
         name = " ".join(filter(None, line[:5]))
-        time = "not yet measured" if line.measured is None else f"{line.measured:.1f} us, {1 + line.missed:.2f} times"
+        time = "not yet measured" if line.measured is None else f"{_time(line.measured)}, {1 + line.missed:.2f} times"
         mark = f"  <- misses by {100 * abs(line.missed):.0f} %" if line.flagged else ""
-        text.append(f"{name}: predicted {line.prediction.us:.1f} us ({line.prediction.counted}); {time}{mark}")
+        text.append(f"{name}: predicted {_time(line.prediction.us)} ({line.prediction.counted}); {time}{mark}")
     timed = [line for line in lines if line.measured is not None]
     return "\n".join([*text, f"{sum(line.flagged for line in timed)} of {len(timed)} rows miss by more than 20 %"])
+
+
+def _time(us: float) -> str:
+    return f"{us / 1e6:.3f} s" if us >= 1e6 else f"{us:.1f} us"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -130,6 +172,10 @@ def main(arguments: list[str] | None = None) -> int:
             failed |= bool(options.csv)  # it was asked for
             continue
         print(path.name, report([*lines, *not_measured(lines, gpu)] if options.all else lines), sep="\n")
+        beside = _edit_rows.beside(path)
+        lines = edits(beside, gpu)
+        if lines or options.all:
+            print(beside.name, report([*lines, *edits_not_measured(lines, gpu)] if options.all else lines), sep="\n")
     return int(failed)
 
 

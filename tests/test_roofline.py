@@ -4,11 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from benchmarks import __main__ as runner
-from benchmarks import roofline
+from benchmarks import edit, roofline
 from benchmarks._case import RATES, TARGET_GPU, WAN_1_3B_480P, Case
 from benchmarks._eager_bytes import Counting
+from benchmarks._edit_model import seconds
+from benchmarks._edit_rows import EditRow
 from benchmarks._harness import Results, Row, read
 from benchmarks._model import predict
 
@@ -37,10 +40,30 @@ def test_eager_steps_are_counted_and_views_are_free() -> None:
         lambda: x.index_select(0, index): 24 + 2 * 1200,
         lambda: x.index_copy_(0, index, x[:3]): 24 + 2 * 1200,
         lambda: torch.empty_like(x): 0,
+        lambda: F.rms_norm(x, (100,)): 8000,  # one step on a GPU
+        lambda: x @ x.T: 0,  # bound by its FLOP
     }.items():
         with Counting() as counting:
             step()
         assert counting.bytes == moved
+
+
+def test_products_and_attention_are_counted_by_their_flop_and_nothing_else() -> None:
+    x, q = torch.empty(10, 100, device="meta"), torch.empty(2, 3, 10, 8, device="meta")
+    keys = torch.empty(2, 3, 20, 8, device="meta")
+    for step, flop in {
+        lambda: x @ x.T: 2 * 10 * 10 * 100,
+        lambda: F.linear(x, x, x[:, 0]): 2 * 10 * 10 * 100,
+        lambda: q @ q.mT: 6 * 2 * 10 * 10 * 8,
+        lambda: F.scaled_dot_product_attention(q, keys, keys): 6 * 4 * 10 * 20 * 8,
+        lambda: F.scaled_dot_product_attention(query=q, key=keys, value=keys): 6 * 4 * 10 * 20 * 8,
+    }.items():
+        with Counting() as counting:
+            step()
+        assert (counting.flop, counting.bytes) == (flop, 0)
+    with Counting() as counting:
+        x + 1
+    assert counting.flop == 0
 
 
 def find(op: str, source: str, setting: str = "share 0.8, ratio 0.3") -> Case:
@@ -82,8 +105,33 @@ def test_the_report_marks_what_misses_by_a_fifth(tmp_path: Path, capsys: pytest.
     assert "misses" not in first and second.endswith("misses by 21 %") and third.endswith("misses by 21 %")
     assert roofline.main([str(path), "--all"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 5 + sum(len(case.providers) for case in runner.CASES) - 1
-    assert sum("not yet measured" in line for line in lines) == len(lines) - 5
+    edits = lines.index("edit-gpu.csv")
+    assert edits == 5 + sum(len(case.providers) for case in runner.CASES) - 1
+    assert sum("not yet measured" in line for line in lines[:edits]) == edits - 5
+    assert lines[-1] == "0 of 0 rows miss by more than 20 %"
+    steps = len(lines[edits + 1 : -1])  # of two models; the pipeline and preset plain have none that is locked
+    assert steps == 2 * 2 * len(edit.MODES)
+
+
+def test_edits_stand_beside_the_operators_of_their_gpu(tmp_path: Path) -> None:
+    path, took = tmp_path / "edit-gpu.csv", seconds("14b", edit.MODES["store, hooks"], 0.5, GPU)
+    plain = EditRow("wan-14b, random", "pipeline", "", "200", "100", str(took.plain), *[""] * 10)
+    locks = plain._replace(mode="store, hooks", locked_step_s=str(1.3 * took.locked))
+    others = locks._replace(mode="a mode of before"), locks._replace(mode="batch, hooks", step_s="", note="failed")
+    with Results(path, EditRow._fields) as results:
+        for row in (plain, locks, *others, plain._replace(model="miniature"), locks._replace(model="miniature")):
+            results.write(row)
+    lines = roofline.edits(path, GPU)
+    assert [(line.provider, line.setting) for line in lines] == [
+        ("pipeline", "a step"), ("store, hooks", "a step"), ("store, hooks", "a locked step")
+    ]  # fmt: skip
+    assert [line.missed for line in lines] == pytest.approx([0, 0, 0.3])
+    said = roofline.report(lines).splitlines()
+    assert said[-1] == "1 of 3 rows miss by more than 20 %" and said[2].endswith("misses by 30 %") and " s (" in said[2]
+    rest = [*roofline.edits_not_measured(lines, GPU)]
+    everything = {line[:5] for line in (*lines, *rest)}
+    assert len(everything) == len(lines) + len(rest) == 2 * 2 * len(edit.MODES)
+    assert all(line.measured is None and line.prediction.us > 0 for line in rest)
 
 
 def test_a_gpu_of_unknown_rates_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
