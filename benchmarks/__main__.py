@@ -7,8 +7,6 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
 from benchmarks import attention, guidance, lerp, norm_rope, packing, variance
 from benchmarks._case import RATES, TARGET_GPU, Case
 from benchmarks._harness import (
@@ -23,6 +21,7 @@ from benchmarks._harness import (
     read,
     rows,
 )
+from benchmarks._machine import lacking
 from benchmarks._model import predict
 from benchmarks.plain_attention import FORCED
 
@@ -30,7 +29,7 @@ CASES = (*lerp.CASES, *packing.CASES, *norm_rope.CASES, *variance.CASES, *guidan
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 1 where a row failed its check or could not be measured, 2 where there is no GPU."""
+    """Returns the exit code: 1 where a row failed its check or could not be measured, 2 for want of a GPU or NVML."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--gpu", action="store_true", help="measure on the first CUDA GPU")
     parser.add_argument("--core", action="store_true", help="the core, about 40 rows, marked in the list")
@@ -51,13 +50,13 @@ def main(arguments: list[str] | None = None) -> int:
         cases = [case.by(options.by) for case in cases]
         if not any(case.providers for case in cases):
             parser.error(f"no provider of these cases has {options.by!r} in its name")
-    cases = with_plain(cases)
     if not options.gpu:
-        print(*map(describe, cases), sep="\n")
+        print(*map(describe, with_plain(cases)), sep="\n")
         return 0
-    if not torch.cuda.is_available():
-        print("python -m benchmarks --gpu needs a CUDA GPU, and torch sees none", file=sys.stderr)
+    if lacks := lacking():
+        print(f"python -m benchmarks --gpu needs {lacks}", file=sys.stderr)
         return 2
+    cases = with_plain([*map(attention.here, cases)])
     return int(not measure(cases, options.out, options.commit, new=options.new, minutes=options.minutes))
 
 
@@ -75,13 +74,13 @@ def describe(case: Case) -> str:
 
 def with_plain(cases: list[Case]) -> list[Case]:
     """The cases, in the order of the runner, and plain attention beside what is compared with it."""
-    asked = {case.key: {provider.name for provider in case.providers} for case in cases}
+    asked = {case.key: {provider.name: provider for provider in case.providers} for case in cases}
     beside = {(case.shape.name, name) for case in cases for p in case.providers if p.over for name in (p.over, FORCED)}
     found = []
     for case in CASES:
         plain = {name for shape, name in beside if case.op == "attention" and case.shape.name == shape}
-        wanted = asked.get(case.key, set()) | plain
-        providers = tuple(provider for provider in case.providers if provider.name in wanted)
+        given = asked.get(case.key, {})
+        providers = tuple(given.get(p.name, p) for p in case.providers if p.name in {*given, *plain})
         if providers:
             found.append(dataclasses.replace(case, providers=providers))
     return found

@@ -2,15 +2,15 @@
 
 import contextlib
 import datetime
+import importlib.util
 import re
 import subprocess
 from importlib import metadata
 from pathlib import Path
 
 import torch
-from torch.nn.attention import SDPBackend
 
-from benchmarks._case import NAMES, Case, Provider
+from benchmarks._case import Case, Provider
 from kvlock_kernels import info
 
 
@@ -35,7 +35,7 @@ class Machine:
             pynvml.nvmlInit()
             self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(0).uuid}")
             self._nvml = pynvml
-        except Exception:  # not installed, or no such library on this machine: its columns stay blank
+        except Exception:  # there is no such library of the driver: its columns stay blank
             pass
 
     @property
@@ -74,6 +74,15 @@ class Machine:
         return state
 
 
+def lacking() -> str:
+    """What rows of a GPU want that this machine does not have; blank where it has everything."""
+    if not torch.cuda.is_available():
+        return "a CUDA GPU, and torch sees none"
+    if importlib.util.find_spec("pynvml") is None:
+        return 'nvidia-ml-py, which tells the clocks, the power and the memory of a row: pip install -e ".[bench]"'
+    return ""
+
+
 def checkout() -> str:
     """The commit of this checkout, marked where it has changes but rows more; blank outside of one."""
     git = lambda *words: subprocess.run(
@@ -109,7 +118,7 @@ def _named(case: Case, name: str) -> str:
     if name == "kvlock":
         return (info.on_cuda(case.op, 0) if torch.cuda.is_available() else info.on_cpu(case.op)).split(":")[0]
     if name == "attention":
-        return _named(case, _attending(case)) if torch.cuda.is_available() else ""
+        return _of_attention(case) if torch.cuda.is_available() else ""
     if name == "cudnn":
         version = torch.backends.cudnn.version()
         return f"{name} {version}" if version else ""
@@ -119,14 +128,10 @@ def _named(case: Case, name: str) -> str:
         return ""
 
 
-def _attending(case: Case, device: str = "cuda") -> str:
-    from kvlock_kernels._triton import attend  # wants Triton
+def _of_attention(case: Case) -> str:
+    """Whose kernel attends after this package's; blank where that is its own."""
+    from benchmarks import attention  # wants Triton
 
-    shape = 0, case.shape.tokens, case.shape.heads, case.shape.dim
-    rows = torch.empty(shape, dtype=torch.bfloat16, device=device)
-    source = next(dtype for dtype, name in NAMES.items() if name == case.source)
-    first, second, *_ = attend.choice(rows, rows, rows.to(source)).plain
-    if first == attend.OWN and attend.own_kernel(rows, rows, 1.0) is not None:
-        return ""
-    attends = second if first == attend.OWN else first
-    return "cudnn" if attends == SDPBackend.CUDNN_ATTENTION else "torch"
+    attends = attention.attends(case)
+    plain = next(provider for provider in attention.PLAIN if provider.name == attends)
+    return "" if attends == attention.SM_90 else _named(case, *plain.libraries)

@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -29,9 +30,10 @@ from benchmarks._case import (
     ours,
 )
 from benchmarks.lerp import RATIO, SHARE, SHARES, exact, first_rows, make_pair, traffic
-from benchmarks.plain_attention import BACKENDS, FORCED, PLAIN, forced, launcher
+from benchmarks.plain_attention import BACKENDS, FORCED, PLAIN, SM_90, forced, launcher
 from kvlock_kernels import reference
 
+OPERATOR = "kv_lerp_attention_"
 SOURCES = (torch.bfloat16, torch.float8_e4m3fn, torch.int8)
 SHORT = (SMALL_H12, WAN_1_3B_480P)
 CORE = {(shape, torch.int8): ("kvlock", "kv_lerp_pair_ + cuDNN", "torch.compile + cuDNN") for shape in SHORT} | {
@@ -101,7 +103,30 @@ def persistent(**inputs: Any) -> Tensor:
 
 def serving(shape: Shape) -> str:
     """The provider of plain attention whose kernel the operator calls on sm_90."""
-    return "kvlock sm_90" if shape.tokens >= OWN_FROM.get(shape.dim, math.inf) else FORCED
+    return SM_90 if shape.tokens >= OWN_FROM.get(shape.dim, math.inf) else FORCED
+
+
+def attends(case: Case, device: str = "cuda") -> str:
+    """The same for the GPU that is there, and for this Triton, which may not compile the kernel for sm_90."""
+    from kvlock_kernels._triton import attend
+
+    rows = torch.empty((0, case.shape.tokens, case.shape.heads, case.shape.dim), dtype=torch.bfloat16, device=device)
+    source = next(dtype for dtype, name in NAMES.items() if name == case.source)
+    names = {backend: name for name, backend in BACKENDS.items()}
+    for kernel in attend.choice(rows, rows, rows.to(source)).plain:
+        if kernel == attend.OWN and attend.own_kernel(rows, rows, 1.0) is not None:
+            return SM_90
+        if kernel in names:
+            return names[kernel]
+    raise ValueError(f"{case.label}: no provider of plain attention is what attends")
+
+
+def here(case: Case) -> Case:
+    """The case with the operator set against what attends on the GPU that is there."""
+    if case.op != OPERATOR:
+        return case
+    over = {"kvlock": attends(case)} if any(p.name == "kvlock" for p in case.providers) else {}
+    return replace(case, providers=tuple(p._replace(over=over.get(p.name, p.over)) for p in case.providers))
 
 
 WAYS = (
@@ -163,13 +188,13 @@ def plain_case(shape: Shape) -> Case:
 
 def case(shape: Shape, source: torch.dtype, share: float = SHARE, ratio: float = RATIO) -> Case:
     setting: dict[str, Any] = {"source": source, "share": share, "ratio": ratio}
-    own = ours("kv_lerp_attention_")._replace(over=serving(shape), libraries=("kvlock", "attention"))
+    own = ours(OPERATOR)._replace(over=serving(shape), libraries=("kvlock", "attention"))
     providers = [own, *WAYS, by_operator(), by_compiled_formula()]
     if source == torch.bfloat16 and 0 < ratio < 1:  # torch.lerp does not know the ends
         providers.append(by_torch_lerp(ratio))
     short = shape in SHORT and (share, ratio) == (SHARE, RATIO)
     return Case(
-        "kv_lerp_attention_", shape, "bf16", NAMES[source], f"share {share:g}, ratio {ratio:g}",
+        OPERATOR, shape, "bf16", NAMES[source], f"share {share:g}, ratio {ratio:g}",
         partial(make, **setting), work, check, tuple(providers), first=partial(traffic, tensors=2, **setting),
         core=CORE.get((shape, source), ()) if short else (),
     )

@@ -30,7 +30,7 @@ from benchmarks._edit_rows import MEASURED, PIPELINE, EditRow
 from benchmarks._edits import EDITS, NEEDED, Edit, named
 from benchmarks._harness import Results
 from benchmarks._host_memory import HostMemory
-from benchmarks._machine import Machine
+from benchmarks._machine import Machine, lacking
 from benchmarks._moving import counted
 from kvlock import KVLockConfig, Store
 
@@ -268,7 +268,7 @@ def _gib(size: int) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 1 where a mode failed, 2 where a GPU is asked for and there is none."""
+    """Returns the exit code: 1 where a mode failed, 2 where a GPU is asked for and it, or its NVML, is not there."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.edit", description=__doc__)
     parser.add_argument("--gpu", action="store_true", help="on the first CUDA GPU, with Wan's shapes too")
     parser.add_argument("--shape", choices=EDITS, help="only this one of them")
@@ -279,8 +279,8 @@ def main(arguments: list[str] | None = None) -> int:
     modes = {name: mode for name, mode in MODES.items() if options.only in name}
     if not modes:
         parser.error(f"no mode has {options.only!r} in its name; there are {'; '.join(MODES)}")
-    if options.gpu and not torch.cuda.is_available():
-        print("python -m benchmarks.edit --gpu needs a CUDA GPU, and torch sees none", file=sys.stderr)
+    if options.gpu and (lacks := lacking()):
+        print(f"python -m benchmarks.edit --gpu needs {lacks}", file=sys.stderr)
         return 2
     if not options.gpu and options.shape not in (None, "miniature"):
         parser.error(f"--shape {options.shape} wants --gpu; a CPU edits with the miniature")

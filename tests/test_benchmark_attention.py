@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from benchmarks import __main__ as runner
-from benchmarks import _harness, _machine, attention, plain_attention
+from benchmarks import _harness, _machine, attention, lerp, plain_attention
 from benchmarks._case import TINY, Provider, Shape
 from kvlock_kernels._triton import hopper, plain
 
@@ -79,7 +79,7 @@ def test_a_locked_row_says_by_whom_rows_are_mixed_and_who_attends(monkeypatch: p
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 9)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(_machine.info, "on_cuda", lambda op, device: "Triton: and more")
-    monkeypatch.setattr(_machine, "_attending", partial(_machine._attending, device="cpu"))
+    monkeypatch.setattr(attention, "attends", partial(attention.attends, device="cpu"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(plain, "compiled_hopper", lambda *call: hopper)
     said = {p.name: _machine.libraries(LOCKED, p) for p in LOCKED.providers}
@@ -89,13 +89,18 @@ def test_a_locked_row_says_by_whom_rows_are_mixed_and_who_attends(monkeypatch: p
         "torch.lerp + cuDNN": "torch 1.2 + cudnn 9",
     }  # fmt: skip
     long = attention.case(attention.WAN_1_3B_480P, torch.bfloat16)
-    assert _machine.libraries(long, long.providers[0]) == "Triton"  # which attends too
+    own = lambda: (_machine.libraries(long, long.providers[0]), attention.here(long).providers[0].over)
+    assert own() == ("Triton", "kvlock sm_90")  # which attends too
     monkeypatch.setattr(plain, "compiled_hopper", lambda *call: None)
-    assert _machine.libraries(long, long.providers[0]) == "Triton + cudnn 9"
+    assert own() == ("Triton + cudnn 9", "SDPA cuDNN")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    assert _machine.libraries(long, long.providers[0]) == "Triton + torch 1.2"  # FLASH is torch's
+    assert own() == ("Triton + torch 1.2", "SDPA FLASH")  # FLASH is torch's
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
-    assert _machine.libraries(long, long.providers[0]) == "Triton + cudnn 9"
+    assert own() == ("Triton + cudnn 9", "SDPA cuDNN")
+    others = {p.name: p.over for p in long.providers[1:]}
+    assert {p.name: p.over for p in attention.here(long).providers[1:]} == others
+    for other in (attention.plain_case(TINY), lerp.case(TINY, 0.8, torch.bfloat16, 0.3)):
+        assert attention.here(other) is other
 
 
 def test_every_row_of_the_runner_says_whose_kernel_it_is() -> None:

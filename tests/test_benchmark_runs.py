@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks import __main__ as runner
-from benchmarks import figures
+from benchmarks import attention, figures
 from benchmarks._harness import Ceilings, Row, read
 from benchmarks.report import H100
 
@@ -83,7 +83,8 @@ def test_a_row_that_does_not_do_is_measured_again_beside_plain_attention(run: An
 def test_a_row_without_a_time_makes_the_run_an_error(
     run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], status: str
 ) -> None:
-    monkeypatch.setattr(runner.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(runner, "lacking", str)
+    monkeypatch.setattr(attention, "attends", lambda case: "SDPA FLASH")
     run(**{"one launch": {"status": status}})
     capsys.readouterr()
     code = runner.main(["--gpu", "--only", "small-h12", "--by", "one launch", "--out", str(tmp_path / "other")])
@@ -101,3 +102,23 @@ def test_plain_attention_is_measured_first_where_only_what_is_over_it_was_asked_
     rows = [(row.op, row.provider, row.shape) for row in read(tmp_path / "gpu.csv")[2:]]
     plain, locked = [("attention", name, shape) for name in names], [("kv_lerp_attention_", "kvlock", shape)]
     assert rows == plain + len(asked) * locked
+
+
+def test_the_operator_is_set_against_what_attends_on_the_gpu_that_is_there(
+    run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(runner, "lacking", str)
+    monkeypatch.setattr(attention, "attends", lambda case: "SDPA FLASH")
+    over = []
+    rows = runner.rows
+
+    def seen(cases: Any, *more: Any) -> Iterator[Row]:
+        over.extend((p.name, p.over) for case in cases for p in case.providers if p.over)
+        return rows(cases, *more)
+
+    monkeypatch.setattr(runner, "rows", seen)
+    asked = ["--gpu", "--only", "kv_lerp_attention_-H12-int8 wan-1.3b-480p", "--by", "kv", "--out", str(tmp_path)]
+    assert runner.main(asked) == 0
+    assert {*over} == {("kvlock", "SDPA FLASH"), ("kv_lerp_pair_ + cuDNN", "SDPA cuDNN")}
+    first = [row.provider for row in read(tmp_path / "gpu.csv")[2:]]
+    assert first[:2] == ["SDPA cuDNN", "SDPA FLASH"] and {*first[2:]} == {"kvlock", "kv_lerp_pair_ + cuDNN"}

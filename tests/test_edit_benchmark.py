@@ -15,7 +15,8 @@ import pytest
 import torch
 
 import kvlock
-from benchmarks import _edit_rows, _edits, edit
+from benchmarks import __main__ as runner
+from benchmarks import _edit_rows, _edits, _machine, edit
 from benchmarks._edit_rows import EditRow
 from benchmarks._machine import Machine
 from kvlock import preset
@@ -265,7 +266,7 @@ def test_a_gpu_edits_with_every_shape_that_it_has_room_for_and_says_which_it_has
         monkeypatch.setitem(edit.EDITS, shape, lambda device, shape=shape: made.append(shape) or shape)
     measured = lambda shape, device, *_: [EditRow(shape, "pipeline", device, *["1"] * (edit.MEASURED - 3))]
     machine = SimpleNamespace(now=lambda: {"gpu": "small"}, file="small.csv")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(edit, "lacking", str)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (memory, 85e9))
     monkeypatch.setattr(edit, "Machine", lambda *_: machine)
@@ -300,6 +301,19 @@ def test_a_cpu_is_not_asked_for_a_large_model(capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit):
         edit.main(["--shape", "14b"])
     assert "--shape 14b wants --gpu" in capsys.readouterr().err
+
+
+def test_without_nvml_the_run_ends_with_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(_machine.importlib.util, "find_spec", lambda name: None)
+    for main in (edit.main, runner.main):
+        assert main(["--gpu", "--out", str(tmp_path)]) == 2
+        out, err = capsys.readouterr()
+        assert (out, err.count("\n")) == ("", 1)
+        assert 'needs nvidia-ml-py, ' in err and err.endswith('pip install -e ".[bench]"\n')
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
