@@ -29,7 +29,7 @@ CASES = (*lerp.CASES, *packing.CASES, *norm_rope.CASES, *variance.CASES, *guidan
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 1 where a row failed its check or could not be measured, 2 for want of a GPU or NVML."""
+    """Returns the exit code: 1 where a row failed its check or could not be measured, 2 without GPU or nvidia-ml-py."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--gpu", action="store_true", help="measure on the first CUDA GPU")
     parser.add_argument("--core", action="store_true", help="the core, about 40 rows, marked in the list")

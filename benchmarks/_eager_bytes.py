@@ -1,5 +1,6 @@
 """The bytes that eager PyTorch moves on a GPU, and what it multiplies, counted step by step without data or GPU."""
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,46 +18,39 @@ READS_ITS_RESULT = {"index_select", "index", "gather"}  # of its first argument 
 WRITES_ITS_LAST = {"index_copy_", "index_put_", "_index_put_impl_", "scatter_"}  # argument into the first, no more
 WRITES_ONLY = {"copy_", "fill_", "zero_"}  # the first argument is not read
 FREE = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"}
-
-
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "convolution"}  # bound by their FLOP
 
 
-class Counting(TorchDispatchMode):
-    """Inside, each operator adds what it reads and writes, or the FLOP of a product of matrices; views are free.
-
-    What a GPU runs as one kernel is one step, although it falls apart on tensors without data: attention and RMS norm.
-    """
+class Counting:
+    """Inside, each operator adds what it reads and writes, or the FLOP of a product of matrices; views are free."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0
-        self._attended = 0
+        self._whole, self._steps = WholeSteps(), Steps()
         self._products = FlopCounterMode(display=False)
-        self._whole = WholeSteps(self)
+
+    @property
+    def bytes(self) -> int:
+        return self._steps.bytes + self._whole.bytes
 
     @property
     def flop(self) -> int:
-        return self._attended + self._products.get_total_flops()
+        return self._products.get_total_flops() + self._whole.flop
 
     def __enter__(self) -> "Counting":
-        self._whole.__enter__()
-        self._products.__enter__()
-        return super().__enter__()
+        with contextlib.ExitStack() as modes:
+            for mode in (self._whole, self._products, self._steps):
+                modes.enter_context(mode)
+            self._modes = modes.pop_all()
+        return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self._products.__exit__(*error)
-        self._whole.__exit__(*error)
+        self._modes.close()
 
-    def attend(self, q: Tensor, k: Tensor) -> Tensor:
-        """Two products of q [..., M, D] with k and v [..., N, D]."""
-        self._attended += 4 * q.numel() * k.shape[-2]
-        return torch.empty_like(q)
 
-    def norm(self, x: Tensor) -> Tensor:
-        self.bytes += 2 * stored(x)
-        return torch.empty_like(x)
+class Steps(TorchDispatchMode):
+    """Counts the bytes of every step but products of matrices."""
+
+    bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -78,11 +72,10 @@ class Counting(TorchDispatchMode):
 
 
 class WholeSteps(TorchFunctionMode):
-    """Tells `counting` of attention and of RMS norms, and computes none."""
+    """Counts what a GPU runs as one kernel although it falls apart on tensors without data, and computes none of it."""
 
-    def __init__(self, counting: Counting) -> None:
-        super().__init__()
-        self._counting = counting
+    bytes = 0  # of RMS norms
+    flop = 0  # of attention: two products of q [..., M, D] with k and v [..., N, D]
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
@@ -90,9 +83,11 @@ class WholeSteps(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             q, k = (args[i] if len(args) > i else kwargs[name] for i, name in enumerate(("query", "key")))
-            return self._counting.attend(q, k)
-        if func in (F.rms_norm, torch.rms_norm):
-            return self._counting.norm(args[0] if args else kwargs["input"])
+            self.flop += 4 * q.numel() * k.shape[-2]
+            return torch.empty_like(q)
+        if func is F.rms_norm:
+            self.bytes += 2 * stored(args[0])
+            return torch.empty_like(args[0])
         return func(*args, **kwargs)
 
 

@@ -1,31 +1,32 @@
 """The cost model of a whole edit: seconds of a step, from the FLOP and bytes of its forwards and of its lock.
 
-Counted without data or GPU, over what a GPU is assumed to reach, as for operators. The start of a launch is left out,
-and what comes once a step: guidance, the variance, the scheduler.
+Counted without data or GPU: the FLOP of attention and of products of matrices, and then the bytes of every other step,
+each over what a GPU is assumed to reach, as for operators. The start of a launch is left out, and what comes once a
+step: guidance, the variance, the scheduler.
 """
 
 import dataclasses
 import functools
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
 from benchmarks import _edits, lerp, norm_rope, packing
-from benchmarks._case import Rates, Shape
+from benchmarks._case import WAN_1_3B_480P, Rates, Traffic, background_rows
 from benchmarks._eager_bytes import Counting
 from benchmarks._model import predict
 from benchmarks.edit import KAPPA, Mode
 from benchmarks.lerp import RATIO
 from kvlock.config import DEFAULT_KAPPA
 from kvlock.cost import Cost, ModelSizes, estimate
-from kvlock.store import DTYPES
+from kvlock.store import Store
 
-GRID = 21, 30, 52  # tokens of the video: frames, rows and columns
 SIZES = {
     name: ModelSizes(sizes["num_layers"], sizes["num_attention_heads"], _edits.HEAD_DIM, token_values=64)
     for name, sizes in _edits.SHAPES.items()
 }
-BRANCHES = 2  # with guidance and without; each is a forward
+BRANCHES = 2  # with the prompt and with the negative one; each is a forward
 LINK = 50e9  # bytes a second, what pinned copies over PCIe 5 with 16 lanes reach
 
 
@@ -79,37 +80,44 @@ def cost_of(shape: str, mode: Mode, tokens: int, background: int) -> Cost:
 
 
 def seconds(shape: str, mode: Mode, background: float, gpu: Rates) -> Seconds:
-    """Steps of an edit of which `background` is the share of locked tokens.
+    """Steps of an edit of which `background` is the share of locked tokens, in 80ths, as in the rows of operators.
 
-    Copies between the host and the device hide behind what computes, or it behind them. What files take counts nothing.
+    The longer counts of what computes and of the copies between the host and the device, each of which hides behind the
+    other. What files take is left out.
     """
-    one = forward(shape).seconds(gpu)
-    tokens = Shape("", GRID, 1).tokens
-    costs = cost_of(shape, mode, tokens, round(background * tokens))
-    if not costs.locked_steps:
+    one, video = forward(shape).seconds(gpu), WAN_1_3B_480P
+    costs = cost_of(shape, mode, video.tokens, background_rows(video, background))
+    if not mode.config.locks:
         return Seconds(BRANCHES * one, BRANCHES * one)
-    source = 0.0 if mode.recorded else (costs.forwards - costs.forwards_plain) / costs.locked_steps
+    sources = 0 if mode.recorded else 1 if mode.config.source == "store" else BRANCHES
     layers = mode.config_of(SIZES[shape].layers).layers or range(SIZES[shape].layers)
-    computes = (BRANCHES + source) * one + len(layers) * _lock(shape, mode, background, gpu)
+    computes = (BRANCHES + sources) * one + len(layers) * _lock(shape, mode, background, gpu)
     moved = costs.bytes_moved_replay if mode.recorded else costs.bytes_moved
     return Seconds(BRANCHES * one, max(computes, moved / LINK))
 
 
 def _lock(shape: str, mode: Mode, share: float, gpu: Rates) -> float:
-    """Seconds that a locked step spends in one layer beside what its forwards spend there."""
-    sizes = Shape("", GRID, SIZES[shape].heads)
-    given, kept = torch.bfloat16, DTYPES[mode.store.dtype] or torch.bfloat16
-    records = mode.config.source == "store" and not mode.recorded
+    """Seconds that a locked step spends in one layer beside what its forwards spend there.
+
+    Raises:
+        ValueError: the mode is one that the runner does not have, and that nothing here counts.
+    """
+    sizes, given = WAN_1_3B_480P._replace(heads=SIZES[shape].heads), torch.bfloat16
+    store, batch, full = mode.store, mode.config.source == "batch", mode.config.fusion == "full"
+    if (batch and mode.kernel == "fused") or (full and (mode.kernel != "backend" or batch or store != Store())):
+        raise ValueError(f"{mode} has no prediction")
+    kept = store.storage_dtype(given)
+    gathers = 0 if mode.recorded else BRANCHES if batch else 1  # of source rows, from the source's keys and values
     if mode.kernel == "fused":
         eager = predict(norm_rope.case(sizes, given, 0.0), "diffusers, eager", gpu).us
-        passes = BRANCHES * [norm_rope.traffic(sizes, share=share, source=kept)]
-        passes += [norm_rope.traffic(sizes, share=share, source=kept, packs=True)] if records else []
-        return sum(each.predicted_us(gpu) - eager for each in passes) / 1e6
-    if mode.kernel == "backend" and mode.config.fusion == "full":  # foreground rows join all of the source's
-        steps = [packing.traffic(sizes, dtype=given, packs=True, share=1.0)] * 2
-        steps += [packing.traffic(sizes, dtype=given, packs=True, share=1 - share)] * 2 * BRANCHES
+        steps = BRANCHES * [norm_rope.traffic(sizes, share=share, source=kept)]
+        steps += gathers * [norm_rope.traffic(sizes, share=share, source=kept, packs=True)]
+        return sum(step.predicted_us(gpu) - eager for step in steps) / 1e6
+    copied = partial(packing.traffic, sizes, dtype=given, packs=True)
+    if full:  # rows of the foreground join all of the source's
+        steps = 2 * [copied(share=1.0)] + 2 * BRANCHES * [copied(share=1 - share)]
     else:
-        keeps = packing.traffic(sizes, dtype=kept, packs=True, share=share)  # of keys; of values as many
-        steps = [keeps] * 2 * (records or BRANCHES * (mode.config.source == "batch"))
-        steps += [lerp.traffic(sizes, share=share, source=kept, ratio=RATIO, tensors=2)] * BRANCHES
-    return sum(each.predicted_us(gpu) for each in steps) / 1e6
+        mean = Traffic(background_rows(sizes, share) * sizes.heads * sizes.dim, ((6.0, "mean of the keys"),))
+        steps = gathers * (2 * [copied(share=share, dtype=kept)] + store.takes_mean * [mean])
+        steps += BRANCHES * [lerp.traffic(sizes, share=share, source=kept, ratio=RATIO, tensors=2)]
+    return sum(step.predicted_us(gpu) for step in steps) / 1e6

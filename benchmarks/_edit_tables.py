@@ -8,9 +8,10 @@ from benchmarks._case import WAN_1_3B_480P, Rates, Shape
 from benchmarks._edit_model import LINK, Seconds, cost_of, seconds
 from benchmarks._edit_rows import Edited, EditRow
 from benchmarks._edits import named
-from benchmarks._gpu_tables import LOCK, NOT_YET, PASS, Measured, markdown, milliseconds, rates, times
+from benchmarks._gpu_tables import LOCK, NOT_YET, PASS, Measured, markdown, milliseconds, times
 from benchmarks.edit import MODES, USUAL, Mode
 from benchmarks.lerp import SMALL_H12
+from benchmarks.roofline import rates
 from kvlock import Store
 from kvlock.cost import Cost
 
@@ -27,9 +28,16 @@ def edits_of(path: Path, shape: str = "1.3b") -> dict[str, Edited]:
 
 
 def foretold(mode: Mode, found: dict[str, Edited], shape: str, gpu: Rates) -> tuple[Cost, Seconds]:
-    """What an edit in this mode keeps and takes, on the tokens of the edits measured."""
+    """What an edit in this mode keeps and takes, on the tokens of the edits measured.
+
+    A locked step is as many times that of the pipeline as the model says, where that was measured.
+    """
     tokens, background = growth.sizes([edited.row for edited in found.values()])
-    return cost_of(shape, mode, tokens, background), seconds(shape, mode, background / tokens, gpu)
+    took, usual = seconds(shape, mode, background / tokens, gpu), _usual(found)
+    if usual is not None:
+        plain = float(usual.plain.step_s)
+        took = Seconds(plain, plain * took.locked / took.plain)
+    return cost_of(shape, mode, tokens, background), took
 
 
 def cost(path: Path) -> str:

@@ -5,8 +5,7 @@ from pathlib import Path
 
 from benchmarks import figures, roofline
 from benchmarks.__main__ import CASES
-from benchmarks._case import RATES, SHAPES, WAN_1_3B_480P, Case, Rates, Shape
-from benchmarks._harness import read
+from benchmarks._case import SHAPES, WAN_1_3B_480P, Case, Shape
 from benchmarks._model import predict
 from benchmarks.attention import HEADS, LENGTHS, TOKENS, serving
 from benchmarks.lerp import LOCK
@@ -55,27 +54,15 @@ def markdown(header: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *lines))
 
 
-def rates(path: Path) -> Rates:
-    """What predictions assume of the GPU of a file.
-
-    Raises:
-        ValueError: nothing is known of it.
-    """
-    assumed = next((found for row in read(path) if (found := RATES.get(row.gpu))), None)
-    if assumed is None:
-        raise ValueError(f"{path}: no rates are known of its GPU")
-    return assumed
-
-
 class Measured:
     """The rows of one file; the latest of each, and what was measured in the same run as one of them.
 
     Raises:
-        ValueError: as `rates`.
+        ValueError: as `roofline.rates`.
     """
 
     def __init__(self, path: Path) -> None:
-        self.gpu = rates(path)
+        self.gpu = roofline.rates(path)
         self._all = roofline.measured(path)
         self.lines = roofline.latest(self._all)
         self._latest = {line[:5]: line for line in self.lines}

@@ -2,11 +2,11 @@
 
 import contextlib
 import datetime
-import importlib.util
 import re
 import subprocess
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,11 +15,12 @@ from kvlock_kernels import info
 
 
 class Machine:
-    """What a row says of the device and of the software; nvidia-ml-py adds a GPU's driver, clocks and power."""
+    """What a row says of the device and of the software; nvidia-ml-py knows a GPU's driver, clocks and power."""
 
     def __init__(self, commit: str | None, device: str = "cuda") -> None:
         self._versions = {"torch": torch.__version__, "commit": commit or checkout()}
-        self._nvml, self._handle = None, None
+        self._nvml: Any = None
+        self._handle: Any = None
         if device == "cpu":
             threads = torch.get_num_threads()
             self.name, cores = processor(), "one thread" if threads == 1 else f"{threads} threads"
@@ -29,14 +30,7 @@ class Machine:
 
         self.name = self.gpu = torch.cuda.get_device_name(0)
         self._versions["triton"] = triton.__version__
-        try:
-            import pynvml
-
-            pynvml.nvmlInit()
-            self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(0).uuid}")
-            self._nvml = pynvml
-        except Exception:  # there is no such library of the driver: its columns stay blank
-            pass
+        self._nvml, self._handle = start_nvml()
 
     @property
     def file(self) -> str:
@@ -78,9 +72,21 @@ def lacking() -> str:
     """What rows of a GPU want that this machine does not have; blank where it has everything."""
     if not torch.cuda.is_available():
         return "a CUDA GPU, and torch sees none"
-    if importlib.util.find_spec("pynvml") is None:
-        return 'nvidia-ml-py, which tells the clocks, the power and the memory of a row: pip install -e ".[bench]"'
+    try:
+        start_nvml()
+    except ImportError:
+        return 'nvidia-ml-py, for the clocks, the power and the memory of each row: pip install -e ".[bench]"'
+    except Exception as error:
+        return f"NVML, for the clocks, the power and the memory of each row: {error}"
     return ""
+
+
+def start_nvml() -> tuple[Any, Any]:
+    """The module and its handle of the first GPU of torch's."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    return pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(0).uuid}")
 
 
 def checkout() -> str:
@@ -107,8 +113,7 @@ def processor() -> str:
 def libraries(case: Case, provider: Provider) -> str:
     """Names and versions of the libraries that compute.
 
-    A provider's name is that of a distribution, "cudnn", "kvlock" for what serves the operator of this package, or
-    "attention" for what this package lets attend after it on this GPU, where that is another's.
+    A provider's name is that of a distribution, "cudnn", or "kvlock" for what serves the operator of this package.
     """
     return " + ".join(filter(None, (_named(case, name) for name in provider.libraries)))
 
@@ -117,8 +122,6 @@ def _named(case: Case, name: str) -> str:
     """One of them; blank where its version is not known."""
     if name == "kvlock":
         return (info.on_cuda(case.op, 0) if torch.cuda.is_available() else info.on_cpu(case.op)).split(":")[0]
-    if name == "attention":
-        return _of_attention(case) if torch.cuda.is_available() else ""
     if name == "cudnn":
         version = torch.backends.cudnn.version()
         return f"{name} {version}" if version else ""
@@ -126,12 +129,3 @@ def _named(case: Case, name: str) -> str:
         return f"{name} {metadata.version(name)}" if name else ""
     except metadata.PackageNotFoundError:
         return ""
-
-
-def _of_attention(case: Case) -> str:
-    """Whose kernel attends after this package's; blank where that is its own."""
-    from benchmarks import attention  # wants Triton
-
-    attends = attention.attends(case)
-    plain = next(provider for provider in attention.PLAIN if provider.name == attends)
-    return "" if attends == attention.SM_90 else _named(case, *plain.libraries)

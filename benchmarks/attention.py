@@ -31,7 +31,8 @@ from benchmarks._case import (
 )
 from benchmarks.lerp import RATIO, SHARE, SHARES, exact, first_rows, make_pair, traffic
 from benchmarks.plain_attention import BACKENDS, FORCED, PLAIN, SM_90, forced, launcher
-from kvlock_kernels import reference
+from kvlock_kernels import _cuda, reference
+from kvlock_kernels._triton.plain import FLASH_ATTENTION, flash_attention
 
 OPERATOR = "kv_lerp_attention_"
 SOURCES = (torch.bfloat16, torch.float8_e4m3fn, torch.int8)
@@ -106,27 +107,38 @@ def serving(shape: Shape) -> str:
     return SM_90 if shape.tokens >= OWN_FROM.get(shape.dim, math.inf) else FORCED
 
 
-def attends(case: Case, device: str = "cuda") -> str:
-    """The same for the GPU that is there, and for this Triton, which may not compile the kernel for sm_90."""
+def attends(case: Case, device: str = "cuda") -> Provider | None:
+    """The same for the GPU that is there, and for this Triton, which may not compile the kernel for sm_90.
+
+    None where this package's kernels do not run, or what attends is none of the providers of plain attention.
+    """
+    if _cuda.why_not(torch.device(device)):
+        return None
     from kvlock_kernels._triton import attend
 
     rows = torch.empty((0, case.shape.tokens, case.shape.heads, case.shape.dim), dtype=torch.bfloat16, device=device)
     source = next(dtype for dtype, name in NAMES.items() if name == case.source)
-    names = {backend: name for name, backend in BACKENDS.items()}
-    for kernel in attend.choice(rows, rows, rows.to(source)).plain:
-        if kernel == attend.OWN and attend.own_kernel(rows, rows, 1.0) is not None:
-            return SM_90
-        if kernel in names:
-            return names[kernel]
-    raise ValueError(f"{case.label}: no provider of plain attention is what attends")
+    serves = (
+        kernel for kernel in attend.choice(rows, rows, rows.to(source)).plain
+        if (kernel != attend.OWN or attend.own_kernel(rows, rows, 1.0) is not None)
+        and (kernel not in FLASH_ATTENTION or flash_attention(kernel) is not None)
+    )  # fmt: skip
+    kernel = next(serves)
+    names = {attend.OWN: SM_90} | {backend: name for name, backend in BACKENDS.items()}
+    return next((provider for provider in PLAIN if provider.name == names.get(kernel, kernel)), None)
 
 
 def here(case: Case) -> Case:
-    """The case with the operator set against what attends on the GPU that is there."""
-    if case.op != OPERATOR:
+    """The case with the operator set against what attends on the GPU that is there; its row names that library too."""
+    if case.op != OPERATOR or not any(p.name == "kvlock" for p in case.providers):
         return case
-    over = {"kvlock": attends(case)} if any(p.name == "kvlock" for p in case.providers) else {}
-    return replace(case, providers=tuple(p._replace(over=over.get(p.name, p.over)) for p in case.providers))
+    plain = attends(case)
+    if plain is None:
+        return case
+    others = () if plain.name == SM_90 else plain.libraries
+    return replace(case, providers=tuple(
+        p._replace(over=plain.name, libraries=("kvlock", *others)) if p.name == "kvlock" else p for p in case.providers
+    ))  # fmt: skip
 
 
 WAYS = (
@@ -188,7 +200,7 @@ def plain_case(shape: Shape) -> Case:
 
 def case(shape: Shape, source: torch.dtype, share: float = SHARE, ratio: float = RATIO) -> Case:
     setting: dict[str, Any] = {"source": source, "share": share, "ratio": ratio}
-    own = ours(OPERATOR)._replace(over=serving(shape), libraries=("kvlock", "attention"))
+    own = ours(OPERATOR)._replace(over=serving(shape), libraries=("kvlock",))
     providers = [own, *WAYS, by_operator(), by_compiled_formula()]
     if source == torch.bfloat16 and 0 < ratio < 1:  # torch.lerp does not know the ends
         providers.append(by_torch_lerp(ratio))

@@ -268,7 +268,7 @@ def _gib(size: int) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 1 where a mode failed, 2 where a GPU is asked for and it, or its NVML, is not there."""
+    """Returns the exit code: 1 where a mode failed, 2 where a GPU is asked for and it or nvidia-ml-py is not there."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.edit", description=__doc__)
     parser.add_argument("--gpu", action="store_true", help="on the first CUDA GPU, with Wan's shapes too")
     parser.add_argument("--shape", choices=EDITS, help="only this one of them")

@@ -64,6 +64,18 @@ def micro_results() -> list[Path]:
     return sorted(path for path in RESULTS.glob("*.csv") if not path.name.startswith(("edit-", "cpu", "accuracy-")))
 
 
+def rates(path: Path) -> Rates:
+    """What predictions assume of the GPU of a file.
+
+    Raises:
+        ValueError: nothing is known of it.
+    """
+    assumed = next((found for row in read(path) if (found := RATES.get(row.gpu))), None)
+    if assumed is None:
+        raise ValueError(f"{path}: no rates are known of its GPU")
+    return assumed
+
+
 def measured(path: Path) -> list[Line]:
     """The timed rows of a file that have not failed since, with predictions. A run begins with the row of the copy."""
     found, runs = [], 0
@@ -111,7 +123,7 @@ def not_measured(lines: list[Line], gpu: Rates) -> Iterator[Line]:
                 yield Line(*names, predict(case, provider.name, gpu), None)
 
 
-def edits(path: Path, gpu: Rates) -> list[Line]:
+def measured_edits(path: Path, gpu: Rates) -> list[Line]:
     """The steps of the timed edits of a file, with predictions; those of the miniature have none."""
     found = []
     for edit, _ in _edit_rows.timed(path):
@@ -125,7 +137,7 @@ def edits(path: Path, gpu: Rates) -> list[Line]:
 
 def _steps(model: str, mode: str, share: float, gpu: Rates) -> Iterator[Line]:
     """A step of an edit, and a locked one where its mode locks; nobody has measured them."""
-    settings = MODES.get(mode, MODES["preset plain"])
+    settings = MODES["preset plain" if mode == _edit_rows.PIPELINE else mode]
     took = _edit_model.seconds(MODELS[model], settings, share, gpu)
     yield Line("edit", mode, model, "", A_STEP, Prediction(1e6 * took.plain, "FLOP and bytes"), None)
     if settings.config.locks:
@@ -165,17 +177,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--all", action="store_true", help="predict what was not measured too")
     options, failed = parser.parse_args(arguments), False
     for path in options.csv or micro_results():
-        lines = measured(path)
-        gpu = next((found for row in read(path) if (found := RATES.get(row.gpu))), None)
-        if gpu is None:
-            print(f"{path}: no rates are known of its GPU", file=sys.stderr)
+        try:
+            gpu = rates(path)
+        except ValueError as error:
+            print(error, file=sys.stderr)
             failed |= bool(options.csv)  # it was asked for
             continue
-        print(path.name, report([*lines, *not_measured(lines, gpu)] if options.all else lines), sep="\n")
-        beside = _edit_rows.beside(path)
-        lines = edits(beside, gpu)
-        if lines or options.all:
-            print(beside.name, report([*lines, *edits_not_measured(lines, gpu)] if options.all else lines), sep="\n")
+        edits = _edit_rows.beside(path)
+        for file, lines, others in (
+            (path, measured(path), not_measured), (edits, measured_edits(edits, gpu), edits_not_measured),
+        ):  # fmt: skip
+            lines += others(lines, gpu) if options.all else ()
+            if lines:
+                print(file.name, report(lines), sep="\n")
     return int(failed)
 
 

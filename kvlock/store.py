@@ -110,7 +110,9 @@ class Store:
         if not self.packs:
             return Rows(x.index_select(1, index))
         x = x if x.ndim == 4 else x.view(*x.shape[:2], heads, -1)
-        mean = x.index_select(1, index).float().mean(1) if self.takes_mean and keys and len(index) else None
+        mean = None
+        if self.takes_mean and keys and len(index):
+            mean = x.index_select(1, index).mean(1, dtype=torch.float32)
         data, scale = pack_kv(x, index, self.storage_dtype(x.dtype), mean=mean)
         return Rows(data, scale, mean)
 

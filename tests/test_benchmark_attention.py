@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend
 from benchmarks import __main__ as runner
 from benchmarks import _harness, _machine, attention, lerp, plain_attention
 from benchmarks._case import TINY, Provider, Shape
-from kvlock_kernels._triton import hopper, plain
+from kvlock_kernels._triton import attend, hopper, plain
 
 ENABLED = {
     SDPBackend.CUDNN_ATTENTION: torch.backends.cuda.cudnn_sdp_enabled,
@@ -80,16 +80,21 @@ def test_a_locked_row_says_by_whom_rows_are_mixed_and_who_attends(monkeypatch: p
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(_machine.info, "on_cuda", lambda op, device: "Triton: and more")
     monkeypatch.setattr(attention, "attends", partial(attention.attends, device="cpu"))
+    monkeypatch.setattr(attention._cuda, "why_not", lambda device: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(plain, "compiled_hopper", lambda *call: hopper)
-    said = {p.name: _machine.libraries(LOCKED, p) for p in LOCKED.providers}
+    said = {p.name: _machine.libraries(LOCKED, p) for p in attention.here(LOCKED).providers}
     assert said == {
         "kvlock": "Triton + cudnn 9", "in loop": "triton 1.2", "one launch": "triton 1.2",
         "kv_lerp_pair_ + cuDNN": "Triton + cudnn 9", "torch.compile + cuDNN": "torch 1.2 + cudnn 9",
         "torch.lerp + cuDNN": "torch 1.2 + cudnn 9",
     }  # fmt: skip
     long = attention.case(attention.WAN_1_3B_480P, torch.bfloat16)
-    own = lambda: (_machine.libraries(long, long.providers[0]), attention.here(long).providers[0].over)
+
+    def own() -> tuple[str, str]:
+        provider = attention.here(long).providers[0]
+        return _machine.libraries(long, provider), provider.over
+
     assert own() == ("Triton", "kvlock sm_90")  # which attends too
     monkeypatch.setattr(plain, "compiled_hopper", lambda *call: None)
     assert own() == ("Triton + cudnn 9", "SDPA cuDNN")
@@ -97,8 +102,18 @@ def test_a_locked_row_says_by_whom_rows_are_mixed_and_who_attends(monkeypatch: p
     assert own() == ("Triton + torch 1.2", "SDPA FLASH")  # FLASH is torch's
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
     assert own() == ("Triton + cudnn 9", "SDPA cuDNN")
-    others = {p.name: p.over for p in long.providers[1:]}
-    assert {p.name: p.over for p in attention.here(long).providers[1:]} == others
+    assert attention.here(long).providers[1:] == long.providers[1:]
+    monkeypatch.setattr(plain, "flash_attention", lambda name: print)
+    monkeypatch.setattr(attention, "flash_attention", lambda name: print)
+    monkeypatch.setattr(attend, "TABLE", (attend.TABLE[-1]._replace(plain=("flash-attn 3", *attend.TORCH)),))
+    assert own() == ("Triton + flash-attn-3 1.2", "flash-attn 3")
+    monkeypatch.setattr(attention, "flash_attention", lambda name: None)
+    assert own() == ("Triton + cudnn 9", "SDPA cuDNN")
+    monkeypatch.setattr(attend, "TABLE", (attend.TABLE[-1]._replace(plain=attend.REST[1:]),))
+    assert attention.here(long) is long  # no provider is torch's plain formula
+    monkeypatch.setattr(attention._cuda, "why_not", lambda device: "too old")
+    monkeypatch.setattr(attend, "TABLE", ())
+    assert attention.here(long) is long
     for other in (attention.plain_case(TINY), lerp.case(TINY, 0.8, torch.bfloat16, 0.3)):
         assert attention.here(other) is other
 

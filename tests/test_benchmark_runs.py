@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks import __main__ as runner
-from benchmarks import attention, figures
+from benchmarks import attention, figures, plain_attention
 from benchmarks._harness import Ceilings, Row, read
 from benchmarks.report import H100
 
@@ -84,7 +84,7 @@ def test_a_row_without_a_time_makes_the_run_an_error(
     run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], status: str
 ) -> None:
     monkeypatch.setattr(runner, "lacking", str)
-    monkeypatch.setattr(attention, "attends", lambda case: "SDPA FLASH")
+    monkeypatch.setattr(attention, "attends", lambda case: plain_attention.PLAIN[1])
     run(**{"one launch": {"status": status}})
     capsys.readouterr()
     code = runner.main(["--gpu", "--only", "small-h12", "--by", "one launch", "--out", str(tmp_path / "other")])
@@ -108,7 +108,7 @@ def test_the_operator_is_set_against_what_attends_on_the_gpu_that_is_there(
     run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(runner, "lacking", str)
-    monkeypatch.setattr(attention, "attends", lambda case: "SDPA FLASH")
+    monkeypatch.setattr(attention, "attends", lambda case: plain_attention.PLAIN[1])
     over = []
     rows = runner.rows
 

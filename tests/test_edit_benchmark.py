@@ -4,6 +4,7 @@ import csv
 import gc
 import math
 import os
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 
 import kvlock
 from benchmarks import __main__ as runner
-from benchmarks import _edit_rows, _edits, _machine, edit
+from benchmarks import _edit_rows, _edits, edit
 from benchmarks._edit_rows import EditRow
 from benchmarks._machine import Machine
 from kvlock import preset
@@ -303,16 +304,23 @@ def test_a_cpu_is_not_asked_for_a_large_model(capsys: pytest.CaptureFixture[str]
     assert "--shape 14b wants --gpu" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("nvml", "said"),
+    [(None, 'needs nvidia-ml-py, for the clocks, the power and the memory of each row: pip install -e ".[bench]"\n'),
+     (SimpleNamespace(), "needs NVML, for the clocks, the power and the memory of each row: no driver\n")],
+)  # fmt: skip
 def test_without_nvml_the_run_ends_with_one_line(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    nvml: Any, said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    def fails() -> None:
+        raise RuntimeError("no driver")
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(_machine.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "pynvml", nvml and SimpleNamespace(nvmlInit=fails))
     for main in (edit.main, runner.main):
         assert main(["--gpu", "--out", str(tmp_path)]) == 2
         out, err = capsys.readouterr()
-        assert (out, err.count("\n")) == ("", 1)
-        assert 'needs nvidia-ml-py, ' in err and err.endswith('pip install -e ".[bench]"\n')
+        assert (out, err.count("\n")) == ("", 1) and err.endswith(said)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -121,7 +121,7 @@ def test_edits_stand_beside_the_operators_of_their_gpu(tmp_path: Path) -> None:
     with Results(path, EditRow._fields) as results:
         for row in (plain, locks, *others, plain._replace(model="miniature"), locks._replace(model="miniature")):
             results.write(row)
-    lines = roofline.edits(path, GPU)
+    lines = roofline.measured_edits(path, GPU)
     assert [(line.provider, line.setting) for line in lines] == [
         ("pipeline", "a step"), ("store, hooks", "a step"), ("store, hooks", "a locked step")
     ]  # fmt: skip
