@@ -24,72 +24,103 @@ using Bytes = std::vector<char>;
 using Floats = std::vector<float>;
 
 constexpr int64_t ELEMENTS_A_THREAD = 1 << 15;  // less work than this is not worth a thread
+// Between bytes and fp32 lie as many whole words: the compiler widens or narrows a loop of mixed sizes piece by piece.
+constexpr int64_t BLOCK = 128;
 
-VECTORISED void widen_bf16(const uint16_t* __restrict x, int64_t n, float* __restrict y) {
-  for (int64_t i = 0; i < n; i++) y[i] = fp32_of(static_cast<uint32_t>(x[i]) << 16);
-}
+// A dtype: the numbers of its codes, and for a floating one the nearest code of a number.
+struct Fp32 {
+  using Code = float;
+  KVLOCK_INLINE static float number(Code code) { return code; }
+  KVLOCK_INLINE static Code nearest(float x) { return x; }
+};
 
-VECTORISED void widen_fp16(const uint16_t* __restrict x, int64_t n, float* __restrict y) {
-  for (int64_t i = 0; i < n; i++) {
-    const uint32_t code = x[i], size = code & 0x7FFF;
+struct Bf16 {
+  using Code = uint16_t;
+  KVLOCK_INLINE static float number(Code code) { return fp32_of(static_cast<uint32_t>(code) << 16); }
+  KVLOCK_INLINE static Code nearest(float x) {
+    const uint32_t bits = bits_of(x);
+    const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+    return static_cast<Code>((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded);
+  }
+};
+
+struct Fp16 {
+  using Code = uint16_t;
+  KVLOCK_INLINE static float number(Code half) {
+    const uint32_t code = half, size = code & 0x7FFF;
     const float subnormal = static_cast<float>(static_cast<int32_t>(size)) * 0x1p-24f;
     uint32_t bits = size < 0x400 ? bits_of(subnormal) : (size << 13) + (112u << 23);
     bits = size >= 0x7C00 ? (size << 13) | 0x7F800000 : bits;
-    y[i] = fp32_of(bits | ((code & 0x8000) << 16));
+    return fp32_of(bits | ((code & 0x8000) << 16));
   }
-}
-
-VECTORISED void widen_int8(const int8_t* __restrict x, int64_t n, float* __restrict y) {
-  for (int64_t i = 0; i < n; i++) y[i] = static_cast<float>(static_cast<int32_t>(x[i]));
-}
-
-VECTORISED void widen_e4m3(const uint8_t* __restrict x, int64_t n, float* __restrict y) {
-  for (int64_t i = 0; i < n; i++) y[i] = e4m3_to_fp32(x[i]);
-}
-
-VECTORISED void narrow_to_bf16(const float* __restrict x, int64_t n, uint16_t* __restrict y) {
-  for (int64_t i = 0; i < n; i++) {
-    const uint32_t bits = bits_of(x[i]);
-    const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-    y[i] = static_cast<uint16_t>((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded);
-  }
-}
-
-VECTORISED void narrow_to_fp16(const float* __restrict x, int64_t n, uint16_t* __restrict y) {
-  for (int64_t i = 0; i < n; i++) {
-    const uint32_t bits = bits_of(x[i]), size = bits & 0x7FFFFFFF;
+  KVLOCK_INLINE static Code nearest(float x) {
+    const uint32_t bits = bits_of(x), size = bits & 0x7FFFFFFF;
     const uint32_t normal = ((size + 0xFFF + ((size >> 13) & 1)) >> 13) - (112 << 10);
     const uint32_t subnormal = bits_of(fp32_of(size) + 0.5f) - bits_of(0.5f);  // 2^-24 apart, as fp32 is at 1/2
     uint32_t code = size < (113u << 23) ? subnormal : normal;
     code = size >= (143u << 23) ? 0x7C00 : code;
     code = size > 0x7F800000 ? 0x7E00 : code;
-    y[i] = static_cast<uint16_t>(code | ((bits >> 16) & 0x8000));
+    return static_cast<Code>(code | ((bits >> 16) & 0x8000));
+  }
+};
+
+struct Int8 {
+  using Code = int8_t;
+  using Word = int32_t;
+  KVLOCK_INLINE static float number(Word code) { return static_cast<float>(code); }
+};
+
+struct E4m3 {
+  using Code = uint8_t;
+  using Word = uint32_t;
+  KVLOCK_INLINE static float number(Word code) { return e4m3_to_fp32(code); }
+};
+
+// What a row gives up to its mean, and the largest of it. As whole numbers the bits of |y| have the order of |y|, with
+// NaN above all.
+template <class From, bool MEAN>
+VECTORISED float less_mean(const void* row, const float* __restrict mean, int64_t n, float* __restrict y) {
+  const auto* __restrict x = static_cast<const typename From::Code*>(row);
+  int32_t bits = 0;
+  for (int64_t i = 0; i < n; i++) {
+    y[i] = MEAN ? From::number(x[i]) - mean[i] : From::number(x[i]);
+    bits = std::max(bits, static_cast<int32_t>(bits_of(y[i]) & 0x7FFFFFFF));
+  }
+  return fp32_of(static_cast<uint32_t>(bits));
+}
+
+template <class From, bool MEAN>
+VECTORISED void times_scale(const void* row, float scale, const float* __restrict mean, int64_t n,
+                            float* __restrict y) {
+  const auto* __restrict x = static_cast<const typename From::Code*>(row);
+  for (int64_t begin = 0; begin < n; begin += BLOCK) {
+    const int64_t end = std::min(begin + BLOCK, n);
+    typename From::Word words[BLOCK];
+    for (int64_t i = begin; i < end; i++) words[i - begin] = x[i];
+    for (int64_t i = begin; i < end; i++) {
+      y[i] = From::number(words[i - begin]) * scale;
+      if (MEAN) y[i] = y[i] + mean[i];
+    }
   }
 }
 
-VECTORISED void subtract(float* __restrict x, const float* __restrict mean, int64_t n) {
-  for (int64_t i = 0; i < n; i++) x[i] = x[i] - mean[i];
+template <class From>
+VECTORISED void numbers(const void* row, int64_t n, float* __restrict y) {
+  const auto* __restrict x = static_cast<const typename From::Code*>(row);
+  for (int64_t i = 0; i < n; i++) y[i] = From::number(x[i]);
 }
 
-VECTORISED void add(float* __restrict x, const float* __restrict mean, int64_t n) {
-  for (int64_t i = 0; i < n; i++) x[i] = x[i] + mean[i];
+template <class To>
+VECTORISED void narrow(const float* __restrict x, int64_t n, void* row) {
+  auto* __restrict y = static_cast<typename To::Code*>(row);
+  for (int64_t i = 0; i < n; i++) y[i] = To::nearest(x[i]);
 }
 
-VECTORISED void multiply(float* __restrict x, float scale, int64_t n) {
-  for (int64_t i = 0; i < n; i++) x[i] = x[i] * scale;
-}
-
-VECTORISED void lerp(const float* __restrict x, const float* __restrict source, float a, int64_t n,
-                     float* __restrict y) {
+template <class To>
+VECTORISED void lerp(const float* __restrict source, float a, int64_t n, void* row) {
+  auto* __restrict y = static_cast<typename To::Code*>(row);
   const float rest = 1.0f - a;
-  for (int64_t i = 0; i < n; i++) y[i] = rest * x[i] + a * source[i];
-}
-
-// As whole numbers the bits of |x| have the order of |x|, with NaN above all.
-VECTORISED float largest(const float* __restrict x, int64_t n) {
-  int32_t bits = 0;
-  for (int64_t i = 0; i < n; i++) bits = std::max(bits, static_cast<int32_t>(bits_of(x[i]) & 0x7FFFFFFF));
-  return fp32_of(static_cast<uint32_t>(bits));
+  for (int64_t i = 0; i < n; i++) y[i] = To::nearest(rest * To::number(y[i]) + a * source[i]);
 }
 
 VECTORISED void encode_int8(const float* __restrict x, float inverse, int64_t n, int8_t* __restrict y) {
@@ -102,34 +133,18 @@ VECTORISED void encode_e4m3(const float* __restrict x, float inverse, int64_t n,
 
 // The same without NaN, in fewer instructions. Codes from 2^e on are 2^(e - 3) apart, as fp32 numbers are from 2^(e + 20)
 // on: a sum of both rounds to nearest even, and counts the codes above 2^e. Those below 2^-6 are as far apart as above.
-// Whole words first, because the compiler narrows a loop of mixed sizes piece by piece.
-VECTORISED void encode_finite_e4m3(const float* __restrict x, float inverse, int64_t n, uint32_t* __restrict words,
-                                   uint8_t* __restrict y) {
-  for (int64_t i = 0; i < n; i++) {
-    const uint32_t bits = bits_of(x[i] * inverse);
-    const float power = std::max(fp32_of(bits & 0x7F800000), 0x1p-6f);
-    const float coarse = power * 0x1p20f;
-    const uint32_t count = bits_of(fp32_of(bits & 0x7FFFFFFF) + coarse) - bits_of(coarse);
-    words[i] = (count + (bits_of(power) >> 20) - (121u << 3)) | ((bits >> 24) & 0x80);
-  }
-  for (int64_t i = 0; i < n; i++) y[i] = static_cast<uint8_t>(words[i]);
-}
-
-void widen(Dtype dtype, const void* x, int64_t n, float* y) {
-  switch (dtype) {
-    case Dtype::fp32: std::memcpy(y, x, n * sizeof(float)); return;
-    case Dtype::bf16: widen_bf16(static_cast<const uint16_t*>(x), n, y); return;
-    case Dtype::fp16: widen_fp16(static_cast<const uint16_t*>(x), n, y); return;
-    case Dtype::int8: widen_int8(static_cast<const int8_t*>(x), n, y); return;
-    case Dtype::e4m3: widen_e4m3(static_cast<const uint8_t*>(x), n, y); return;
-  }
-}
-
-void narrow(Dtype dtype, const float* x, int64_t n, void* y) {
-  switch (dtype) {
-    case Dtype::bf16: narrow_to_bf16(x, n, static_cast<uint16_t*>(y)); return;
-    case Dtype::fp16: narrow_to_fp16(x, n, static_cast<uint16_t*>(y)); return;
-    default: std::memcpy(y, x, n * sizeof(float)); return;
+VECTORISED void encode_finite_e4m3(const float* __restrict x, float inverse, int64_t n, uint8_t* __restrict y) {
+  for (int64_t begin = 0; begin < n; begin += BLOCK) {
+    const int64_t end = std::min(begin + BLOCK, n);
+    uint32_t words[BLOCK];
+    for (int64_t i = begin; i < end; i++) {
+      const uint32_t bits = bits_of(x[i] * inverse);
+      const auto power = static_cast<uint32_t>(std::max<int32_t>(bits & 0x7F800000, 121 << 23));
+      const uint32_t coarse = power + (20u << 23);
+      const uint32_t count = bits_of(fp32_of(bits & 0x7FFFFFFF) + fp32_of(coarse)) - coarse;
+      words[i - begin] = (count + (power >> 20) - (121u << 3)) | ((bits >> 24) & 0x80);
+    }
+    for (int64_t i = begin; i < end; i++) y[i] = static_cast<uint8_t>(words[i - begin]);
   }
 }
 
@@ -183,35 +198,64 @@ void each_token(const Shape& shape, const Function& function) {
   torch::stable::parallel_for(0, shape.samples * shape.rows, tokens, function);
 }
 
+// Calls `function` with the struct of a floating dtype.
+template <class Function>
+auto with_floating(Dtype dtype, const Function& function) {
+  switch (dtype) {
+    case Dtype::bf16: return function(Bf16{});
+    case Dtype::fp16: return function(Fp16{});
+    default: return function(Fp32{});
+  }
+}
+
+// A token of source rows as numbers, [H, D].
+void decode(const Mix& call, int64_t b, int64_t i, const char* token, float* numbers_of) {
+  const int64_t heads = call.shape.heads, dim = call.shape.dim;
+  if (!call.scale) {
+    with_floating(call.from.dtype, [&](auto from) { numbers<decltype(from)>(token, heads * dim, numbers_of); });
+    return;
+  }
+  const float* scale = call.scale + b * call.scale_batch + i * heads;
+  const float* mean = call.mean ? call.mean + b * call.mean_batch : nullptr;
+  const bool int8 = call.from.dtype == Dtype::int8;
+  const auto times = int8 ? (mean ? times_scale<Int8, true> : times_scale<Int8, false>)
+                          : (mean ? times_scale<E4m3, true> : times_scale<E4m3, false>);
+  for (int64_t h = 0; h < heads; h++) {
+    times(token + h * dim, scale[h], mean ? mean + h * dim : nullptr, dim, numbers_of + h * dim);
+  }
+}
+
 }  // namespace
 
 void encode(const Encode& call) {
   const auto [samples, rows, heads, dim] = call.shape;
-  const int64_t width = heads * dim;
   const float limit = call.dtype == Dtype::int8 ? INT8_LIMIT : E4M3_LIMIT;
+  const auto centred = with_floating(call.x.dtype, [&](auto from) {
+    return call.mean ? less_mean<decltype(from), true> : less_mean<decltype(from), false>;
+  });
+  const int64_t size = size_of(call.x.dtype);
   each_token(call.shape, [&](int64_t begin, int64_t end) {
     Bytes buffer;
-    Floats values(width);
-    std::vector<uint32_t> words(dim);
+    Floats values(dim);
     for (int64_t at = begin; at < end; at++) {
       const int64_t b = at / rows;
-      widen(call.x.dtype, Token(call.x, call.shape, b, at % rows).read(buffer), width, values.data());
-      if (call.mean) subtract(values.data(), call.mean + b * call.mean_batch, width);
+      const char* token = Token(call.x, call.shape, b, at % rows).read(buffer);
+      const float* mean = call.mean ? call.mean + b * call.mean_batch : nullptr;
       for (int64_t h = 0; h < heads; h++) {
-        const float* row = values.data() + h * dim;
         char* codes = static_cast<char*>(call.codes) + (at * heads + h) * dim;
-        float scale = largest(row, dim) / limit;
+        const float largest = centred(token + h * dim * size, mean ? mean + h * dim : nullptr, dim, values.data());
+        float scale = largest / limit;
         scale = scale < FP32_TINY ? 1.0f : scale;
         call.scale[at * heads + h] = scale;
         if (call.dtype == Dtype::e4m3) {
           auto* to = reinterpret_cast<uint8_t*>(codes);
           if (std::isfinite(scale)) {
-            encode_finite_e4m3(row, 1.0f / scale, dim, words.data(), to);
+            encode_finite_e4m3(values.data(), 1.0f / scale, dim, to);
           } else {
-            encode_e4m3(row, 1.0f / scale, dim, to);
+            encode_e4m3(values.data(), 1.0f / scale, dim, to);
           }
         } else if (std::isfinite(scale)) {
-          encode_int8(row, 1.0f / scale, dim, reinterpret_cast<int8_t*>(codes));
+          encode_int8(values.data(), 1.0f / scale, dim, reinterpret_cast<int8_t*>(codes));
         } else {
           std::memset(codes, 0, dim);  // what a cast of NaN to int8 gives
         }
@@ -225,7 +269,7 @@ void mix(const Mix& call) {
   const int64_t width = heads * dim;
   each_token(call.shape, [&](int64_t begin, int64_t end) {
     Bytes from_buffer, to_buffer;
-    Floats source(width), old(width), mixed(width);
+    Floats source(width);
     for (int64_t at = begin; at < end; at++) {
       const int64_t b = at / rows, i = at % rows;
       const float a = call.ratio ? call.ratio[b] : 1.0f;
@@ -238,17 +282,12 @@ void mix(const Mix& call) {
         to.written(result);
         continue;
       }
-      widen(call.from.dtype, from, width, source.data());
-      if (call.scale) {
-        const float* scale = call.scale + b * call.scale_batch + i * heads;
-        for (int64_t h = 0; h < heads; h++) multiply(source.data() + h * dim, scale[h], dim);
-      }
-      if (call.mean) add(source.data(), call.mean + b * call.mean_batch, width);
-      if (!(a >= 1)) {
-        widen(call.to.dtype, to.read(to_buffer), width, old.data());
-        lerp(old.data(), source.data(), a, width, mixed.data());
-      }
-      narrow(call.to.dtype, a >= 1 ? source.data() : mixed.data(), width, result);
+      decode(call, b, i, from, source.data());
+      if (!(a >= 1)) to.read(to_buffer);  // which puts it at `result`
+      with_floating(call.to.dtype, [&](auto dtype) {
+        using To = decltype(dtype);
+        a >= 1 ? narrow<To>(source.data(), width, result) : lerp<To>(source.data(), a, width, result);
+      });
       to.written(result);
     }
   });
