@@ -1,5 +1,5 @@
-// The CPU's implementation: threads take tokens, and every loop over the H * D elements of a token is one that the
-// compiler vectorises. Built with -ffp-contract=off, because the bits are those of the reference.
+// The CPU's implementation: threads take tokens, and every loop over the elements of a token is one that the compiler
+// vectorises. Built with -ffp-contract=off, because the bits are those of the reference.
 #include "pack_kv.h"
 
 #include <torch/csrc/stable/ops.h>
@@ -27,7 +27,7 @@ constexpr int64_t ELEMENTS_A_THREAD = 1 << 15;  // less work than this is not wo
 // Between bytes and fp32 lie as many whole words: the compiler widens or narrows a loop of mixed sizes piece by piece.
 constexpr int64_t BLOCK = 128;
 
-// A dtype: the numbers of its codes, and for a floating one the nearest code of a number.
+// A dtype: the number of a code, and for a floating one the nearest code of a number.
 struct Fp32 {
   using Code = float;
   KVLOCK_INLINE static float number(Code code) { return code; }
@@ -76,8 +76,8 @@ struct E4m3 {
   KVLOCK_INLINE static float number(Word code) { return e4m3_to_fp32(code); }
 };
 
-// What a row gives up to its mean, and the largest of it. As whole numbers the bits of |y| have the order of |y|, with
-// NaN above all.
+// A row less its mean, and the largest |y| of it. As whole numbers the bits of |y| have the order of |y|, with NaN above
+// all.
 template <class From, bool MEAN>
 VECTORISED float less_mean(const void* row, const float* __restrict mean, int64_t n, float* __restrict y) {
   const auto* __restrict x = static_cast<const typename From::Code*>(row);
@@ -209,10 +209,10 @@ auto with_floating(Dtype dtype, const Function& function) {
 }
 
 // A token of source rows as numbers, [H, D].
-void decode(const Mix& call, int64_t b, int64_t i, const char* token, float* numbers_of) {
+void decode(const Mix& call, int64_t b, int64_t i, const char* token, float* y) {
   const int64_t heads = call.shape.heads, dim = call.shape.dim;
   if (!call.scale) {
-    with_floating(call.from.dtype, [&](auto from) { numbers<decltype(from)>(token, heads * dim, numbers_of); });
+    with_floating(call.from.dtype, [&](auto from) { numbers<decltype(from)>(token, heads * dim, y); });
     return;
   }
   const float* scale = call.scale + b * call.scale_batch + i * heads;
@@ -221,7 +221,7 @@ void decode(const Mix& call, int64_t b, int64_t i, const char* token, float* num
   const auto times = int8 ? (mean ? times_scale<Int8, true> : times_scale<Int8, false>)
                           : (mean ? times_scale<E4m3, true> : times_scale<E4m3, false>);
   for (int64_t h = 0; h < heads; h++) {
-    times(token + h * dim, scale[h], mean ? mean + h * dim : nullptr, dim, numbers_of + h * dim);
+    times(token + h * dim, scale[h], mean ? mean + h * dim : nullptr, dim, y + h * dim);
   }
 }
 

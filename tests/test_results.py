@@ -183,10 +183,11 @@ def test_what_loses_on_a_cpu_is_said() -> None:
     rows = {(r.op, r.source, r.provider): r for r in found if r.date == found[-1].date}
     below = [key for key, target in report.CPU_TARGETS.items() if float(rows[*key, "kvlock"].share_of_copy) < target]
     assert below == []
-    assert "The three targets of `pack_kv` are met." in README
+    text("The three targets of `pack_kv` are met, that of e4m3 just so")
+    assert float(rows["pack_kv", "e4m3", "kvlock"].share_of_copy) < 1.1 * report.CPU_TARGETS["pack_kv", "e4m3"]
     faster = {key[:2] for key, r in rows.items() if key[2] == "torch.compile" and float(r.p50) < own(rows, key)}
     served = {key[:2] for key, r in rows.items() if r.library == "extension"}
-    assert faster & served == {("kv_lerp_", "bf16")} and ("kv_lerp_pair_", "bf16") in faster - served
+    assert not faster & served and ("kv_lerp_pair_", "bf16") in faster - served
 
 
 def test_what_the_text_says_of_operators_is_what_the_rows_say() -> None:
@@ -250,12 +251,12 @@ def test_the_noise_of_a_cpu_is_said() -> None:
     rows = {(r.op, r.source, r.setting, r.provider): r for r in found if r.date == found[-1].date}
     same = [float(rows[*key[:3], "eager"].p50) / float(r.p50) for key, r in rows.items() if r.library == "reference"]
     text(f"its distance from 1 is the noise of the run, {min(same):.2f} to {max(same):.2f} here")
-    times = {r.provider: float(r.p50) for r in rows.values() if (r.op, r.source) == ("kv_lerp_", "bf16")}
-    compiled, by_lerp = (times[name] / times["kvlock"] for name in ("torch.compile", "torch.lerp"))
-    text(f"of bf16 rows to `torch.lerp` on a slice, which takes {by_lerp:.2f} times as long")
-    packed = {r.provider: float(r.p50) for r in rows.values() if (r.op, r.source) == ("pack_kv", "bf16")}
-    text(f"`pack_kv` of bf16 rows take {compiled:.2f} times as long, which is within the noise")
-    assert f"{packed['eager'] / packed['kvlock']:.2f}" == f"{compiled:.2f}" and compiled > min(same)
+    over = lambda op, name: float(times[op, name]) / float(times[op, "kvlock"])
+    times = {(r.op, r.provider): r.p50 for r in rows.values() if r.source == "bf16"}
+    text(f"`torch.lerp` mixes a slice in {over('kv_lerp_', 'torch.lerp'):.2f} times the time of `kv_lerp_`")
+    packs, unpacks = over("pack_kv", "eager"), over("unpack_kv", "eager")
+    text(f"eager PyTorch copies them in {packs:.2f} (`pack_kv`) and {unpacks:.2f} times (`unpack_kv`)")
+    assert min(packs, unpacks) > min(same)
 
 
 def own(rows: dict[tuple[str, str, str], Row], key: tuple[str, str, str]) -> float:
