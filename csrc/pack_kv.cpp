@@ -10,7 +10,7 @@
 #include <vector>
 
 // Loops are compiled for several instruction sets, of which the loader takes the best one that the CPU has.
-// Older compilers than GCC 12 do not know these names.
+// Other compilers, and GCC before 12, do not know these names.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
 #define VECTORISED __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 #else
@@ -24,7 +24,8 @@ using Bytes = std::vector<char>;
 using Floats = std::vector<float>;
 
 constexpr int64_t ELEMENTS_A_THREAD = 1 << 15;  // less work than this is not worth a thread
-// Between bytes and fp32 lie as many whole words: the compiler widens or narrows a loop of mixed sizes piece by piece.
+// So many codes at a time are whole words between bytes and fp32 where their arithmetic is long: in a loop of mixed sizes
+// the compiler does a part of it in bytes, and widens what comes of that piece by piece.
 constexpr int64_t BLOCK = 128;
 
 // A dtype: the number of a code, and for a floating one the nearest code of a number.
@@ -89,6 +90,7 @@ VECTORISED float less_mean(const void* row, const float* __restrict mean, int64_
   return fp32_of(static_cast<uint32_t>(bits));
 }
 
+// Codes times their scale, and plus their mean.
 template <class From, bool MEAN>
 VECTORISED void times_scale(const void* row, float scale, const float* __restrict mean, int64_t n,
                             float* __restrict y) {
@@ -283,7 +285,7 @@ void mix(const Mix& call) {
         continue;
       }
       decode(call, b, i, from, source.data());
-      if (!(a >= 1)) to.read(to_buffer);  // which puts it at `result`
+      if (!(a >= 1)) to.read(to_buffer);  // to where `result` is: the buffer keeps its size, and so its place
       with_floating(call.to.dtype, [&](auto dtype) {
         using To = decltype(dtype);
         a >= 1 ? narrow<To>(source.data(), width, result) : lerp<To>(source.data(), a, width, result);

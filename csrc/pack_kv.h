@@ -52,7 +52,7 @@ struct Encode {
 struct Mix {
   Shape shape;
   Rows to, from;
-  const float* scale;  // [1 or B, rows, H], or null
+  const float* scale;  // [1 or B, rows, H]; null where `from` is not 8-bit, and only there
   int64_t scale_batch;
   const float* mean;  // [1 or B, H, D], or null
   int64_t mean_batch;
