@@ -18,7 +18,6 @@ from benchmarks._eager_bytes import Counting
 from benchmarks._model import predict
 from benchmarks.edit import KAPPA, Mode
 from benchmarks.lerp import RATIO
-from kvlock.config import DEFAULT_KAPPA
 from kvlock.cost import Cost, ModelSizes, estimate
 from kvlock.store import Store
 
@@ -73,7 +72,7 @@ def _counted(sizes: dict[str, int]) -> Forward:
 def cost_of(shape: str, mode: Mode, tokens: int, background: int) -> Cost:
     """Forwards and memory of an edit in this mode with the paper's share of locked steps."""
     config = mode.config_of(SIZES[shape].layers)
-    config = dataclasses.replace(config, kappa=DEFAULT_KAPPA) if config.locks else config
+    config = dataclasses.replace(config, kappa=KAPPA) if config.locks else config
     return estimate(
         SIZES[shape], config, tokens=tokens, background_rows=background, store=mode.store, kernel=mode.kernel
     )
@@ -84,6 +83,9 @@ def seconds(shape: str, mode: Mode, background: float, gpu: Rates) -> Seconds:
 
     The longer counts of what computes and of the copies between the host and the device, each of which hides behind the
     other. What files take is left out.
+
+    Raises:
+        ValueError: as `_lock`.
     """
     one, video = forward(shape).seconds(gpu), WAN_1_3B_480P
     costs = cost_of(shape, mode, video.tokens, background_rows(video, background))
