@@ -51,16 +51,16 @@ class Seconds(NamedTuple):
         return 1 - KAPPA + KAPPA * self.locked / self.plain
 
 
-@functools.cache
-def forward(shape: str) -> Forward:
-    """Of this shape of Wan by eager diffusers. Its blocks are alike, so that one and two of them tell of all."""
-    one, two = (_counted(_edits.SHAPES[shape] | {"num_layers": layers}) for layers in (1, 2))
-    others = SIZES[shape].layers - 1
+def forward(shape: str, blocks: int | None = None) -> Forward:
+    """Of this shape of Wan by eager diffusers, or of its first blocks. They are alike: one and two tell of all."""
+    one, two = (_counted(shape, layers) for layers in (1, 2))
+    others = (SIZES[shape].layers if blocks is None else blocks) - 1
     return Forward(one.flop + others * (two.flop - one.flop), one.bytes + others * (two.bytes - one.bytes))
 
 
-def _counted(sizes: dict[str, int]) -> Forward:
-    model = _edits.transformer("meta", sizes)
+@functools.cache
+def _counted(shape: str, layers: int) -> Forward:
+    model = _edits.transformer("meta", _edits.SHAPES[shape] | {"num_layers": layers})
     latents, prompt = (
         torch.empty(size, device="meta", dtype=torch.bfloat16) for size in (_edits.latents(), (1, *_edits.PROMPT))
     )
@@ -92,8 +92,9 @@ def seconds(shape: str, mode: Mode, background: float, gpu: Rates) -> Seconds:
     if not mode.config.locks:
         return Seconds(BRANCHES * one, BRANCHES * one)
     sources = 0 if mode.recorded else 1 if mode.config.source == "store" else BRANCHES
+    source = sources * forward(shape, costs.source_blocks).seconds(gpu)
     layers = mode.config_of(SIZES[shape].layers).layers or range(SIZES[shape].layers)
-    computes = (BRANCHES + sources) * one + len(layers) * _lock(shape, mode, background, gpu)
+    computes = BRANCHES * one + source + len(layers) * _lock(shape, mode, background, gpu)
     moved = costs.bytes_moved_replay if mode.recorded else costs.bytes_moved
     return Seconds(BRANCHES * one, max(computes, moved / LINK))
 

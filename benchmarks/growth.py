@@ -1,5 +1,6 @@
 """How the cost of the lock grows with tokens, layers, background and kappa: predicted lines, and what was measured."""
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -22,6 +23,8 @@ from kvlock.plots import BLUE, DARK_RED, GREY, ORANGE
 from kvlock.store import Store
 
 WAN_1_3B = SIZES["1.3b"]
+LAYERS = range(1, WAN_1_3B.layers + 1)
+LOCKED = {mode: len(MODES[mode].config_of(WAN_1_3B.layers).layers or LAYERS) for mode in (USUAL, HALF)}
 STORED = {torch.bfloat16: BLUE, torch.int8: ORANGE}
 TOKENS = [2048 * 2**step for step in range(6)]
 SHARES = [step / 20 for step in range(1, 21)]
@@ -32,15 +35,17 @@ LERPS = {"kv_lerp_pair_": 2, "kv_lerp_": 1}  # tensors that a call mixes
 
 
 def figure(lines: list[Line], edits: Sequence[EditRow], gpu: Rates, name: str) -> Figure:
-    """Four panels, each with the rest as it is for Wan2.1-1.3B at 832x480 and 81 frames."""
+    """Five panels, each with the rest as it is for Wan2.1-1.3B at 832x480 and 81 frames."""
     rows = [edit for edit in edits if edit.model == "wan-1.3b, random"]
-    drawing = Figure(figsize=(9, 6.4), layout="constrained")
+    drawing = Figure(figsize=(12, 6.4), layout="constrained")
     drawing.suptitle(f"Lines are predicted; points are measured on {name}", fontsize=9)
-    tokens, share, layers, kappa = drawing.subplots(2, 2).flat
+    tokens, share, memory, kappa, layers, empty = drawing.subplots(2, 3).flat
+    empty.remove()
     over_tokens(tokens, lines, gpu)
     over_share(share, lines, gpu)
-    over_layers(layers, rows)
+    kept_over_layers(memory, rows)
     over_kappa(kappa, rows, gpu)
+    over_layers(layers, rows, gpu)
     for axes in drawing.axes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#dddddd", linewidth=0.6)
@@ -101,22 +106,40 @@ def _at_shares(lines: list[Line], op: str, source: str) -> list[tuple[float, flo
     return points
 
 
-def over_layers(axes: Axes, rows: Sequence[EditRow]) -> None:
+def kept_over_layers(axes: Axes, rows: Sequence[EditRow]) -> None:
     """Keys and values that an edit keeps."""
     tokens, background = sizes(rows)
-    counts = range(1, WAN_1_3B.layers + 1)
     for name, store, colour in (("bf16", Store(), BLUE), ("int8", Store("int8"), ORANGE)):
-        kept = [
-            cost(KVLockConfig(layers=tuple(range(n))), tokens, background, store).bytes_kept / 2**30 for n in counts
-        ]
-        axes.plot(counts, kept, color=colour, linewidth=1.2, label=f"predicted, rows in {name}")
-    modes = {mode: MODES[mode].config_of(WAN_1_3B.layers) for mode in (USUAL, HALF)}
-    locked = {mode: len(config.layers or range(WAN_1_3B.layers)) for mode, config in modes.items()}
-    points = [(locked[row.mode], float(row.source_gib)) for row in rows if row.mode in locked]
+        kept = [cost(first(n), tokens, background, store).bytes_kept / 2**30 for n in LAYERS]
+        axes.plot(LAYERS, kept, color=colour, linewidth=1.2, label=f"predicted, rows in {name}")
+    points = [(LOCKED[row.mode], float(row.source_gib)) for row in rows if row.mode in LOCKED]
     _points(axes, points, BLUE, "measured, bf16")
     axes.set_ylim(bottom=0)
     axes.set_xlabel("locked layers")
     axes.set_ylabel("source rows kept (GiB)")
+
+
+def over_layers(axes: Axes, rows: Sequence[EditRow], gpu: Rates) -> None:
+    """A whole edit over the plain pipeline, if the first layers lock: the source runs no others, unless beside."""
+    tokens, background = sizes(rows)
+    for mode, colour in EDITED.items():
+        ratios = [
+            seconds("1.3b", MODES[mode]._replace(config=first(n, MODES[mode].config)), background / tokens, gpu)
+            for n in LAYERS
+        ]
+        axes.plot(LAYERS, [step.edit_ratio for step in ratios], color=colour, linewidth=1.2, label=f"predicted, {mode}")
+        points = [(LOCKED[USUAL], float(row.edit_ratio)) for row in rows if row.mode == mode]
+        if mode == USUAL:
+            points += [(LOCKED[HALF], float(row.edit_ratio)) for row in rows if row.mode == HALF]
+        _points(axes, points, colour, f"measured, {mode}")
+    axes.set_ylim(bottom=1)
+    axes.set_xlabel("locked layers, the first ones")
+    axes.set_ylabel("edit / plain pipeline")
+
+
+def first(layers: int, config: KVLockConfig | None = None) -> KVLockConfig:
+    """These settings for so many layers, from the first on."""
+    return dataclasses.replace(config or KVLockConfig(), layers=tuple(range(layers)))
 
 
 def over_kappa(axes: Axes, rows: Sequence[EditRow], gpu: Rates) -> None:

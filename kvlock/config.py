@@ -41,7 +41,8 @@ class KVLockConfig:
         guidance_scale: omega0; None takes the pipeline's own argument.
         background_guidance: guidance outside the mask on every step, never boosted; None guides both sides alike.
         zero_init_steps: number of first steps whose velocity is set to zero.
-        layers: indices of the main blocks to lock; None locks all of them.
+        layers: indices of the main blocks to lock; None locks all of them. A source that runs on its own
+            (``source="store"``) ends with the last of them, except under diffusers' group offloading.
         control_blocks: whether VACE's control blocks are locked too.
         branches: lock ``"both"`` guidance branches, or only ``"cond"`` or ``"uncond"``.
         source: ``"store"`` runs the source once per locked step and keeps K and V; ``"batch"`` runs it beside the edit.

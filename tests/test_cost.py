@@ -49,6 +49,14 @@ def test_fifty_steps_cost_a_hundred_and_twenty_forwards_in_store_and_a_hundred_a
     assert batch.bytes_kept == 0
 
 
+def test_a_stored_source_runs_up_to_the_last_locked_block_and_one_beside_the_edit_runs_them_all():
+    some = {"layers": (14, 3)}
+    assert cost(KVLockConfig(**some)).source_blocks == 15
+    assert cost(KVLockConfig(**some, source="batch")).source_blocks == cost().source_blocks == 30
+    assert cost(preset("plain")).source_blocks == 0
+    assert cost(KVLockConfig(**some)).forwards == cost().forwards
+
+
 def test_without_guidance_there_is_one_branch():
     assert (cost(guidance_scale=1.0).forwards_plain, cost(guidance_scale=1.0).forwards) == (50, 70)
     assert cost(KVLockConfig(source="batch"), guidance_scale=1.0).forwards == 70

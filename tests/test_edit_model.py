@@ -9,7 +9,7 @@ from benchmarks import _edit_model, _edits
 from benchmarks._case import RATES, Rates
 from benchmarks._eager_bytes import Counting
 from benchmarks._edits import SHAPES
-from benchmarks.edit import MODES, USUAL, Mode
+from benchmarks.edit import HALF, MODES, USUAL, Mode
 from kvlock import Store, preset
 
 GPU, SHARE = RATES["NVIDIA H200"], 0.8
@@ -30,10 +30,11 @@ def test_the_flop_of_a_forward_are_those_of_its_attention_and_its_weights(shape:
 
 
 def test_blocks_are_counted_once_each() -> None:
-    sizes = SHAPES["1.3b"]
-    one, two, three = (_edit_model._counted(sizes | {"num_layers": layers}) for layers in (1, 2, 3))
+    one, two, three = (_edit_model._counted("1.3b", layers) for layers in (1, 2, 3))
     assert [c - b for b, c in zip(two, three, strict=True)] == [b - a for a, b in zip(one, two, strict=True)]
     assert all(more > 0 for more in (two.flop - one.flop, two.bytes - one.bytes))
+    assert (_edit_model.forward("1.3b", 1), _edit_model.forward("1.3b", 3)) == (one, three)
+    assert _edit_model.forward("1.3b") == _edit_model.forward("1.3b", 30)
 
 
 def test_a_step_without_a_lock_is_two_forwards_and_a_locked_one_three_or_four_and_its_bytes() -> None:
@@ -92,13 +93,18 @@ def test_an_edit_is_two_fifths_locked_steps() -> None:
 
 
 def test_what_moves_less_takes_less() -> None:  # 8-bit rows are fewer bytes, but for the mean of the keys
-    order = ["preset plain", "recording int8, hooks", "recording, hooks", "store, fused", "half the layers, hooks",
+    order = ["preset plain", "recording int8, hooks", "recording, hooks", HALF, "store, fused",
              USUAL, "store int8, hooks", "batch, hooks"]  # fmt: skip
     assert [*sorted(order, key=locked)] == order and len({*map(locked, order)}) == len(order)
     assert locked(USUAL) == locked("store, backend") == locked("store on the host, hooks")
     assert locked(USUAL, share=0.4) < locked(USUAL)
-    plain, half, whole = (locked(mode) for mode in ("preset plain", "half the layers, hooks", USUAL))
-    assert half - 1.5 * plain == pytest.approx((whole - 1.5 * plain) / 2)
+
+
+def test_half_the_layers_lock_half_as_much_and_the_source_runs_half_of_the_blocks() -> None:
+    plain, half, whole = (locked(mode) for mode in ("preset plain", HALF, USUAL))
+    source, to_the_middle = (_edit_model.forward("1.3b", blocks).seconds(GPU) for blocks in (30, 15))
+    assert half - plain - to_the_middle == pytest.approx((whole - plain - source) / 2)
+    assert to_the_middle / source == pytest.approx(0.5, abs=1e-3)
 
 
 def test_a_full_lock_copies_all_rows_of_the_source_and_the_others_of_the_edit() -> None:

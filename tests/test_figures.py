@@ -54,7 +54,7 @@ def test_attention_is_drawn_over_its_tokens(lines: list[roofline.Line]) -> None:
 
 
 def test_growth_has_a_predicted_line_and_only_measured_points(lines: list[roofline.Line]) -> None:
-    tokens, share, layers, kappa = growth.figure(roofline.measured(H100), EDITS, GPU, "H100").axes
+    tokens, share, memory, kappa, layers = growth.figure(roofline.measured(H100), EDITS, GPU, "H100").axes
     points = lambda axes, name: [
         (x, y) for line in axes.get_lines() if line.get_label() == name for x, y in line.get_xydata()
     ]
@@ -65,11 +65,12 @@ def test_growth_has_a_predicted_line_and_only_measured_points(lines: list[roofli
     assert [y for x, y in over if x == 75600] == [pytest.approx(us[0] / us[1])]
     mixing = time(lines, "kv_lerp_pair_", "kvlock", "wan-1.3b-480p", "bf16", LOCK)
     assert points(share, "measured, bf16") == [(0.8, mixing)]
-    assert points(layers, "measured, bf16") == [(30, 4.38)]
+    assert points(memory, "measured, bf16") == [(30, 4.38)]
     ratios = {row.mode: float(row.edit_ratio) for row in EDITS if row.model == "wan-1.3b, random"}
     for mode in ("store, hooks", "store, fused", "batch, hooks"):
         assert points(kappa, f"measured, {mode}") == [(0.4, ratios[mode])]
-    measured = {x for axes in (share, layers, kappa) for line in axes.get_lines() for x in line.get_xdata()
+        assert points(layers, f"measured, {mode}") == [(30, ratios[mode])]
+    measured = {x for axes in (share, memory, kappa, layers) for line in axes.get_lines() for x in line.get_xdata()
                 if str(line.get_label()).startswith("measured")}  # fmt: skip
     assert measured == {0.8, 30, 0.4}
     text("Measured over tokens are five lengths.", "it is one setting: a share of 0.8, all 30 layers, a kappa of 0.4.")
@@ -77,7 +78,11 @@ def test_growth_has_a_predicted_line_and_only_measured_points(lines: list[roofli
     assert line[0.4] == pytest.approx(1.204, abs=1e-3)
     assert line[0.2] == pytest.approx((1 + line[0.4]) / 2)
     assert line[1.0] == line[0.96] > line[0.94]  # the first two steps have no lock
-    assert dict(points(layers, "predicted, rows in bf16"))[30] == pytest.approx(4.38, abs=0.001)
+    assert dict(points(memory, "predicted, rows in bf16"))[30] == pytest.approx(4.38, abs=0.001)
+    over_layers = dict(points(layers, "predicted, store, hooks"))
+    assert over_layers[30] == line[0.4] and over_layers[15] == pytest.approx((1 + line[0.4]) / 2, abs=2e-4)
+    beside = dict(points(layers, "predicted, batch, hooks"))
+    assert 1.4 < beside[1] < beside[30]  # it runs every block, whatever locks
 
 
 def test_lerps_are_drawn_at_the_shares_of_their_rows(lines: list[roofline.Line]) -> None:
@@ -97,10 +102,15 @@ def test_lerps_are_drawn_at_the_shares_of_their_rows(lines: list[roofline.Line])
 
 
 def test_an_edit_with_half_the_layers_is_drawn_at_them(lines: list[roofline.Line]) -> None:
-    half = next(row for row in EDITS if row.mode == "store, hooks")._replace(mode=edit.HALF, source_gib="2.19")
-    layers = growth.figure(lines, [*EDITS, half], GPU, "H100").axes[2]
-    (drawn,) = [line.get_xydata().tolist() for line in layers.get_lines() if line.get_label() == "measured, bf16"]
-    assert sorted(drawn) == [[15, 2.19], [30, 4.38]]
+    usual = next(row for row in EDITS if row.mode == "store, hooks")
+    half = usual._replace(mode=edit.HALF, source_gib="2.19", edit_ratio="1.11")
+    panels = growth.figure(lines, [*EDITS, half], GPU, "H100").axes
+    for axes, label, expected in (
+        (panels[2], "measured, bf16", [[15, 2.19], [30, 4.38]]),
+        (panels[4], "measured, store, hooks", [[15, 1.11], [30, float(usual.edit_ratio)]]),
+    ):
+        (drawn,) = [line.get_xydata().tolist() for line in axes.get_lines() if line.get_label() == label]
+        assert sorted(drawn) == expected
 
 
 def test_edits_of_another_model_are_no_points_of_this_one(lines: list[roofline.Line]) -> None:

@@ -20,7 +20,7 @@ GRID = (3, 6, 6)
 TOKENS, CHANNELS = 108, 8
 
 
-def transformer(caption_channels: int = 16) -> LTXVideoTransformer3DModel:
+def transformer(caption_channels: int = 16, layers: int = 2) -> LTXVideoTransformer3DModel:
     """A random transformer whose weights are large enough for every part of it to matter."""
     torch.manual_seed(0)
     model = LTXVideoTransformer3DModel(
@@ -29,7 +29,7 @@ def transformer(caption_channels: int = 16) -> LTXVideoTransformer3DModel:
         num_attention_heads=2,
         attention_head_dim=16,
         cross_attention_dim=32,
-        num_layers=2,
+        num_layers=layers,
         caption_channels=caption_channels,
     )
     with torch.no_grad():
@@ -56,7 +56,9 @@ def vae(**extra: Any) -> AutoencoderKLLTXVideo:
     return model.eval()
 
 
-def pipeline(*, tokenizer: Any = None, text_encoder: Any = None, caption_channels: int = 16) -> LTXPipeline:
+def pipeline(
+    *, tokenizer: Any = None, text_encoder: Any = None, caption_channels: int = 16, layers: int = 2
+) -> LTXPipeline:
     """With the released model's scheduler, which shifts its sigmas by the number of tokens."""
     scheduler = FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True,
@@ -66,7 +68,7 @@ def pipeline(*, tokenizer: Any = None, text_encoder: Any = None, caption_channel
         max_image_seq_len=256,
         shift_terminal=0.1,
     )
-    model = transformer(caption_channels)
+    model = transformer(caption_channels, layers)
     pipe = LTXPipeline(
         tokenizer=tokenizer, text_encoder=text_encoder, vae=vae(), scheduler=scheduler, transformer=model
     )

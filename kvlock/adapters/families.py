@@ -140,9 +140,13 @@ def family_of(transformer: nn.Module) -> Family:
 
 
 def _has_cache_hook(transformer: nn.Module) -> bool:
+    return any(part in name for name in hooks_of_diffusers(transformer) for part in BLOCK_CACHES)
+
+
+def hooks_of_diffusers(transformer: nn.Module) -> list[str]:
+    """Their names, of all parts of the transformer."""
     registries = [getattr(module, "_diffusers_hook", None) for module in transformer.modules()]
-    names = [name for registry in registries if registry is not None for name in registry.hooks]
-    return any(part in name for name in names for part in BLOCK_CACHES)
+    return [name for registry in registries if registry is not None for name in registry.hooks]
 
 
 def locked_attentions(transformer: nn.Module, config: KVLockConfig) -> Iterator[tuple[LayerKey, Any]]:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from kvlock.adapters.families import Family, unwrap
+from kvlock.adapters.families import Family, hooks_of_diffusers, unwrap
 from kvlock.adapters.layout import Layout
+from kvlock.config import KVLockConfig
 from kvlock.session import Session
 
 
@@ -77,13 +79,32 @@ def _before(
         return None
     source = call | _source_rows(call, layout.of_model(x), family, session)
     if session.config.source == "store":
-        with session.source_pass():
+        with session.source_pass(), _up_to_the_last_lock(module, family, session.config):
             module(**source)
         return None
     names = tuple(name for name in ("hidden_states", "timestep", "encoder_hidden_states", family.prompt_mask) if name)
     given = [name for name in (*names, *family.batched) if call.get(name) is not None]
     both = {name: torch.cat([_expand(source[name], len(x)), _expand(call[name], len(edit))]) for name in given}
     return (), call | both
+
+
+@contextlib.contextmanager
+def _up_to_the_last_lock(transformer: nn.Module, family: Family, config: KVLockConfig) -> Iterator[None]:
+    """Inside, the transformer has no main block after the last one that locks; what it gives then means nothing.
+
+    It keeps them all where diffusers brings their weights to the device in groups, because one may fetch the next.
+    """
+    module: Any = unwrap(transformer)
+    blocks = getattr(module, family.blocks)
+    wanted = 1 + max(config.layers) if config.layers else len(blocks)
+    if wanted == len(blocks) or any("offload" in hook for hook in hooks_of_diffusers(module)):
+        yield
+        return
+    setattr(module, family.blocks, blocks[:wanted])
+    try:
+        yield
+    finally:
+        setattr(module, family.blocks, blocks)
 
 
 def _conditions(call: dict[str, Any], family: Family) -> dict[str, Any]:
