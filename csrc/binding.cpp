@@ -1,4 +1,4 @@
-// pack_kv, unpack_kv and kv_lerp_ for the CPU and, where nvcc built its part, for CUDA.
+// pack_kv, unpack_kv, kv_lerp_ and kv_lerp_pair_ for the CPU and, where nvcc built its part, the first three for CUDA.
 //
 // Adds implementations to the contracts in kvlock_kernels/_ops.py, which owns the schemas, through torch's stable ABI:
 // one object for every version of torch from 2.10 on and for every version of Python.
@@ -180,6 +180,14 @@ void kv_lerp_(Tensor x, Tensor source, Tensor index, Tensor ratio, Maybe scale, 
               static_cast<const float*>(ratio.const_data_ptr()));
 }
 
+// See `kvlock_kernels.kv_lerp_pair_`.
+template <class Device>
+void kv_lerp_pair_(Tensor k, Tensor v, Tensor k_source, Tensor v_source, Tensor index, Tensor ratio, Maybe k_scale,
+                   Maybe v_scale, Maybe k_mean, Maybe v_mean) {
+  kv_lerp_<Device>(k, k_source, index, ratio, k_scale, k_mean);
+  kv_lerp_<Device>(v, v_source, index, ratio, v_scale, v_mean);
+}
+
 // The contracts that these functions are written for, letter for letter. `_extension.py` looks for them before it loads
 // the object: nothing else would keep a function from arguments that it takes for others.
 [[gnu::used]] constexpr char CONTRACTS[] =
@@ -187,12 +195,15 @@ void kv_lerp_(Tensor x, Tensor source, Tensor index, Tensor ratio, Maybe scale, 
     "pack_kv(Tensor x, Tensor index, ScalarType dtype, *, Tensor? mean=None) -> (Tensor, Tensor)\n"
     "unpack_kv(Tensor data, Tensor? scale, *, Tensor? mean=None, ScalarType dtype) -> Tensor\n"
     "kv_lerp_(Tensor(a!) x, Tensor source, Tensor index, Tensor ratio, *, "
-    "Tensor? source_scale=None, Tensor? source_mean=None) -> ()";
+    "Tensor? source_scale=None, Tensor? source_mean=None) -> ()\n"
+    "kv_lerp_pair_(Tensor(a!) k, Tensor(b!) v, Tensor k_source, Tensor v_source, Tensor index, Tensor ratio, *, "
+    "Tensor? k_scale=None, Tensor? v_scale=None, Tensor? k_mean=None, Tensor? v_mean=None) -> ()";
 
 STABLE_TORCH_LIBRARY_IMPL(kvlock_kernels, CPU, library) {
   library.impl("pack_kv", TORCH_BOX(&pack_kv<Cpu>));
   library.impl("unpack_kv", TORCH_BOX(&unpack_kv<Cpu>));
   library.impl("kv_lerp_", TORCH_BOX(&kv_lerp_<Cpu>));
+  library.impl("kv_lerp_pair_", TORCH_BOX(&kv_lerp_pair_<Cpu>));
 }
 
 #ifdef KVLOCK_CUDA

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 BUILD = "pip install --no-build-isolation -e ."
-OPERATORS = ("pack_kv", "unpack_kv", "kv_lerp_")
+OPERATORS = ("pack_kv", "unpack_kv", "kv_lerp_", "kv_lerp_pair_")  # on the CPU; the last one on no GPU
 
 
 def path() -> Path | None:
