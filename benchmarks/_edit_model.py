@@ -16,7 +16,7 @@ from benchmarks import _edits, lerp, norm_rope, packing
 from benchmarks._case import WAN_1_3B_480P, Rates, Traffic, background_rows
 from benchmarks._eager_bytes import Counting
 from benchmarks._model import predict
-from benchmarks.edit import KAPPA, Mode
+from benchmarks._modes import KAPPA, Mode
 from benchmarks.lerp import RATIO
 from kvlock.cost import Cost, ModelSizes, estimate
 from kvlock.store import Store

@@ -9,7 +9,7 @@ from benchmarks._edit_model import LINK, Seconds, cost_of, seconds
 from benchmarks._edit_rows import Edited, EditRow
 from benchmarks._edits import named
 from benchmarks._gpu_tables import LOCK, NOT_YET, PASS, Measured, markdown, milliseconds, times
-from benchmarks.edit import MODES, USUAL, Mode
+from benchmarks._modes import MODES, USUAL, Mode
 from benchmarks.lerp import SMALL_H12
 from benchmarks.roofline import rates
 from kvlock import Store

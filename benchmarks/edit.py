@@ -10,13 +10,11 @@ import contextlib
 import csv
 import gc
 import itertools
-import math
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,53 +29,13 @@ from benchmarks._edits import EDITS, NEEDED, Edit, named
 from benchmarks._harness import Results
 from benchmarks._host_memory import HostMemory
 from benchmarks._machine import Machine, lacking
+from benchmarks._modes import KAPPA, LOCKED, MODES, USUAL, Mode
 from benchmarks._moving import counted
-from kvlock import KVLockConfig, Store
 
-STEPS, LOCKED = 5, 3  # the first of each kind warms up
+STEPS = 5  # the first without a lock and the first with one warm up
 ROUNDS = {"cpu": 5, "cuda": 1}  # a CPU's clock drifts more than what is to be told apart
 CLOCKS = {"cpu": time.process_time, "cuda": time.perf_counter}  # what other programs take of a core does not count
 LARGEST = 5  # operators in a note
-USUAL, HALF = "store, hooks", "half the layers, hooks"
-KAPPA = 0.4  # the share of locked steps in an edit of the paper's settings, 20 of 50
-
-
-class Mode(NamedTuple):
-    """One way to edit."""
-
-    config: KVLockConfig = kvlock.preset("kv-lock", kappa=LOCKED)
-    kernel: str = "hooks"
-    store: Store = Store()
-    recorded: bool = False  # the source is recorded beforehand, which is not timed
-    target: float = 1.22  # of an edit over the plain pipeline; forwards alone make 1.20
-    layers: float = 1  # the share of the blocks that lock, the first ones
-    same: str = USUAL  # the mode that has the same latents but for rounding; blank for none
-
-    def config_of(self, blocks: int) -> KVLockConfig:
-        """The config for a transformer of so many blocks."""
-        return self.config if self.layers == 1 else replace(self.config, layers=tuple(range(int(self.layers * blocks))))
-
-
-MODES = {
-    "preset plain": Mode(kvlock.preset("plain"), target=1.01, same=PIPELINE),
-    USUAL: Mode(),
-    "store, fused": Mode(kernel="fused"),
-    "store, backend": Mode(kernel="backend"),
-    "store, backend, full": Mode(kvlock.preset("full-lock", kappa=LOCKED), "backend", same=""),
-    HALF: Mode(target=1.12, layers=0.5, same=""),  # its source runs half of the blocks: forwards make 1.10
-    "batch, hooks": Mode(kvlock.preset("kv-lock", kappa=LOCKED, source="batch"), target=math.inf),
-    "store int8, hooks": Mode(store=Store("int8")),
-    "store fp8, hooks": Mode(store=Store("fp8")),
-    "store on the host, hooks": Mode(store=Store(place="host")),
-    "store int8 on the host, hooks": Mode(store=Store("int8", place="host")),
-    "store fp8 on the host, hooks": Mode(store=Store("fp8", place="host")),
-    "store on disk, hooks": Mode(store=Store(place="disk")),
-    "store int8 on disk, hooks": Mode(store=Store("int8", place="disk")),
-    "store fp8 on disk, hooks": Mode(store=Store("fp8", place="disk")),
-    "recording, hooks": Mode(recorded=True, target=1.03),
-    "recording int8, hooks": Mode(store=Store("int8"), recorded=True, target=1.03),
-    "recording fp8, hooks": Mode(store=Store("fp8"), recorded=True, target=1.03),
-}
 
 
 class Steps(NamedTuple):

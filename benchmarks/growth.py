@@ -14,7 +14,7 @@ from benchmarks._case import NAMES, WAN_1_3B_480P, Rates, Shape, background_rows
 from benchmarks._edit_model import SIZES, seconds
 from benchmarks._edit_rows import EditRow
 from benchmarks._model import predict
-from benchmarks.edit import HALF, MODES, USUAL
+from benchmarks._modes import HALF, MODES, USUAL
 from benchmarks.lerp import RATIO, SHARE, traffic
 from benchmarks.roofline import Line
 from kvlock.config import DEFAULT_KAPPA, KVLockConfig

@@ -16,7 +16,7 @@ from benchmarks._case import RATES, Rates
 from benchmarks._edits import SHAPES, named
 from benchmarks._harness import Key, Row, is_steady, key, not_failed_since, read
 from benchmarks._model import Prediction, predict
-from benchmarks.edit import MODES
+from benchmarks._modes import MODES
 from benchmarks.lerp import SHARE
 
 RESULTS = Path(__file__).with_name("results")

@@ -10,7 +10,7 @@ from benchmarks import __main__ as runner
 from benchmarks import _edit_rows, _gpu_tables, report, roofline
 from benchmarks._edit_rows import EditRow
 from benchmarks._harness import Results, Row, read
-from benchmarks.edit import MODES
+from benchmarks._modes import MODES
 
 ROWS = read(report.H100)
 with _edit_rows.beside(report.H100).open(newline="", encoding="utf-8") as _file:

@@ -20,6 +20,7 @@ from benchmarks import __main__ as runner
 from benchmarks import _edit_rows, _edits, edit
 from benchmarks._edit_rows import EditRow
 from benchmarks._machine import Machine
+from benchmarks._modes import USUAL, Mode
 from kvlock import preset
 from kvlock.cost import ModelSizes, estimate
 
@@ -139,7 +140,7 @@ def test_wan_is_built_in_any_size_and_runs(monkeypatch: pytest.MonkeyPatch) -> N
     assert made.model == "wan-tiny, random" and made.masks.num_tokens == 2 * 10 * 13
     assert made.pipe.transformer.dtype == made.embeds.dtype == torch.bfloat16
     with torch.no_grad():
-        steps, trace = edit.locked(made, "cpu", edit.Mode())
+        steps, trace = edit.locked(made, "cpu", Mode())
     assert steps.latents.shape == made.source.shape and steps.latents.isfinite().all()
     assert [row["forwards"] for row in trace] == [2, 2, 3, 3, 3]
 
@@ -160,7 +161,7 @@ def test_rounds_are_pooled(made: edit.Edit, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(edit, "run", lambda *_: steps(*4 * [next(plain)]))
     lock = lambda factor: (steps(factor, 5.0, 2 * factor, 2 * factor), [{"forwards": 3, "source_bytes": 0}])
     monkeypatch.setattr(edit, "locked", lambda *_: lock(next(modes)))
-    first, row = edit.measure(made, "cpu", {edit.USUAL: edit.Mode(target=math.inf)}, Machine("abc", "cpu"))
+    first, row = edit.measure(made, "cpu", {USUAL: Mode(target=math.inf)}, Machine("abc", "cpu"))
     assert (float(first.step_s), float(row.step_s), float(row.locked_step_s)) == (1, 1, 2)
     assert (float(row.locked_ratio), float(row.edit_ratio)) == (2, 1.4)
     assert (float(first.spread), float(row.spread)) == (9, 9)
@@ -177,7 +178,7 @@ def test_a_mode_that_fails_in_one_round_has_failed(made: edit.Edit, monkeypatch:
         raise ValueError("once")
 
     monkeypatch.setattr(edit, "locked", locked)
-    _, row = edit.measure(made, "cpu", {edit.USUAL: edit.Mode()}, Machine("abc", "cpu"))
+    _, row = edit.measure(made, "cpu", {USUAL: Mode()}, Machine("abc", "cpu"))
     assert (row.step_s, row.note) == ("", "failed: ValueError: once")
     assert [*rounds] == [True, True]  # once was enough
 
@@ -185,9 +186,9 @@ def test_a_mode_that_fails_in_one_round_has_failed(made: edit.Edit, monkeypatch:
 def test_what_others_are_compared_with_is_run_for_them_where_nobody_asked_for_it(
     made: edit.Edit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ran: list[edit.Mode] = []
+    ran: list[Mode] = []
 
-    def locked(edit_: edit.Edit, device: str, mode: edit.Mode) -> Any:
+    def locked(edit_: edit.Edit, device: str, mode: Mode) -> Any:
         ran.append(mode)
         steps = edit.Steps([1.0] * 4, torch.full((1,), float(mode.kernel != "hooks")), 0, 0, 0)
         return steps, [{"forwards": 3, "source_bytes": 0}]
@@ -197,7 +198,7 @@ def test_what_others_are_compared_with_is_run_for_them_where_nobody_asked_for_it
     names = ("preset plain", "store, backend, full", "store, fused", "batch, hooks")
     _, *rows = edit.measure(made, "cpu", {name: edit.MODES[name] for name in names}, Machine("abc", "cpu"))
     assert [row.difference for row in rows] == ["0", "", "1", "0"]
-    assert ran == [edit.MODES[name] for name in (edit.USUAL, *names)]
+    assert ran == [edit.MODES[name] for name in (USUAL, *names)]
 
 
 @pytest.mark.parametrize("asked", [True, False])
@@ -206,14 +207,14 @@ def test_where_hooks_fail_the_others_are_measured_and_compared_with_nothing(
 ) -> None:
     steps = edit.Steps([1.0] * 4, torch.zeros(1), 0, 0, 0)
 
-    def locked(edit_: edit.Edit, device: str, mode: edit.Mode) -> Any:
-        if mode == edit.Mode():
+    def locked(edit_: edit.Edit, device: str, mode: Mode) -> Any:
+        if mode == Mode():
             raise torch.OutOfMemoryError("no room")
         return steps, [{"forwards": 3, "source_bytes": 0}]
 
     monkeypatch.setattr(edit, "run", lambda *_: steps)
     monkeypatch.setattr(edit, "locked", locked)
-    names = (edit.USUAL, "store int8, hooks")[not asked :]
+    names = (USUAL, "store int8, hooks")[not asked :]
     rows = [*edit.measure(made, "cpu", {name: edit.MODES[name] for name in names}, Machine("abc", "cpu"))]
     assert (rows[-1].mode, rows[-1].step_s, rows[-1].difference) == ("store int8, hooks", "1.0000", "")
     assert rows[-1].note == "" and (not asked or rows[1].note == "failed: OutOfMemoryError: no room")
@@ -224,7 +225,7 @@ def test_a_mode_that_fails_is_written_and_the_others_go_on(
 ) -> None:
     locked, written = edit.locked, []
 
-    def failing(edit_: edit.Edit, device: str, mode: edit.Mode) -> Any:
+    def failing(edit_: edit.Edit, device: str, mode: Mode) -> Any:
         (path,) = tmp_path.iterdir()
         with path.open(newline="", encoding="utf-8") as file:
             written.append([row["mode"] for row in csv.DictReader(file)])
@@ -232,7 +233,7 @@ def test_a_mode_that_fails_is_written_and_the_others_go_on(
             raise torch.OutOfMemoryError("no room\nfor more")
         return locked(edit_, device, mode)
 
-    names = (edit.USUAL, "store, backend", "preset plain")
+    names = (USUAL, "store, backend", "preset plain")
     monkeypatch.setattr(edit, "locked", failing)
     monkeypatch.setitem(edit.EDITS, "miniature", lambda device: made)
     monkeypatch.setattr(edit, "MODES", {name: edit.MODES[name]._replace(target=math.inf) for name in names})

@@ -9,7 +9,7 @@ from benchmarks import _edit_model, _edits
 from benchmarks._case import RATES, Rates
 from benchmarks._eager_bytes import Counting
 from benchmarks._edits import SHAPES
-from benchmarks.edit import HALF, MODES, USUAL, Mode
+from benchmarks._modes import HALF, MODES, USUAL, Mode
 from kvlock import Store, preset
 
 GPU, SHARE = RATES["NVIDIA H200"], 0.8

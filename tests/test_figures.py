@@ -8,7 +8,7 @@ from benchmark_readme import text
 from PIL import Image
 
 from benchmarks import __main__ as runner
-from benchmarks import _edit_rows, edit, figures, growth, roofline
+from benchmarks import _edit_rows, _modes, figures, growth, roofline
 from benchmarks._case import RATES
 from benchmarks._harness import Results, Row, read
 from benchmarks.report import H100
@@ -103,7 +103,7 @@ def test_lerps_are_drawn_at_the_shares_of_their_rows(lines: list[roofline.Line])
 
 def test_an_edit_with_half_the_layers_is_drawn_at_them(lines: list[roofline.Line]) -> None:
     usual = next(row for row in EDITS if row.mode == "store, hooks")
-    half = usual._replace(mode=edit.HALF, source_gib="2.19", edit_ratio="1.11")
+    half = usual._replace(mode=_modes.HALF, source_gib="2.19", edit_ratio="1.11")
     panels = growth.figure(lines, [*EDITS, half], GPU, "H100").axes
     for axes, label, expected in (
         (panels[2], "measured, bf16", [[15, 2.19], [30, 4.38]]),

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from benchmark_readme import RESULTS, ROOT, table, table_of, text
 
-from benchmarks import _edit_model, _edit_rows, _edit_tables, edit, report, roofline
+from benchmarks import _edit_model, _edit_rows, _edit_tables, report, roofline
 from benchmarks._edit_rows import Edited, EditRow
+from benchmarks._modes import MODES
 
 GPU = roofline.rates(report.H100)
 
@@ -15,7 +16,7 @@ GPU = roofline.rates(report.H100)
 def predicted(shape: str, mode: str, edited: Edited | None = None) -> _edit_model.Seconds:
     """At the background of a measured edit, or of that of the usual mode."""
     row = (edited or _edit_tables.edits_of(report.H100, shape)["store, hooks"]).row
-    return _edit_model.seconds(shape, edit.MODES[mode], int(row.background) / int(row.tokens), GPU)
+    return _edit_model.seconds(shape, MODES[mode], int(row.background) / int(row.tokens), GPU)
 
 
 def in_seconds(shape: str, mode: str) -> str:
@@ -69,13 +70,13 @@ def test_the_larger_model_has_its_rows_and_its_predictions() -> None:
     seconds = {line[0]: line[2] for line in table_of("larger")}
     for mode in ("store, fused", "batch, hooks"):
         assert seconds[mode] == f"not yet measured (predicted {in_seconds('14b', mode)})"
-    assert [*said][1:] == [name for name in edit.MODES if not _edit_tables.outside(name)]
+    assert [*said][1:] == [name for name in MODES if not _edit_tables.outside(name)]
 
 
 @pytest.mark.parametrize(("block", "shape"), [("places", "1.3b"), ("larger places", "14b")])
 def test_what_was_not_measured_of_other_places_is_predicted_and_says_so(block: str, shape: str) -> None:
     measured, said = _edit_tables.edits_of(report.H100, shape), {line[0]: line for line in table_of(block)}
-    assert [*said] == [name for name in edit.MODES if _edit_tables.outside(name)]
+    assert [*said] == [name for name in MODES if _edit_tables.outside(name)]
     for name, line in said.items():
         if name not in measured:
             guess, least = predicted(shape, name), "at least " if "recording" in name or "disk" in name else ""
@@ -99,7 +100,7 @@ def test_what_the_text_says_of_other_places_is_what_the_rows_say() -> None:
     text(f"make a locked step {longer:.2f} s longer than with rows on the host")
     text("half as many bytes and meet it.")
     assert float(rows["store on the host, hooks"].edit_ratio) <= float(rows["store, hooks"].edit_ratio)
-    missed = {name for name in rows if name in edit.MODES and float(rows[name].edit_ratio) > edit.MODES[name].target}
+    missed = {name for name in rows if name in MODES and float(rows[name].edit_ratio) > MODES[name].target}
     assert missed == {"store on disk, hooks"}
     same = ("store on the host, hooks", "recording, hooks", "preset plain")
     assert all(float(rows[name].difference) == 0 for name in same)
@@ -115,7 +116,7 @@ def test_what_the_text_says_of_predicted_edits_is_what_is_counted_and_what_the_r
     times = [1 + line.missed for line in lines]
     text(f"measured take {min(times):.2f} to {max(times):.2f} times as long, but where files are written")
     text("ratio of a locked step to a plain one is met within 0.05 there, that of an edit within 0.02.")
-    edits = [one for one in _edit_rows.timed(path) if one.row.mode in edit.MODES and "on disk" not in one.row.mode]
+    edits = [one for one in _edit_rows.timed(path) if one.row.mode in MODES and "on disk" not in one.row.mode]
     assert len(edits) > 15
     for one in edits:
         guess = predicted("14b" if "14b" in one.row.model else "1.3b", one.row.mode, one)
@@ -127,10 +128,10 @@ def test_what_the_text_says_of_predicted_edits_is_what_is_counted_and_what_the_r
 def test_the_miniature_says_which_targets_it_meets() -> None:
     rows = {one.row.mode: one.row for one in _edit_rows.latest(report.EDITS_ON_CPU)}
     said = {line[0]: line[3:5] for line in table_of("miniature")}
-    assert {*said} == {"pipeline", *edit.MODES}
+    assert {*said} == {"pipeline", *MODES}
     every = [float(row.step_s) for row in rows.values()]
     noise = max(every) / min(every)
-    for name, mode in edit.MODES.items():
+    for name, mode in MODES.items():
         ratio = float(rows[name].edit_ratio)
         missed, met = ratio / noise > mode.target, ratio * noise <= mode.target
         verdict = "missed" if missed else "met" if met else "within the noise"
@@ -149,7 +150,7 @@ def test_a_target_is_met_or_missed_beyond_the_noise_only(ratio: float, verdict: 
 
 def test_every_mode_of_an_edit_was_measured_on_a_cpu_in_one_run_of_a_commit() -> None:
     found = _edit_rows.latest(report.EDITS_ON_CPU)
-    assert {one.row.mode for one in found} == {"pipeline", *edit.MODES}
+    assert {one.row.mode for one in found} == {"pipeline", *MODES}
     assert len({(one.plain, one.row.gpu, one.row.torch, one.row.commit) for one in found}) == 1
     assert "changes" not in found[0].row.commit and found[0].row.gpu.endswith("one thread")
 
@@ -168,7 +169,7 @@ def test_the_readme_says_which_edits_do_not_name_their_diffusers() -> None:
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("edit-*.csv")), ids=lambda path: path.stem)
 def test_every_edit_above_its_target_says_what_it_spent_its_time_on(path: Path) -> None:
     with path.open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["edit_ratio"] and row["mode"] in edit.MODES]
-    above = [row for row in rows if float(row["edit_ratio"]) > edit.MODES[row["mode"]].target]
+        rows = [row for row in csv.DictReader(file) if row["edit_ratio"] and row["mode"] in MODES]
+    above = [row for row in rows if float(row["edit_ratio"]) > MODES[row["mode"]].target]
     assert [row["mode"] for row in above if not (row["note"].startswith("target") and "%" in row["note"])] == []
     assert len(above) >= (path == _edit_rows.beside(report.H100))

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import __main__ as runner
-from benchmarks import edit, roofline
+from benchmarks import _modes, roofline
 from benchmarks._case import RATES, TARGET_GPU, WAN_1_3B_480P, Case
 from benchmarks._eager_bytes import Counting
 from benchmarks._edit_model import seconds
@@ -110,11 +110,11 @@ def test_the_report_marks_what_misses_by_a_fifth(tmp_path: Path, capsys: pytest.
     assert sum("not yet measured" in line for line in lines[:edits]) == edits - 5
     assert lines[-1] == "0 of 0 rows miss by more than 20 %"
     steps = len(lines[edits + 1 : -1])  # of two models; the pipeline and preset plain have none that is locked
-    assert steps == 2 * 2 * len(edit.MODES)
+    assert steps == 2 * 2 * len(_modes.MODES)
 
 
 def test_edits_stand_beside_the_operators_of_their_gpu(tmp_path: Path) -> None:
-    path, took = tmp_path / "edit-gpu.csv", seconds("14b", edit.MODES["store, hooks"], 0.5, GPU)
+    path, took = tmp_path / "edit-gpu.csv", seconds("14b", _modes.MODES["store, hooks"], 0.5, GPU)
     plain = EditRow("wan-14b, random", "pipeline", "", "200", "100", str(took.plain), *[""] * 10)
     locks = plain._replace(mode="store, hooks", locked_step_s=str(1.3 * took.locked))
     others = locks._replace(mode="a mode of before"), locks._replace(mode="batch, hooks", step_s="", note="failed")
@@ -130,7 +130,7 @@ def test_edits_stand_beside_the_operators_of_their_gpu(tmp_path: Path) -> None:
     assert said[-1] == "1 of 3 rows miss by more than 20 %" and said[2].endswith("misses by 30 %") and " s (" in said[2]
     rest = [*roofline.edits_not_measured(lines, GPU)]
     everything = {line[:5] for line in (*lines, *rest)}
-    assert len(everything) == len(lines) + len(rest) == 2 * 2 * len(edit.MODES)
+    assert len(everything) == len(lines) + len(rest) == 2 * 2 * len(_modes.MODES)
     assert all(line.measured is None and line.prediction.us > 0 for line in rest)
 
 
