@@ -183,11 +183,17 @@ def test_what_loses_on_a_cpu_is_said() -> None:
     rows = {(r.op, r.source, r.provider): r for r in found if r.date == found[-1].date}
     below = [key for key, target in report.CPU_TARGETS.items() if float(rows[*key, "kvlock"].share_of_copy) < target]
     assert below == []
-    text("The three targets of `pack_kv` are met, that of e4m3 just so")
-    assert float(rows["pack_kv", "e4m3", "kvlock"].share_of_copy) < 1.1 * report.CPU_TARGETS["pack_kv", "e4m3"]
-    faster = {key[:2] for key, r in rows.items() if key[2] == "torch.compile" and float(r.p50) < own(rows, key)}
+    text("The three targets of `pack_kv` are met, that of e4m3 by least")
+    margin = {key: float(rows[*key, "kvlock"].share_of_copy) / target for key, target in report.CPU_TARGETS.items()}
+    assert min(margin, key=lambda key: margin[key]) == ("pack_kv", "e4m3")
+    over = {key[:2]: float(r.p50) / own(rows, key) for key, r in rows.items() if key[2] == "torch.compile"}
+    faster = {key for key in over if over[key] < 1}
     served = {key[:2] for key, r in rows.items() if r.library == "extension"}
-    assert not faster & served and ("kv_lerp_pair_", "bf16") in faster - served
+    assert faster & served == {("pack_kv", "bf16"), ("unpack_kv", "bf16")}
+    copies = [over[op, "bf16"] for op in ("pack_kv", "unpack_kv")]
+    text("the compiled ones take {:.2f} (`pack_kv`) and {:.2f} times (`unpack_kv`) as long".format(*copies))
+    assert {*over} - served - faster == {("lock_schedule", "")}
+    assert min(faster - served, key=lambda key: over[key]) == ("windowed_variance_", "")
 
 
 def test_what_the_text_says_of_operators_is_what_the_rows_say() -> None:
