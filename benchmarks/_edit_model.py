@@ -52,7 +52,7 @@ class Seconds(NamedTuple):
 
 
 def forward(shape: str, blocks: int | None = None) -> Forward:
-    """Of this shape of Wan by eager diffusers, or of its first blocks. They are alike: one and two tell of all."""
+    """Of this shape of Wan by eager diffusers, or of its first blocks; one and two tell of all, which are alike."""
     one, two = (_counted(shape, layers) for layers in (1, 2))
     others = (SIZES[shape].layers if blocks is None else blocks) - 1
     return Forward(one.flop + others * (two.flop - one.flop), one.bytes + others * (two.bytes - one.bytes))
@@ -92,9 +92,9 @@ def seconds(shape: str, mode: Mode, background: float, gpu: Rates) -> Seconds:
     if not mode.config.locks:
         return Seconds(BRANCHES * one, BRANCHES * one)
     sources = 0 if mode.recorded else 1 if mode.config.source == "store" else BRANCHES
-    source = sources * forward(shape, costs.source_blocks).seconds(gpu)
+    on_source = sources * forward(shape, costs.source_blocks).seconds(gpu)
     layers = mode.config_of(SIZES[shape].layers).layers or range(SIZES[shape].layers)
-    computes = BRANCHES * one + source + len(layers) * _lock(shape, mode, background, gpu)
+    computes = BRANCHES * one + on_source + len(layers) * _lock(shape, mode, background, gpu)
     moved = costs.bytes_moved_replay if mode.recorded else costs.bytes_moved
     return Seconds(BRANCHES * one, max(computes, moved / LINK))
 

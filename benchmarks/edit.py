@@ -29,10 +29,9 @@ from benchmarks._edits import EDITS, NEEDED, Edit, named
 from benchmarks._harness import Results
 from benchmarks._host_memory import HostMemory
 from benchmarks._machine import Machine, lacking
-from benchmarks._modes import KAPPA, LOCKED, MODES, USUAL, Mode
+from benchmarks._modes import KAPPA, LOCKED_STEPS, MODES, STEPS, USUAL, Mode
 from benchmarks._moving import counted
 
-STEPS = 5  # the first without a lock and the first with one warm up
 ROUNDS = {"cpu": 5, "cuda": 1}  # a CPU's clock drifts more than what is to be told apart
 CLOCKS = {"cpu": time.process_time, "cuda": time.perf_counter}  # what other programs take of a core does not count
 LARGEST = 5  # operators in a note
@@ -212,7 +211,7 @@ def _row(
     if not locks:
         each = statistics.median(of(0, None))
         return row._replace(step_s=f"{each:.4f}", edit_ratio=f"{each / step:.4f}", spread=spread(of(0, None)))
-    kinds = of(0, STEPS - LOCKED - 1), of(STEPS - LOCKED, None)  # without the first of them
+    kinds = of(0, STEPS - LOCKED_STEPS - 1), of(STEPS - LOCKED_STEPS, None)  # without the first of them
     each, locked_step = map(statistics.median, kinds)
     return row._replace(
         spread=spread(*kinds),

@@ -24,7 +24,7 @@ from kvlock.store import Store
 
 WAN_1_3B = SIZES["1.3b"]
 LAYERS = range(1, WAN_1_3B.layers + 1)
-LOCKED = {mode: len(MODES[mode].config_of(WAN_1_3B.layers).layers or LAYERS) for mode in (USUAL, HALF)}
+LOCKED_LAYERS = {mode: len(MODES[mode].config_of(WAN_1_3B.layers).layers or LAYERS) for mode in (USUAL, HALF)}
 STORED = {torch.bfloat16: BLUE, torch.int8: ORANGE}
 TOKENS = [2048 * 2**step for step in range(6)]
 SHARES = [step / 20 for step in range(1, 21)]
@@ -39,12 +39,12 @@ def figure(lines: list[Line], edits: Sequence[EditRow], gpu: Rates, name: str) -
     rows = [edit for edit in edits if edit.model == "wan-1.3b, random"]
     drawing = Figure(figsize=(12, 6.4), layout="constrained")
     drawing.suptitle(f"Lines are predicted; points are measured on {name}", fontsize=9)
-    tokens, share, memory, kappa, layers, empty = drawing.subplots(2, 3).flat
+    tokens, share, kappa, memory, layers, empty = drawing.subplots(2, 3).flat
     empty.remove()
     over_tokens(tokens, lines, gpu)
     over_share(share, lines, gpu)
-    kept_over_layers(memory, rows)
     over_kappa(kappa, rows, gpu)
+    kept_over_layers(memory, rows)
     over_layers(layers, rows, gpu)
     for axes in drawing.axes:
         axes.spines[["top", "right"]].set_visible(False)
@@ -112,7 +112,7 @@ def kept_over_layers(axes: Axes, rows: Sequence[EditRow]) -> None:
     for name, store, colour in (("bf16", Store(), BLUE), ("int8", Store("int8"), ORANGE)):
         kept = [cost(first(n), tokens, background, store).bytes_kept / 2**30 for n in LAYERS]
         axes.plot(LAYERS, kept, color=colour, linewidth=1.2, label=f"predicted, rows in {name}")
-    points = [(LOCKED[row.mode], float(row.source_gib)) for row in rows if row.mode in LOCKED]
+    points = [(LOCKED_LAYERS[row.mode], float(row.source_gib)) for row in rows if row.mode in LOCKED_LAYERS]
     _points(axes, points, BLUE, "measured, bf16")
     axes.set_ylim(bottom=0)
     axes.set_xlabel("locked layers")
@@ -120,26 +120,19 @@ def kept_over_layers(axes: Axes, rows: Sequence[EditRow]) -> None:
 
 
 def over_layers(axes: Axes, rows: Sequence[EditRow], gpu: Rates) -> None:
-    """A whole edit over the plain pipeline, if the first layers lock: the source runs no others, unless beside."""
+    """A whole edit over the plain pipeline with the first layers locked; a stored source runs those alone."""
     tokens, background = sizes(rows)
     for mode, colour in EDITED.items():
-        ratios = [
-            seconds("1.3b", MODES[mode]._replace(config=first(n, MODES[mode].config)), background / tokens, gpu)
-            for n in LAYERS
-        ]
-        axes.plot(LAYERS, [step.edit_ratio for step in ratios], color=colour, linewidth=1.2, label=f"predicted, {mode}")
-        points = [(LOCKED[USUAL], float(row.edit_ratio)) for row in rows if row.mode == mode]
+        modes = [MODES[mode]._replace(config=first(n, MODES[mode].config)) for n in LAYERS]
+        ratios = [seconds("1.3b", locks, background / tokens, gpu).edit_ratio for locks in modes]
+        axes.plot(LAYERS, ratios, color=colour, linewidth=1.2, label=f"predicted, {mode}")
+        points = [(LOCKED_LAYERS[USUAL], float(row.edit_ratio)) for row in rows if row.mode == mode]
         if mode == USUAL:
-            points += [(LOCKED[HALF], float(row.edit_ratio)) for row in rows if row.mode == HALF]
+            points += [(LOCKED_LAYERS[HALF], float(row.edit_ratio)) for row in rows if row.mode == HALF]
         _points(axes, points, colour, f"measured, {mode}")
     axes.set_ylim(bottom=1)
     axes.set_xlabel("locked layers, the first ones")
     axes.set_ylabel("edit / plain pipeline")
-
-
-def first(layers: int, config: KVLockConfig | None = None) -> KVLockConfig:
-    """These settings for so many layers, from the first on."""
-    return dataclasses.replace(config or KVLockConfig(), layers=tuple(range(layers)))
 
 
 def over_kappa(axes: Axes, rows: Sequence[EditRow], gpu: Rates) -> None:
@@ -164,6 +157,11 @@ def sizes(rows: Sequence[EditRow]) -> tuple[int, int]:
     if rows:
         return int(rows[0].tokens), int(rows[0].background)
     return WAN_1_3B_480P.tokens, background_rows(WAN_1_3B_480P, SHARE)
+
+
+def first(layers: int, config: KVLockConfig | None = None) -> KVLockConfig:
+    """These settings for so many layers, from the first on."""
+    return dataclasses.replace(config or KVLockConfig(), layers=tuple(range(layers)))
 
 
 def cost(config: KVLockConfig, tokens: int, background: int, store: Store) -> Cost:

@@ -181,11 +181,10 @@ void kv_lerp_(Tensor x, Tensor source, Tensor index, Tensor ratio, Maybe scale, 
 }
 
 // See `kvlock_kernels.kv_lerp_pair_`.
-template <class Device>
 void kv_lerp_pair_(Tensor k, Tensor v, Tensor k_source, Tensor v_source, Tensor index, Tensor ratio, Maybe k_scale,
                    Maybe v_scale, Maybe k_mean, Maybe v_mean) {
-  kv_lerp_<Device>(k, k_source, index, ratio, k_scale, k_mean);
-  kv_lerp_<Device>(v, v_source, index, ratio, v_scale, v_mean);
+  kv_lerp_<Cpu>(k, k_source, index, ratio, k_scale, k_mean);
+  kv_lerp_<Cpu>(v, v_source, index, ratio, v_scale, v_mean);
 }
 
 // The contracts that these functions are written for, letter for letter. `_extension.py` looks for them before it loads
@@ -203,7 +202,7 @@ STABLE_TORCH_LIBRARY_IMPL(kvlock_kernels, CPU, library) {
   library.impl("pack_kv", TORCH_BOX(&pack_kv<Cpu>));
   library.impl("unpack_kv", TORCH_BOX(&unpack_kv<Cpu>));
   library.impl("kv_lerp_", TORCH_BOX(&kv_lerp_<Cpu>));
-  library.impl("kv_lerp_pair_", TORCH_BOX(&kv_lerp_pair_<Cpu>));
+  library.impl("kv_lerp_pair_", TORCH_BOX(&kv_lerp_pair_));
 }
 
 #ifdef KVLOCK_CUDA

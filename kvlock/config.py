@@ -42,7 +42,8 @@ class KVLockConfig:
         background_guidance: guidance outside the mask on every step, never boosted; None guides both sides alike.
         zero_init_steps: number of first steps whose velocity is set to zero.
         layers: indices of the main blocks to lock; None locks all of them. A source that runs on its own
-            (``source="store"``) ends with the last of them, except under diffusers' group offloading.
+            (``source="store"``) ends with the last of them, and hooks on later blocks do not see it; where diffusers or
+            accelerate offload weights, or spread them over devices, it runs every block.
         control_blocks: whether VACE's control blocks are locked too.
         branches: lock ``"both"`` guidance branches, or only ``"cond"`` or ``"uncond"``.
         source: ``"store"`` runs the source once per locked step and keeps K and V; ``"batch"`` runs it beside the edit.
@@ -184,6 +185,10 @@ class KVLockConfig:
             first = above[-1] + 1 if above else 0
         history = MIN_HISTORY if self.fusion in ("variance", "off") else 0
         return range(max(first, start + history), num_steps)
+
+    def source_blocks(self, blocks: int) -> int:
+        """How many of a transformer's main blocks the source runs: beside the edit all, else up to the last to lock."""
+        return blocks if self.layers is None or self.source == "batch" else 1 + max(self.layers)
 
     def window_steps(self, num_steps: int) -> int:
         """Number of clean predictions W the variance looks back on: at least 2, otherwise at most `num_steps`.

@@ -56,7 +56,7 @@ class Cost(NamedTuple):
     locked_steps: int  # steps on which the source runs as well
     forwards_plain: int  # rows through the transformer without KV-Lock
     forwards: int  # the same with the source
-    source_blocks: int  # main blocks that a forward of the source runs; 0 where there is none
+    source_blocks: int  # main blocks that a forward of the source runs, all if offloaded; 0 without one
     bytes_full: int  # of all tokens
     bytes_background: int  # of background rows
     bytes_kept: int  # what the run holds, wherever: bytes_background at most times, 0 where nothing is stored
@@ -92,7 +92,8 @@ def estimate(
         forwards = 2 K + 2 L           source="batch": the source runs beside each branch and is never stored;
                                        once a step, 2 K + L, where a call of the transformer has both branches
 
-    A source that is stored runs up to the last block that locks, and counts as a forward. Source rows take::
+    A stored source runs up to the last main block that locks, and counts as a whole forward all the same. The rows of a
+    step take::
 
         bytes    = layers * 2 * rows * heads * head_dim * bytes_per_value, in 8 bits (head_dim + 4) for the last two
 
@@ -157,7 +158,7 @@ def estimate(
         locked_steps=locked,
         forwards_plain=plain,
         forwards=plain + locked * (1 if config.source == "store" else locked_calls),
-        source_blocks=(1 + max(config.layers) if stores and config.layers else model.layers) if locked else 0,
+        source_blocks=config.source_blocks(model.layers) if locked else 0,
         bytes_full=full,
         bytes_background=background,
         bytes_kept=kept,

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 BUILD = "pip install --no-build-isolation -e ."
-OPERATORS = ("pack_kv", "unpack_kv", "kv_lerp_", "kv_lerp_pair_")  # on the CPU; the last one on no GPU
+ON_CUDA = ("pack_kv", "unpack_kv", "kv_lerp_")
+OPERATORS = (*ON_CUDA, "kv_lerp_pair_")  # on the CPU; on CUDA Triton mixes both tensors in one launch
 
 
 def path() -> Path | None:

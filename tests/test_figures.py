@@ -54,7 +54,7 @@ def test_attention_is_drawn_over_its_tokens(lines: list[roofline.Line]) -> None:
 
 
 def test_growth_has_a_predicted_line_and_only_measured_points(lines: list[roofline.Line]) -> None:
-    tokens, share, memory, kappa, layers = growth.figure(roofline.measured(H100), EDITS, GPU, "H100").axes
+    tokens, share, kappa, memory, layers = growth.figure(roofline.measured(H100), EDITS, GPU, "H100").axes
     points = lambda axes, name: [
         (x, y) for line in axes.get_lines() if line.get_label() == name for x, y in line.get_xydata()
     ]
@@ -81,6 +81,7 @@ def test_growth_has_a_predicted_line_and_only_measured_points(lines: list[roofli
     assert dict(points(memory, "predicted, rows in bf16"))[30] == pytest.approx(4.38, abs=0.001)
     over_layers = dict(points(layers, "predicted, store, hooks"))
     assert over_layers[30] == line[0.4] and over_layers[15] == pytest.approx((1 + line[0.4]) / 2, abs=2e-4)
+    text(f"locks the first half of them is predicted at {over_layers[15]:.2f} times the plain pipeline.")
     beside = dict(points(layers, "predicted, batch, hooks"))
     assert 1.4 < beside[1] < beside[30]  # it runs every block, whatever locks
 
@@ -106,7 +107,7 @@ def test_an_edit_with_half_the_layers_is_drawn_at_them(lines: list[roofline.Line
     half = usual._replace(mode=_modes.HALF, source_gib="2.19", edit_ratio="1.11")
     panels = growth.figure(lines, [*EDITS, half], GPU, "H100").axes
     for axes, label, expected in (
-        (panels[2], "measured, bf16", [[15, 2.19], [30, 4.38]]),
+        (panels[3], "measured, bf16", [[15, 2.19], [30, 4.38]]),
         (panels[4], "measured, store, hooks", [[15, 1.11], [30, float(usual.edit_ratio)]]),
     ):
         (drawn,) = [line.get_xydata().tolist() for line in axes.get_lines() if line.get_label() == label]

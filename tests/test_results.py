@@ -11,7 +11,7 @@ from benchmarks import __main__ as runner
 from benchmarks import _edit_rows, _gpu_tables, accuracy, report, roofline
 from benchmarks._case import RATES, WAN_1_3B_480P
 from benchmarks._case import SHAPES as SHAPES_OF_MODELS
-from benchmarks._harness import Row, is_steady, key, read
+from benchmarks._harness import is_steady, key, read
 from benchmarks.figures import OURS
 
 STORED = {"kv_lerp_": "bf16", "pack_kv": "int8", "qk_norm_rope_kv_lerp_": "bf16"}  # the rows of the table
@@ -180,20 +180,19 @@ def test_rows_of_a_cpu_say_what_they_were_measured_on() -> None:
 
 def test_what_loses_on_a_cpu_is_said() -> None:
     found = read(report.CPU)
-    rows = {(r.op, r.source, r.provider): r for r in found if r.date == found[-1].date}
-    below = [key for key, target in report.CPU_TARGETS.items() if float(rows[*key, "kvlock"].share_of_copy) < target]
-    assert below == []
+    rows = {(r.op, r.source, r.setting, r.provider): r for r in found if r.date == found[-1].date}
+    shares = {key[:2]: float(r.share_of_copy) for key, r in rows.items() if key[0] == "pack_kv" and key[3] == "kvlock"}
+    margins = {key[:2]: shares[key[:2]] / target for key, target in report.CPU_TARGETS.items()}
+    assert min(margins.values()) > 1 and min(margins, key=lambda key: margins[key]) == ("pack_kv", "e4m3")
     text("The three targets of `pack_kv` are met, that of e4m3 by least")
-    margin = {key: float(rows[*key, "kvlock"].share_of_copy) / target for key, target in report.CPU_TARGETS.items()}
-    assert min(margin, key=lambda key: margin[key]) == ("pack_kv", "e4m3")
-    over = {key[:2]: float(r.p50) / own(rows, key) for key, r in rows.items() if key[2] == "torch.compile"}
+    ours = {key[:3]: r for key, r in rows.items() if key[3] == "kvlock"}
+    over = {key[:3]: float(r.p50) / float(ours[key[:3]].p50) for key, r in rows.items() if key[3] == "torch.compile"}
     faster = {key for key in over if over[key] < 1}
-    served = {key[:2] for key, r in rows.items() if r.library == "extension"}
-    assert faster & served == {("pack_kv", "bf16"), ("unpack_kv", "bf16")}
-    copies = [over[op, "bf16"] for op in ("pack_kv", "unpack_kv")]
-    text("the compiled ones take {:.2f} (`pack_kv`) and {:.2f} times (`unpack_kv`) as long".format(*copies))
-    assert {*over} - served - faster == {("lock_schedule", "")}
-    assert min(faster - served, key=lambda key: over[key]) == ("windowed_variance_", "")
+    served = {key for key, r in ours.items() if r.library == "extension"}
+    copies = [("pack_kv", "bf16", "share 0.8"), ("unpack_kv", "bf16", "share 0.8")]
+    assert faster & served == {*copies}
+    text("compiled, they take {:.2f} (`pack_kv`) and {:.2f} times (`unpack_kv`) as long".format(*map(over.get, copies)))
+    assert {key[0] for key in {*over} - served - faster} == {"lock_schedule"}
 
 
 def test_what_the_text_says_of_operators_is_what_the_rows_say() -> None:
@@ -255,18 +254,19 @@ def test_a_cause_of_narrow_heads_is_given_to_narrow_heads_alone() -> None:
 def test_the_noise_of_a_cpu_is_said() -> None:
     found = read(report.CPU)
     rows = {(r.op, r.source, r.setting, r.provider): r for r in found if r.date == found[-1].date}
-    same = [float(rows[*key[:3], "eager"].p50) / float(r.p50) for key, r in rows.items() if r.library == "reference"]
-    text(f"its distance from 1 is the noise of the run, {min(same):.2f} to {max(same):.2f} here")
+    same = {key: float(rows[*key[:3], "eager"].p50) / float(r.p50)
+            for key, r in rows.items() if r.library == "reference"}  # fmt: skip
+    (checked,) = [ratio for key, ratio in same.items() if key[0] == "lock_schedule"]
+    noise = sorted(ratio for ratio in same.values() if ratio != checked)
+    assert checked < 0.5
+    text(f"is the noise of the run, {noise[0]:.2f} to {noise[-1]:.2f} here, but for `lock_schedule`, whose checks take")
     over = lambda op, name: float(times[op, name]) / float(times[op, "kvlock"])
     times = {(r.op, r.provider): r.p50 for r in rows.values() if r.source == "bf16"}
-    text(f"`torch.lerp` mixes a slice in {over('kv_lerp_', 'torch.lerp'):.2f} times the time of `kv_lerp_`")
+    text(f"a slice of bf16 rows in {over('kv_lerp_', 'torch.lerp'):.2f} times the time of `kv_lerp_`")
     packs, unpacks = over("pack_kv", "eager"), over("unpack_kv", "eager")
-    text(f"eager PyTorch copies them in {packs:.2f} (`pack_kv`) and {unpacks:.2f} times (`unpack_kv`)")
-    assert min(packs, unpacks) > min(same)
-
-
-def own(rows: dict[tuple[str, str, str], Row], key: tuple[str, str, str]) -> float:
-    return float(rows[key[0], key[1], "kvlock"].p50)
+    text(f"in eager PyTorch {packs:.2f} and {unpacks:.2f}, which is within the noise")
+    copies = packs, unpacks, over("pack_kv", "torch.compile"), over("unpack_kv", "torch.compile")
+    assert min(copies) > noise[0]
 
 
 def test_the_first_page_quotes_rows() -> None:

@@ -11,16 +11,19 @@ import pytest
 import tiny
 import tiny_ltx
 import torch
+from accelerate.hooks import AlignDevicesHook, CpuOffload, add_hook_to_module
 from diffusers import LTXPipeline, SkyReelsV2Pipeline, WanPipeline, WanVACEPipeline
 from torch._dynamo.utils import counters
 
 import kvlock
 from kvlock import KVLockConfig
 from kvlock.adapters import root
+from kvlock.adapters.families import FAMILIES
 
 STEPS, LAYERS = 4, 4
 WINDOW: dict[str, Any] = {"fusion": 0.5, "kappa": 2}
 TWO = KVLockConfig(**WINDOW, layers=(1, 0))
+CPU = torch.device("cpu")
 KINDS = {WanPipeline: tiny, WanVACEPipeline: tiny, SkyReelsV2Pipeline: tiny, LTXPipeline: tiny_ltx}
 
 
@@ -97,9 +100,29 @@ def test_every_block_of_the_source_runs_where_all_lock_or_the_last_one_does():
         assert ran["source"] == dict.fromkeys(range(LAYERS), 2)
 
 
+@pytest.mark.parametrize(("controlled", "ran"), [((0, 1, 2, 3), 2), ((0, 2), 1), ((0,), 1)])
+def test_of_control_blocks_those_run_that_add_to_a_block_that_runs(to_the_end, controlled, ran):
+    def call() -> tuple[torch.Tensor, list[int]]:
+        pipe = tiny.pipeline(WanVACEPipeline, layers=LAYERS, vace_layers=[*controlled])
+        seen = []
+        with attach(pipe, TWO) as session:
+            for i, block in enumerate(pipe.transformer.vace_blocks):
+                block.register_forward_pre_hook(lambda *_, i=i: seen.append(i) if session.in_source_pass else None)
+            return tiny.call(pipe, steps=STEPS), seen
+
+    latents, blocks = call()
+    assert blocks == 2 * [*range(ran)]
+    to_the_end()
+    whole, blocks = call()
+    assert blocks == 2 * [*range(len(controlled))] and torch.equal(latents, whole)
+
+
 def test_control_blocks_that_lock_are_recorded_beside_a_single_main_block(to_the_end):
     config = KVLockConfig(**WINDOW, layers=(0,), control_blocks=True)
-    short, trace = edited(pipeline(WanVACEPipeline), config)
+    pipe = pipeline(WanVACEPipeline)
+    stacks = pipe.transformer.blocks, pipe.transformer.vace_blocks
+    short, trace = edited(pipe, config)
+    assert (pipe.transformer.blocks, pipe.transformer.vace_blocks) == stacks
     to_the_end()
     whole, expected = edited(pipeline(WanVACEPipeline), config)
     assert torch.equal(short, whole) and trace == expected
@@ -142,16 +165,38 @@ def test_the_blocks_are_back_after_each_source_pass_and_after_one_that_fails():
     assert tiny.leftovers(pipe) == []
 
 
-@pytest.mark.parametrize("kind", ["block_level", "leaf_level"])
-def test_weights_that_come_in_groups_come_for_every_block(kind):
-    pipe, cpu = pipeline(WanPipeline), torch.device("cpu")
+def spread(pipe: Any) -> None:
+    """As accelerate's device maps do."""
+    for block in pipe.transformer.blocks[2:]:
+        add_hook_to_module(block, AlignDevicesHook(execution_device=CPU))
+
+
+PLACED = {
+    "by-block": lambda pipe: pipe.transformer.enable_group_offload(CPU, CPU, "block_level", num_blocks_per_group=1),
+    "by-leaf": lambda pipe: pipe.transformer.enable_group_offload(CPU, CPU, "leaf_level"),
+    "by-model": lambda pipe: pipe.enable_model_cpu_offload(device="cpu"),
+    "spread": spread,
+}
+
+
+@pytest.mark.parametrize("place", PLACED.values(), ids=PLACED)
+def test_every_block_of_the_source_runs_where_hooks_place_the_weights(place):
+    pipe = pipeline(WanPipeline)
     expected, _ = edited(pipe, TWO)
-    groups = {"num_blocks_per_group": 1} if kind == "block_level" else {}
-    pipe.transformer.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type=kind, **groups)
+    place(pipe)
     with attach(pipe, TWO) as session, counted(pipe, session) as ran:
         latents = tiny.call(pipe, steps=STEPS)
     assert ran["source"] == dict.fromkeys(range(LAYERS), 2)
     assert torch.equal(latents, expected)
+
+
+def test_weights_that_move_at_the_sources_forward_all_move():
+    pipe, elsewhere = pipeline(WanPipeline), torch.device("meta")
+    model, hook = pipe.transformer, CpuOffload(elsewhere)
+    add_hook_to_module(model, hook)
+    with root._up_to_the_last_lock(model, FAMILIES["WanTransformer3DModel"], TWO):
+        hook.pre_forward(model)
+    assert {parameter.device for parameter in model.parameters()} == {elsewhere}
 
 
 def test_a_transformer_compiled_as_a_whole_needs_a_graph_for_each_kind_of_call_and_no_more():

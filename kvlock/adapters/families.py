@@ -19,6 +19,7 @@ class Family:
     Attributes:
         blocks: name of the main blocks' list.
         control_blocks: name of the control blocks' list, or None.
+        controlled: name, in the transformer's config, of the main blocks that control blocks add to, one each; or None.
         attention: name of the video self-attention inside a block.
         key, value: names inside the attention whose outputs are K (after its norm, before RoPE) and V.
         batched: keyword arguments of the forward with a sample axis, beside hidden_states, timestep and the prompt.
@@ -35,6 +36,7 @@ class Family:
     key: str
     value: str
     batched: tuple[str, ...]
+    controlled: str | None = None
     prompt_mask: str | None = None
     token_grid: tuple[str, str, str] | None = None
     joint_branches: bool = False
@@ -44,7 +46,13 @@ class Family:
 FAMILIES = {
     "WanTransformer3DModel": Family("blocks", None, "attn1", "norm_k", "to_v", ("encoder_hidden_states_image",)),
     "WanVACETransformer3DModel": Family(
-        "blocks", "vace_blocks", "attn1", "norm_k", "to_v", ("encoder_hidden_states_image", "control_hidden_states")
+        "blocks",
+        "vace_blocks",
+        "attn1",
+        "norm_k",
+        "to_v",
+        ("encoder_hidden_states_image", "control_hidden_states"),
+        controlled="vace_layers",
     ),
     "SkyReelsV2Transformer3DModel": Family("blocks", None, "attn1", "norm_k", "to_v", ("encoder_hidden_states_image",)),
     "LTXVideoTransformer3DModel": Family(
@@ -144,7 +152,7 @@ def _has_cache_hook(transformer: nn.Module) -> bool:
 
 
 def hooks_of_diffusers(transformer: nn.Module) -> list[str]:
-    """Their names, of all parts of the transformer."""
+    """The names of the hooks that diffusers has put on the transformer and on its parts."""
     registries = [getattr(module, "_diffusers_hook", None) for module in transformer.modules()]
     return [name for registry in registries if registry is not None for name in registry.hooks]
 

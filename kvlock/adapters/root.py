@@ -90,21 +90,37 @@ def _before(
 
 @contextlib.contextmanager
 def _up_to_the_last_lock(transformer: nn.Module, family: Family, config: KVLockConfig) -> Iterator[None]:
-    """Inside, the transformer has no main block after the last one that locks; what it gives then means nothing.
+    """Inside, the transformer has no main block after the last one that locks, nor control blocks that add to those.
 
-    It keeps them all where diffusers brings their weights to the device in groups, because one may fetch the next.
+    What it gives then means nothing. Control blocks that lock stay, and all blocks do where `_places_weights`.
     """
     module: Any = unwrap(transformer)
-    blocks = getattr(module, family.blocks)
-    wanted = 1 + max(config.layers) if config.layers else len(blocks)
-    if wanted == len(blocks) or any("offload" in hook for hook in hooks_of_diffusers(module)):
+    blocks = len(getattr(module, family.blocks))
+    wanted = config.source_blocks(blocks)
+    if wanted == blocks or _places_weights(transformer):
         yield
         return
-    setattr(module, family.blocks, blocks[:wanted])
+    counts = {family.blocks: wanted}
+    if family.control_blocks is not None and family.controlled is not None and not config.control_blocks:
+        counts[family.control_blocks] = sum(block < wanted for block in module.config[family.controlled])
+    whole = {name: getattr(module, name) for name in counts}
     try:
+        for name, count in counts.items():
+            setattr(module, name, whole[name][:count])
         yield
     finally:
-        setattr(module, family.blocks, blocks)
+        for name, stack in whole.items():
+            setattr(module, name, stack)
+
+
+def _places_weights(transformer: nn.Module) -> bool:
+    """Whether hooks bring weights to a device, or to several, and count on every block.
+
+    One of accelerate's moves all blocks that it finds and looks at the first weight alone to see whether it has; others
+    carry activations from device to device; and in diffusers a group of weights may fetch the next group.
+    """
+    by_accelerate = any(hasattr(part, "_hf_hook") for part in transformer.modules())
+    return by_accelerate or any("offload" in name for name in hooks_of_diffusers(transformer))
 
 
 def _conditions(call: dict[str, Any], family: Family) -> dict[str, Any]:

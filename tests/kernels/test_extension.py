@@ -48,7 +48,7 @@ def assert_packs_as_the_reference(
 def test_it_serves_its_operators_and_leaves_the_fallbacks_to_python() -> None:
     for name in _extension.OPERATORS:
         assert _extension.serves(f"kvlock_kernels::{name}", "CPU") and info.on_cpu(name) == "extension"
-        on_cuda = name != "kv_lerp_pair_" and bool(_extension.architectures())
+        on_cuda = name in _extension.ON_CUDA and bool(_extension.architectures())
         assert _extension.serves(f"kvlock_kernels::fallback_{name}", "CUDA") == on_cuda
     assert info.on_cpu("lock_schedule").startswith("reference")
 
