@@ -114,7 +114,7 @@ def living_bytes() -> int:
 
 
 def more_than_with_one_layer(pipe: Any, config: KVLockConfig, **options: Any) -> int:
-    """By how many bytes all tensors there are outgrow those of an edit that locks the first layer, at their most."""
+    """By how many bytes all tensors there are outgrow those of an edit that locks the last layer, at their most."""
 
     def seen(layers: tuple[int, ...]) -> list[int]:
         found: list[int] = []
@@ -123,7 +123,8 @@ def more_than_with_one_layer(pipe: Any, config: KVLockConfig, **options: Any) ->
         hook.remove()
         return found
 
-    few, all_ = seen((0,)), seen(tuple(range(len(pipe.transformer.blocks))))
+    layers = len(pipe.transformer.blocks)
+    few, all_ = seen((layers - 1,)), seen(tuple(range(layers)))
     assert len(few) == len(all_) == 3 * STEPS  # forwards, of which the source has one in each step
     return max(more - less for less, more in zip(few, all_, strict=True))
 
@@ -147,7 +148,7 @@ def test_all_tensors_there_are_take_the_bytes_of_the_estimate(pipe, tmp_path, ke
     config = KVLockConfig(kappa=2, window=2, fusion=fusion)
     found = more_than_with_one_layer(pipe, config, kernel=kernel, store=there)
     one, all_ = (foretold(pipe, dataclasses.replace(config, layers=layers), kernel=kernel, store=store)
-                 for layers in ((0,), None))  # fmt: skip
+                 for layers in ((len(pipe.transformer.blocks) - 1,), None))  # fmt: skip
     wanted = all_.bytes_device - one.bytes_device
     if store.place == "host":
         wanted += all_.bytes_host - one.bytes_host  # it is the device too, and both are in its memory
