@@ -22,7 +22,8 @@ from kvlock_kernels._triton.tiles import (
 
 MAX_TOKEN = 8192  # elements of a token that stay in registers: 16 a thread at sixteen warps
 SMALL_TOKEN = 1024  # a tile of several tokens is no larger than this
-A_WARP = 256  # elements: 8 a thread, 16 bytes of bf16
+A_THREAD = tl.constexpr(8)  # elements side by side: 16 bytes of bf16
+A_WARP = 32 * 8  # elements
 
 
 @triton.jit
@@ -67,38 +68,44 @@ def norm_rope_kernel(
     program = tl.program_id(0)
     b = (program % samples).to(tl.int64)  # neighbours share angles and source rows in the cache
     token = ((program // samples).to(tl.int64) * TOKENS + tl.arange(0, TOKENS))[:, None, None]
-    head, d = tl.arange(0, HEADS)[None, :, None], tl.arange(0, DIM)[None, None, :]
+    # Without the hint rows in 8 bits come 16 elements a thread, which shared memory then brings to those of the tokens.
+    d = tl.max_contiguous(tl.arange(0, DIM), min(A_THREAD, DIM))[None, None, :]
+    head = tl.arange(0, HEADS)[None, :, None]
     known, inner = token < tokens, (head < H) & (d < D)
     valid, at = known & inner, head * D + d
-    c, s = load_angles(cos, token, d, known, D, False), load_angles(sin, token, d, known, D, True)
     row = tl.load(source_row + token, mask=known, other=-1).to(tl.int64)
     row = tl.where(row < rows, row, -1)  # without rows nothing mixes
+    has_row = row >= 0
 
-    q_at = q + b * q_stride_b + token * q_stride_n + at
-    new = rms_norm(tl.load(q_at, mask=valid, other=0.0), q_weight, at, inner, H * D, eps)
-    tl.store(q_at, rope(new, c, s).to(q.dtype.element_ty), mask=valid)
-
-    k_at = k + b * k_stride_b + token * k_stride_n + at
+    # Values before the angles are loaded, which keys and queries need: so at most 64 registers are in use at a time.
     v_at = v + b * v_stride_b + token * v_stride_n + at
-    new = rms_norm(tl.load(k_at, mask=valid, other=0.0), k_weight, at, inner, H * D, eps)
     if RECORD:
-        has_row = row >= 0
         to = (b * rows + row) * H + head
         heads_valid, kept = has_row & (head < H), valid & has_row
-        store_packed(new, k_rows, k_scale, to, d, heads_valid, kept, D, K_PACKING, NATIVE)
         old = tl.load(v_at, mask=kept, other=0.0)
         old = old if V_PACKING == 0 else old.to(tl.float32)
         store_packed(old, v_rows, v_scale, to, d, heads_valid, kept, D, V_PACKING, NATIVE)
     else:
         a = tl.load(ratio + b + tl.zeros([1, 1, 1], tl.int64))
-        mixes = (row >= 0) & ((a > 0) | (a != a))
-        source = load_source(k_rows, k_scale, k_mean, row, head, d, valid & mixes, mixes & (head < H), rows,
-                             0 if K_SHARED else b, b if K_MEANS > 1 else 0, H, D, K_PACKING, K_MEANS > 0)
-        new = tl.where(mixes, lerp(new, source, a), new)
+        mixes = has_row & ((a > 0) | (a != a))
         source = load_source(v_rows, v_scale, v_mean, row, head, d, valid & mixes, mixes & (head < H), rows,
                              0 if V_SHARED else b, b if V_MEANS > 1 else 0, H, D, V_PACKING, V_MEANS > 0)
         old = tl.load(v_at, mask=valid & mixes & ((a < 1) | (a != a)))
         tl.store(v_at, lerp(old, source, a), mask=valid & mixes)
+
+    c, s = load_angles(cos, token, d, known, D, False), load_angles(sin, token, d, known, D, True)
+    q_at = q + b * q_stride_b + token * q_stride_n + at
+    new = rms_norm(tl.load(q_at, mask=valid, other=0.0), q_weight, at, inner, H * D, eps)
+    tl.store(q_at, rope(new, c, s).to(q.dtype.element_ty), mask=valid)
+
+    k_at = k + b * k_stride_b + token * k_stride_n + at
+    new = rms_norm(tl.load(k_at, mask=valid, other=0.0), k_weight, at, inner, H * D, eps)
+    if RECORD:
+        store_packed(new, k_rows, k_scale, to, d, heads_valid, kept, D, K_PACKING, NATIVE)
+    else:
+        source = load_source(k_rows, k_scale, k_mean, row, head, d, valid & mixes, mixes & (head < H), rows,
+                             0 if K_SHARED else b, b if K_MEANS > 1 else 0, H, D, K_PACKING, K_MEANS > 0)
+        new = tl.where(mixes, lerp(new, source, a), new)
     tl.store(k_at, rope(new, c, s).to(k.dtype.element_ty), mask=valid)
 
 

@@ -146,6 +146,19 @@ def test_shared_memory_is_within_the_limit_of_the_card(kernels: list[dict[str, A
     assert all(kernel["shared"] <= offline.SHARED_LIMIT[arch] for kernel in kernels)
 
 
+REGISTERS = 65536  # of a multiprocessor
+
+
+LARGEST = [case for case in offline.OFFLINE if "norm_rope" in case.op and case.shape.heads == 40]
+
+
+@pytest.mark.parametrize(("case", "arch"), [(case, arch) for case in LARGEST for arch in case.archs])
+def test_two_tokens_of_forty_heads_fit_a_multiprocessor(kernels: list[dict[str, Any]], case: Case, arch: int) -> None:
+    """The norm pass has a token in a program; with one at a time nothing is loaded while another one is reduced."""
+    (kernel,) = kernels
+    assert 2 * kernel["registers"] * 512 <= REGISTERS and kernel["shared"] < 1024
+
+
 @each_case_and_arch
 def test_no_product_and_sum_are_fused_where_the_bits_are_those_of_the_reference(
     kernels: list[dict[str, Any]], case: Case, arch: int
