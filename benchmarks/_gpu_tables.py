@@ -26,11 +26,11 @@ RATE_TARGETS = {4096: "1.08", 32760: "1.02"}
 SHORT = "at 4096 tokens: the start of a launch, which no prediction counts"
 PADDED = (
     "not profiled; heads are padded to a power of two, at 4096 tokens the start of a launch comes in, and at 40 heads "
-    "one program with 8-bit rows fills a multiprocessor"
+    "one program with 8-bit rows filled a multiprocessor"
 )
 NARROW = "all of D = 64, which is predicted by the rate of D = 128"
 UNKNOWN = "not profiled"
-CAUSES = {  # of the misses of this package's own rows on the H100, by operator and provider, where they are known
+CAUSES = {  # of the misses of this package's own rows, by operator and provider, where they are known
     ("kv_lerp_", "kvlock"): f"{SHORT}; `torch.lerp` on a slice misses there too, by less",
     ("kv_lerp_pair_", "kvlock"): SHORT,
     ("pack_kv", "kvlock"): SHORT,
@@ -47,6 +47,7 @@ CAUSES = {  # of the misses of this package's own rows on the H100, by operator 
     ("kv_lerp_attention_", "one launch"): "not profiled; its own plain time misses nearly as far",
 }
 NOT_YET = "not yet measured"
+SHAPE_OF = {shape.name: shape for shape in (*SHAPES, *LENGTHS)}
 
 
 def markdown(header: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
@@ -200,8 +201,9 @@ def misses(path: Path) -> str:
 
 def _cause(missed: list[Line]) -> str:
     cause = CAUSES.get(missed[0][:2], UNKNOWN)
-    narrow = all(line.shape.endswith("-d64") for line in missed)
-    return UNKNOWN if cause == NARROW and not narrow else cause
+    of_narrow = all(line.shape.endswith("-d64") for line in missed)
+    of_few = all(SHAPE_OF[line.shape].tokens == 4096 for line in missed)
+    return UNKNOWN if (cause == NARROW and not of_narrow) or (SHORT in cause and not of_few) else cause
 
 
 def _named(line: Line) -> str:
@@ -215,9 +217,9 @@ def _range(values: list[float]) -> str:
     return least if least == most else f"{least} to {most}"
 
 
-def unmeasured(path: Path) -> str:
-    """What the runner lists and no row of this file has, by operator: shapes, rows, settings and providers."""
-    seen = {line[:5] for line in roofline.measured(path)}
+def unmeasured(*paths: Path) -> str:
+    """What the runner lists and no row of these files has, by operator: shapes, rows, settings and providers."""
+    seen = {line[:5] for path in paths for line in roofline.measured(path)}
     listed: dict[str, list[tuple[str, ...]]] = {}
     for case in CASES:
         for provider in case.providers:

@@ -1,6 +1,6 @@
 """The tables of benchmarks/README.md that are made from results: `python -m benchmarks.report --write` renews them.
 
-Those of a GPU are the H100's; with another file of results the same tables are printed from that.
+Those of a GPU are the H200's; with another file of results the same tables are printed from that.
 """
 
 import argparse
@@ -13,8 +13,9 @@ from benchmarks._gpu_tables import NOT_YET, markdown
 from benchmarks._harness import Row, read
 from benchmarks.offline import END, README
 from benchmarks.packing import CPU_TARGETS
-from benchmarks.roofline import RESULTS
+from benchmarks.roofline import RESULTS, micro_results
 
+H200 = RESULTS / "nvidia-h200.csv"
 H100 = RESULTS / "nvidia-h100-80gb-hbm3.csv"
 CPU = RESULTS / "cpu-amd-epyc.csv"
 EDITS_ON_CPU = RESULTS / "edit-amd-epyc.csv"
@@ -89,7 +90,8 @@ def block(name: str, table: Callable[[Path], str], path: Path) -> str:
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
-    **{name: functools.partial(block, name, table, H100) for name, table in ON_A_GPU.items()},
+    **{name: functools.partial(block, name, table, H200) for name, table in ON_A_GPU.items()},
+    "unmeasured": functools.partial(block, "unmeasured", lambda _: _gpu_tables.unmeasured(*micro_results()), H200),
     "miniature": functools.partial(block, "miniature", _edit_tables.miniature, EDITS_ON_CPU),
     "cpu": functools.partial(block, "cpu", cpu, CPU),
     "accuracy": functools.partial(block, "accuracy", packed, ACCURACY),
@@ -114,7 +116,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.csv:
         if options.write:
-            parser.error(f"the tables of {README.name} are those of {H100.name}")
+            parser.error(f"the tables of {README.name} are those of {H200.name}")
         try:
             print(*(block(name, table, options.csv) for name, table in ON_A_GPU.items()), sep="\n\n")
         except (OSError, ValueError) as error:

@@ -11,7 +11,7 @@ from benchmarks import __main__ as runner
 from benchmarks import _edit_rows, _modes, figures, growth, roofline
 from benchmarks._case import RATES
 from benchmarks._harness import Results, Row, read
-from benchmarks.report import H100
+from benchmarks.report import H100, H200
 
 GPU = RATES["NVIDIA H100 80GB HBM3"]
 EDITS = [edited.row for edited in _edit_rows.latest(_edit_rows.beside(H100))]
@@ -53,8 +53,10 @@ def test_attention_is_drawn_over_its_tokens(lines: list[roofline.Line]) -> None:
     assert set(drawn["assumed by predictions"].get_ydata()) == {650}
 
 
-def test_growth_has_a_predicted_line_and_only_measured_points(lines: list[roofline.Line]) -> None:
-    tokens, share, kappa, memory, layers = growth.figure(roofline.measured(H100), EDITS, GPU, "H100").axes
+def test_growth_has_a_predicted_line_and_only_measured_points() -> None:
+    measured_on = roofline.measured(H200)
+    lines, edits = roofline.latest(measured_on), [edited.row for edited in _edit_rows.latest(_edit_rows.beside(H200))]
+    tokens, share, kappa, memory, layers = growth.figure(measured_on, edits, roofline.rates(H200), "H200").axes
     points = lambda axes, name: [
         (x, y) for line in axes.get_lines() if line.get_label() == name for x, y in line.get_xydata()
     ]
@@ -65,15 +67,20 @@ def test_growth_has_a_predicted_line_and_only_measured_points(lines: list[roofli
     assert [y for x, y in over if x == 75600] == [pytest.approx(us[0] / us[1])]
     mixing = time(lines, "kv_lerp_pair_", "kvlock", "wan-1.3b-480p", "bf16", LOCK)
     assert points(share, "measured, bf16") == [(0.8, mixing)]
-    assert points(memory, "measured, bf16") == [(30, 4.38)]
-    ratios = {row.mode: float(row.edit_ratio) for row in EDITS if row.model == "wan-1.3b, random"}
+    assert points(memory, "measured, bf16") == [(30, 4.38), (15, 2.19)]
+    ratios = {row.mode: float(row.edit_ratio) for row in edits if row.model == "wan-1.3b, random"}
+    half = [(15, ratios["half the layers, hooks"])]
     for mode in ("store, hooks", "store, fused", "batch, hooks"):
         assert points(kappa, f"measured, {mode}") == [(0.4, ratios[mode])]
-        assert points(layers, f"measured, {mode}") == [(30, ratios[mode])]
+        assert points(layers, f"measured, {mode}") == [(30, ratios[mode]), *(half if mode == "store, hooks" else ())]
     measured = {x for axes in (share, memory, kappa, layers) for line in axes.get_lines() for x in line.get_xdata()
                 if str(line.get_label()).startswith("measured")}  # fmt: skip
-    assert measured == {0.8, 30, 0.4}
-    text("Measured over tokens are five lengths.", "it is one setting: a share of 0.8, all 30 layers, a kappa of 0.4.")
+    assert measured == {0.8, 30, 15, 0.4}
+    text(
+        "Measured over tokens are five lengths, and over layers all 30 and the first half of them.",
+        "In the other panels it is one setting: a share of 0.8, a kappa of 0.4.",
+        f"takes {ratios['half the layers, hooks']:.2f} times as long as the plain pipeline, as predicted.",
+    )
     line = dict(points(kappa, "predicted, store, hooks"))
     assert line[0.4] == pytest.approx(1.204, abs=1e-3)
     assert line[0.2] == pytest.approx((1 + line[0.4]) / 2)
@@ -81,7 +88,7 @@ def test_growth_has_a_predicted_line_and_only_measured_points(lines: list[roofli
     assert dict(points(memory, "predicted, rows in bf16"))[30] == pytest.approx(4.38, abs=0.001)
     over_layers = dict(points(layers, "predicted, store, hooks"))
     assert over_layers[30] == line[0.4] and over_layers[15] == pytest.approx((1 + line[0.4]) / 2, abs=2e-4)
-    text(f"locks the first half of them is predicted at {over_layers[15]:.2f} times the plain pipeline.")
+    assert over_layers[15] == pytest.approx(ratios["half the layers, hooks"], abs=0.005)
     beside = dict(points(layers, "predicted, batch, hooks"))
     assert 1.4 < beside[1] < beside[30]  # it runs every block, whatever locks
 

@@ -5,21 +5,22 @@ import itertools
 import re
 
 import pytest
-from benchmark_readme import README, RESULTS, ROOT, ROWS, SHAPES, row, table, text
+from benchmark_readme import EARLIER, README, RESULTS, ROOT, ROWS, SHAPES, row, table, text
 
 from benchmarks import __main__ as runner
 from benchmarks import _edit_rows, _gpu_tables, accuracy, report, roofline
 from benchmarks._case import RATES, WAN_1_3B_480P
 from benchmarks._case import SHAPES as SHAPES_OF_MODELS
-from benchmarks._harness import is_steady, key, read
+from benchmarks._harness import Row, is_steady, key, read
+from benchmarks._model import predict
 from benchmarks.figures import OURS
 
 STORED = {"kv_lerp_": "bf16", "pack_kv": "int8", "qk_norm_rope_kv_lerp_": "bf16"}  # the rows of the table
 
 
 def shares(op: str, shape: str) -> str:
-    """Of the copy, for rows of every dtype."""
-    found = [r for source in ("bf16", "e4m3", "int8") if (r := row(op, "kvlock", shape, source)) is not None]
+    """Of the copy, for rows of every dtype, on the H100."""
+    found = [r for source in ("bf16", "e4m3", "int8") if (r := row(op, "kvlock", shape, source, EARLIER)) is not None]
     least, most = (f"{100 * pick(float(r.share_of_copy) for r in found):.0f}" for pick in (min, max))
     return f"{least} to {most} %"
 
@@ -28,7 +29,7 @@ def test_every_operator_of_the_table_has_its_prediction_and_its_row() -> None:
     predicted: dict[str, str] = {}  # of the first case of each operator
     for case in runner.CASES:
         if case.core and case.shape == WAN_1_3B_480P and case.source == STORED.get(case.op, ""):
-            time = case.work(case.shape).predicted_us(RATES["NVIDIA H100 80GB HBM3"])
+            time = case.work(case.shape).predicted_us(RATES["NVIDIA H200"])
             predicted.setdefault(case.op, f"{time:.1f} us")
     cells = table("operator")
     assert len(cells) == 5
@@ -40,37 +41,74 @@ def test_every_operator_of_the_table_has_its_prediction_and_its_row() -> None:
 
 
 def test_what_misses_its_target_beside_the_table_is_what_the_rows_say() -> None:
-    prose = " ".join(README.split())
-    own, by_torch = (row("kv_lerp_", provider, SHAPES[4096], "bf16") for provider in ("kvlock", "torch.lerp"))
-    assert own is not None and by_torch is not None
-    share, share_of_torch = (f"{100 * float(r.share_of_copy):.0f} %" for r in (own, by_torch))
+    own = row("kv_lerp_", "kvlock", SHAPES[4096], "bf16")
+    assert own is not None
+    share = f"{100 * float(own.share_of_copy):.0f} % of the copy"
     few, many = (
         " and ".join(shares(op, shape) for op in ("kv_lerp_", "pack_kv")) for shape in (SHAPES[4096], "small-h40")
     )
     few = few.replace(" %", " % of the copy", 1)
-    assert f"`kv_lerp_` and `pack_kv` at 4096 tokens: {few} with 12 heads, {many} with 40" in prose
-    assert f"At 4096 tokens it misses the target: {share} of the copy ({float(own.p50):.1f} us)" in prose
-    assert f"`torch.lerp` on a slice {share_of_torch} ({float(by_torch.p50):.1f} us)" in prose
-    wide = row("kv_lerp_", "kvlock", "small-h40", "bf16")
-    assert wide is not None and f"With 40 heads it is at {100 * float(wide.share_of_copy):.0f} %" in prose
+    text(
+        f"On an H100 `kv_lerp_` and `pack_kv` at 4096 tokens: {few} with 12 heads, {many} with 40",
+        f"misses its own at 4096 tokens: {share} with 12 heads",
+        f"At 4096 tokens it misses the target: {share} ({float(own.p50):.1f} us)",
+    )
     op = "qk_norm_rope_kv_lerp_"
-    locked = row(op, "kvlock", WAN_1_3B_480P.name, "bf16")
-    alone = op, "kvlock", WAN_1_3B_480P.name, "without the lock"
-    plain = [r for r in ROWS if (r.op, r.provider, r.shape, r.setting) == alone][-1]
-    assert locked is not None
-    times = f"{float(locked.p50) / float(plain.p50):.2f}"
-    assert f"takes {times} times as long with the lock, where the target is 1.15" in prose
+    times = {}
+    for shape in ("wan-1.3b-480p", "wan-14b-480p"):
+        locked, alone = row(op, "kvlock", shape, "bf16"), (op, "kvlock", shape, "without the lock")
+        plain = [r for r in ROWS if (r.op, r.provider, r.shape, r.setting) == alone][-1]
+        assert locked is not None and locked.commit == plain.commit
+        times[shape] = f"{float(locked.p50) / float(plain.p50):.2f}"
+    few, many = times.values()
+    text(
+        f"takes {few} times as long with the lock, where the target is 1.15",
+        f"takes {few} times the pass without the lock, with 40 heads {many} times",
+    )
+
+
+def test_the_table_on_an_h100_is_said_beside_that_of_the_h200() -> None:
+    measured, predicted = [], []
+    for op, source, setting, _ in _gpu_tables.TARGETS:
+        found = row(op, "kvlock", WAN_1_3B_480P.name, source, EARLIER)
+        assert found is not None
+        measured.append(found)
+        case = roofline.BY_KEY[op, WAN_1_3B_480P.name, source, setting]
+        predicted.append(predict(case, "kvlock", RATES["NVIDIA H100 80GB HBM3"]).us)
+    listed = lambda values: "{:.1f}, {:.1f}, {:.1f}, {:.1f} and {:.1f}".format(*values)
+    text(f"at {listed(predicted)} us and measured at {listed([float(r.p50) for r in measured])}")
+    text("at {:.0f} and {:.0f} % of the copy.".format(*(100 * float(r.share_of_copy) for r in measured[1:3])))
+    above = [float(r.p50) - us for r, us in zip(measured[:4], predicted, strict=False)]
+    above += [float(time.split()[0]) - float(guess.split()[0]) for _, _, guess, time, _ in table("operator")[:4]]
+    text(f"{min(above):.0f} to {max(above):.0f} us, which are a larger part where memory is faster")
 
 
 def test_rows_of_other_times_are_as_many_as_the_readme_says() -> None:
     words = {4: "four", 70: "Seventy"}
-    assert all(r.status == "ok" and r.p20 and r.p80 for r in ROWS)
-    runs, first = {r.commit for r in ROWS}, [r for r in ROWS if not r.used_mib]
-    text(f"The {len(ROWS)} rows of the H100 are from {words[len(runs)]} commits. {words[len(first)]} of them are older")
-    assert all(r.library for r in ROWS if r not in first and r.provider in ("kvlock", "SDPA cuDNN"))
-    text(f"{sum(not is_steady(r) for r in ROWS)} rows of the third are not steady:")
-    assert {r.commit for r in ROWS if not is_steady(r)} == {[*dict.fromkeys(r.commit for r in ROWS)][2]}
-    assert not any("flash-attn" in r.provider for r in ROWS)
+    assert all(r.status == "ok" and r.p20 and r.p80 for r in (*ROWS, *EARLIER))
+    runs, first = {r.commit for r in EARLIER}, [r for r in EARLIER if not r.used_mib]
+    text(f"The {len(EARLIER)} rows of the H100 are from {words[len(runs)]} commits. {words[len(first)]} of them are")
+    assert all(r.library for r in EARLIER if r not in first and r.provider in ("kvlock", "SDPA cuDNN"))
+    text(f"{sum(not is_steady(r) for r in EARLIER)} rows of the third are not steady:")
+    assert {r.commit for r in EARLIER if not is_steady(r)} == {[*dict.fromkeys(r.commit for r in EARLIER)][2]}
+    assert not any("flash-attn" in r.provider for r in (*ROWS, *EARLIER))
+
+
+def test_every_row_of_the_h200_is_whole_and_steady() -> None:
+    ceilings = [r for r in ROWS if r.op in ("copy", "matmul")]
+    timed = [r for r in ROWS if r not in ceilings]
+    assert all(is_steady(r) and r.used_mib for r in ROWS)
+    assert all(r.predicted_us and (r.share_of_copy or r.share_of_matmul) for r in timed)
+    assert all(r.max_error and r.relative_error and r.library for r in timed)
+    assert all(r.over_plain for r in timed if r.op == "kv_lerp_attention_")
+    run, other = ([r for r in ROWS if r.commit == commit] for commit in dict.fromkeys(r.commit for r in ROWS))
+    text(f"All {len(ROWS)} rows of the H200 are whole and steady")
+    text(f"{len(run)} are of one run; {len(other)} of QK norm")
+    assert {r.op for r in other if r not in ceilings} == {_gpu_tables.PASS, "qk_norm_rope_kv_pack_"}
+    key = _gpu_tables.PASS, "kvlock", WAN_1_3B_480P.name, "bf16", _gpu_tables.LOCK
+    locked = [next(float(r.p50) for r in rows if (r.op, r.provider, r.shape, r.source, r.setting) == key)
+              for rows in (run, other)]  # fmt: skip
+    text("which took {:.0f} us instead of {:.0f}".format(*locked))
 
 
 def test_how_long_the_core_took_is_what_the_dates_of_its_rows_say() -> None:
@@ -79,7 +117,8 @@ def test_how_long_the_core_took_is_what_the_dates_of_its_rows_say() -> None:
     dates = [datetime.datetime.fromisoformat(r.date) for r in largest]
     took = [(end - start).seconds for (start, end), r in zip(itertools.pairwise(dates), largest[1:], strict=True)
             if key(r) in core]  # fmt: skip
-    text(f"{len(took)} of the {len(core)} rows of the core took {sum(took)} s, and all {len(largest)} were there "
+    assert len(took) == len(core)
+    text(f"the {len(core)} rows of the core took {sum(took)} s, and all {len(largest)} were there "
          f"{(dates[-1] - dates[0]).seconds} s after the first")  # fmt: skip
 
 
@@ -95,13 +134,16 @@ def test_every_table_names_the_command_behind_its_rows(name: str) -> None:
 
 
 def test_how_many_rows_miss_their_prediction_is_counted() -> None:
-    lines = roofline.measured(report.H100)
-    edits = roofline.measured_edits(_edit_rows.beside(report.H100), roofline.rates(report.H100))
-    missed = [line for line in edits if line.flagged]
-    text(f"by more than 20 %: on the H100 {sum(line.flagged for line in lines)} of {len(lines)} rows of operators, and "
-         f"{len(missed)} of {len(edits)} steps of edits, all of them with rows on disk.")  # fmt: skip
+    said, eager = [], []
+    for path in (report.H200, report.H100):
+        lines = roofline.measured(path)
+        edits = roofline.measured_edits(_edit_rows.beside(path), roofline.rates(path))
+        missed = [line for line in edits if line.flagged]
+        said.append(f"{sum(line.flagged for line in lines)} of {len(lines)} rows of operators and {len(missed)} of "
+                    f"{len(edits)} steps of edits")  # fmt: skip
+        eager += [line for line in lines if line.provider == "diffusers, eager"]
     assert {"on disk" in line.provider for line in missed} == {True}
-    eager = [line for line in lines if line.provider == "diffusers, eager"]
+    text(f"by more than 20 %: on the H200 {said[0]}, on the H100 {said[1]}, all of them with rows on disk.")
     text(f"now misses by more than 20 % in all {sum(line.flagged for line in eager)} rows")
     assert all(line.flagged for line in eager)
 
@@ -133,12 +175,12 @@ def test_every_row_says_what_it_was_measured_on() -> None:
 
 
 def test_the_readme_counts_what_earlier_rows_lack() -> None:
-    found = [r for r in ROWS if not r.used_mib]
+    found = [r for r in EARLIER if not r.used_mib]
     assert not any(r.relative_error or r.library or r.share_of_matmul for r in found)
     text("Seventy of them are older than `share_of_matmul`, `relative_error`, `used_mib` and `library`")
     ways = "kv_lerp_attention_"
-    lacking = sum(r.op == ways and not r.over_plain for r in ROWS)
-    unnamed = sum(bool(r.used_mib) and not r.library and r.op not in ("copy", "matmul") for r in ROWS)
+    lacking = sum(r.op == ways and not r.over_plain for r in EARLIER)
+    unnamed = sum(bool(r.used_mib) and not r.library and r.op not in ("copy", "matmul") for r in EARLIER)
     text(f"{lacking} rows of locked attention lack `over_plain`, {unnamed} newer rows a `library`")
 
 
@@ -154,7 +196,7 @@ def test_the_tables_made_from_rows_are_those_of_the_readme(name: str) -> None:
 
 
 def test_no_cause_is_given_for_what_does_not_miss() -> None:
-    lines = roofline.latest(roofline.measured(report.H100))
+    lines = [line for path in (report.H200, report.H100) for line in roofline.latest(roofline.measured(path))]
     assert set(_gpu_tables.CAUSES) <= {line[:2] for line in lines if line.flagged and line.provider in OURS}
 
 
@@ -196,49 +238,62 @@ def test_what_loses_on_a_cpu_is_said() -> None:
 
 
 def test_what_the_text_says_of_operators_is_what_the_rows_say() -> None:
-    found = {line[:5]: line for line in roofline.latest(roofline.measured(report.H100))}
-    at = lambda *key: found[key].row
+    earlier = {line[:5]: line for line in roofline.latest(roofline.measured(report.H100))}
+    at = lambda *key: earlier[key].row
     share = lambda *key: f"{100 * float(at(*key).share_of_copy):.0f} %"
-    wide = "guided_velocity", "kvlock", "wan-1.3b-720p", "", "guidance 5 and 1.5"
+    text(f"At 75600 tokens it is at {share('windowed_variance_', 'kvlock', 'wan-1.3b-720p', '', '10 slots')} there.")
+    runs = [r for r in EARLIER if (r.op, r.provider, r.shape) == ("guided_velocity", "kvlock", "wan-1.3b-480p")]
+    text(f"which took {float(runs[0].p50):.1f} us to {float(runs[-1].p50):.1f} there.")
+    guided, formula = (row("guided_velocity", name, WAN_1_3B_480P.name) for name in ("kvlock", "torch.compile"))
+    assert guided is not None and formula is not None
+    text(f"The compiled formula takes {float(formula.p50) / float(guided.p50):.2f} times as long as the operator.")
+
+
+def test_what_the_text_says_of_rows_in_8_bits_is_what_the_rows_say() -> None:
+    def of(op: str, shape: str, *sources: str) -> list[Row]:
+        found = [row(op, "kvlock", shape, source) for source in sources]
+        return [r for r in found if r is not None]
+
+    def between(found: list[Row]) -> str:
+        values = sorted(100 * float(r.share_of_copy) for r in found)
+        return f"{values[0]:.0f} to {values[-1]:.0f} %"
+
+    (wide,) = of(_gpu_tables.PASS, "wan-14b-480p", "bf16")
+    packed, few = (of(_gpu_tables.PASS, shape, "e4m3", "int8") for shape in ("wan-14b-480p", WAN_1_3B_480P.name))
+    written = of("qk_norm_rope_kv_pack_", "wan-14b-480p", "e4m3", "int8")
+    times = sorted(float(r.p50) / float(wide.p50) for r in packed)
     text(
-        f"At 75600 tokens it is at {share('windowed_variance_', 'kvlock', 'wan-1.3b-720p', '', '10 slots')}.",
-        f"At 75600 tokens it takes {float(at(*wide).p50):.1f} us, {share(*wide)} of the copy",
+        f"With 40 heads it is at {100 * float(wide.share_of_copy):.0f} % of the copy.",
+        f"measured at {between(packed)} with 40 heads and {between(few).replace(' %', '')} % with 12",
+        f"that pass took {times[0]:.1f} to {times[-1]:.1f} times as long as with rows in bf16",
+        f"`qk_norm_rope_kv_pack_`, {between(written)} of the copy before with 40 heads",
     )
-    runs = [r for r in ROWS if (r.op, r.provider, r.shape) == ("guided_velocity", "kvlock", "wan-1.3b-480p")]
-    text(f"which took {float(runs[0].p50):.1f} us to {float(runs[-1].p50):.1f}.")
-    many = lambda source: at(_gpu_tables.PASS, "kvlock", "wan-14b-480p", source, _gpu_tables.LOCK)
-    packed = sorted(f"{100 * float(many(source).share_of_copy):.0f}" for source in ("e4m3", "int8"))
-    text(f"With 40 heads it is at {100 * float(many('bf16').share_of_copy):.0f} % of the copy, with rows in 8 bits at "
-         f"{packed[0]} to {packed[1]} %")  # fmt: skip
-    times = sorted(f"{float(many(source).p50) / float(many('bf16').p50):.1f}" for source in ("e4m3", "int8"))
-    text(f"that pass takes {times[0]} to {times[1]} times as long as with rows in bf16")
 
 
 def test_what_the_text_says_of_other_providers_is_what_the_rows_say() -> None:
-    lines = [line for line in roofline.latest(roofline.measured(report.H100)) if line.steady]
-    us = {line[:5]: line.measured or 0 for line in lines}
+    lines = [line for line in roofline.latest(roofline.measured(report.H200)) if line.steady]
+    earlier = [line for line in roofline.latest(roofline.measured(report.H100)) if line.steady]
     between = lambda found, form="{:.2f} to {:.2f}": form.format(min(found), max(found))
 
-    def over(op: str, other: str, source: str) -> list[float]:
+    def over(op: str, other: str, source: str, lines: list[roofline.Line]) -> list[float]:
+        us = {line[:5]: line.measured or 0 for line in lines}
         own = [key for key in us if (key[0], key[1], key[3]) == (op, "kvlock", source)]
         return [us[key] / us[op, other, *key[2:]] for key in own if (op, other, *key[2:]) in us]
 
-    sliced, compiled = (between(over("kv_lerp_", name, "bf16")) for name in ("torch.lerp", "torch.compile"))
-    text(f"`kv_lerp_` of bf16 rows takes {sliced} times the time of `torch.lerp` on a slice")
-    text(f"needs no index, and {compiled} times that of the compiled formula.")
-    unpacked = over("unpack_kv", "torch.compile", "int8")
+    others = ("torch.lerp", "torch.compile")
+    (sliced,), (compiled,) = (over("kv_lerp_", name, "bf16", lines) for name in others)
+    text(f"`kv_lerp_` of bf16 rows takes {sliced:.2f} times the time of `torch.lerp` on a slice")
+    many = " and ".join(between(over("kv_lerp_", name, "bf16", earlier)) for name in others)
+    text(f"index, and {compiled:.2f} times that of the compiled formula (on the H100, over more shapes, {many}).")
+    (packed,) = over("pack_kv", "Triton", "int8", lines)
+    text(f"on the H200 that is {100 / packed - 100:.0f} % slower.")
+    unpacked = over("unpack_kv", "torch.compile", "int8", earlier)
     least = min(unpacked)
     most = between([one for one in unpacked if one != least])
-    text(f"as the compiled formula, {most} times, but at 4096 tokens and 12 heads {least:.2f} times.")
-    narrow = [1 + line.missed for line in lines if line.op == "attention" and line.shape.endswith("-d64")
-              and line.provider == "SDPA cuDNN"]  # fmt: skip
+    text(f"on the H100, {most} times, but at 4096 tokens and 12 heads {least:.2f} times.")
+    narrow = [1 + line.missed for line in lines if (line.op, line.provider) == ("attention", "SDPA cuDNN")
+              and _gpu_tables.SHAPE_OF[line.shape].dim == 64]  # fmt: skip
     text(f"(at D = 64 it takes {between(narrow)} times as long here)")
-    packed = [100 * float(line.row.share_of_copy) for line in lines if line.row is not None and line.source != "bf16"
-              and line[:3] == (_gpu_tables.PASS, "kvlock", "small-h40")]  # fmt: skip
-    text(f"(at 4096 tokens {between(packed, '{:.0f} to {:.0f}')})")
-    few = [100 * float(line.row.share_of_copy) for line in lines if line.row is not None and line.source != "bf16"
-           and line[:3] == (_gpu_tables.PASS, "kvlock", WAN_1_3B_480P.name)]  # fmt: skip
-    text(f"and is at {between(few, '{:.0f} to {:.0f}')} % at 32760 tokens.")
     clocks = [float(line.row.sm_mhz) for line in lines if line.row is not None and "attention" in line.op
               and line.provider in ("kvlock", "kvlock sm_90", "SDPA cuDNN") and line.source in ("", "int8")
               and line.shape in ("wan-1.3b-480p", "wan-14b-480p")]  # fmt: skip

@@ -1,9 +1,11 @@
 """What the documents and the choice of kernels say of attention is what the committed rows say."""
 
 import inspect
+import itertools
 import re
+from functools import partial
 
-from benchmark_readme import ROWS, SHAPES, row, table, text
+from benchmark_readme import EARLIER, ROWS, SHAPES, row, table, text
 
 from benchmarks import _gpu_tables, roofline
 from benchmarks._case import RATES, WAN_1_3B_480P
@@ -44,18 +46,22 @@ def test_a_kernel_that_no_cpu_can_check_is_chosen_only_where_a_row_shows_it_righ
         names = SHAPES if line.dim == WAN_1_3B_480P.dim else {n: f"n{n}-h12-d{line.dim}" for n in SHAPES}
         chosen = [shape for tokens, shape in names.items() if tokens >= line.tokens]
         assert line.capability == 9 and chosen
-        for shape in chosen:
-            own = row("attention", PROVIDERS.get(name, name), shape)
-            cudnn = row("attention", "SDPA cuDNN", shape)
+        for shape, rows in itertools.product(chosen, (ROWS, EARLIER)):
+            own = row("attention", PROVIDERS.get(name, name), shape, "", rows)
+            cudnn = row("attention", "SDPA cuDNN", shape, "", rows)
             assert own is not None and cudnn is not None, f"{name} has no row at {shape}"
             assert own.status == "ok" and float(own.max_error) < 0.01 and float(own.p50) < float(cudnn.p50)
+
+
+BOTH = "kvlock sm_90", "SDPA cuDNN"
+earlier = partial(row, rows=EARLIER)
 
 
 def test_mixing_first_is_chosen_where_rows_show_it_faster_than_the_other_ways() -> None:
     assert {line.way for line in attend.TABLE} == {attend.LERP_FIRST}
     for shape in (SHAPES[4096], SHAPES[32760]):
         ways = ("kvlock", "in loop", "one launch")
-        first, *others = (row("kv_lerp_attention_", way, shape, "int8") for way in ways)
+        first, *others = (earlier("kv_lerp_attention_", way, shape, "int8") for way in ways)
         assert first is not None
         assert all(other is not None and float(first.p50) < float(other.p50) for other in others)
 
@@ -69,67 +75,95 @@ def test_the_numbers_beside_the_choice_of_kernels_are_those_of_the_rows() -> Non
         return float(one.p50) / float(other.p50)
 
     def own(heads: int, *tokens: int) -> list[str]:
-        of = lambda n, provider: row("attention", provider, names[heads][n])
+        of = lambda n, provider: earlier("attention", provider, names[heads][n])
         return [f"{over(of(n, 'kvlock sm_90'), of(n, 'SDPA cuDNN')):.2f}" for n in tokens]
 
     assert "{} and {} times cuDNN's time at 32760 and 75600".format(*own(12, 32760, 75600)) in said
     assert "{}, {} and {} times at 4096, 8192 and 16384".format(*own(12, 4096, 8192, 16384)) in said
     many = "with 40 heads {} and {} at 32760 and 75600, and {}, {} and {} below"
     assert many.format(*own(40, 32760, 75600, 4096, 8192, 16384)) in said
-    narrow = lambda heads, n, provider: row("attention", provider, f"n{n}-h{heads}-d64")
+    narrow = lambda heads, n, provider: earlier("attention", provider, f"n{n}-h{heads}-d64")
     at_64 = [
         f"{over(narrow(heads, n, 'kvlock sm_90'), narrow(heads, n, 'SDPA cuDNN')):.2f}"
         for heads, n in ((12, 32760), (12, 75600), (12, 4096), (12, 8192), (12, 16384), (40, 32760), (40, 75600))
     ]
     many = "At D = 64: {} and {} times with 12 heads at 32760 and 75600 tokens, {}, {} and {} below; {} and {} with 40"
     assert many.format(*at_64) in said
+    newer = over(*(row("attention", provider, names[40][16384]) for provider in BOTH))
+    assert f"where the own kernel takes {newer:.2f} times" in said
+    wide = lambda n: [row("attention", provider, f"n{n}-h16-d96") for provider in BOTH]
+    wider = [f"{over(*wide(n)):.2f}" for n in (4096, 16384, 32760)]
+    assert "{}, {} and {} times at 4096, 16384 and 32760 tokens of 16 heads, on the H200".format(*wider) in said
+    text("At D = 96 it takes {}, {} and {} times at 4096, 16384 and 32760, and is not chosen".format(*wider))
     small = {heads: names[heads][4096] for heads in names}
     locked = [
-        over(row("kv_lerp_attention_", "kvlock", small[n], source), row("attention", "SDPA cuDNN", small[n]))
+        over(earlier("kv_lerp_attention_", "kvlock", small[n], source), earlier("attention", "SDPA cuDNN", small[n]))
         for n, source in ((12, "bf16"), (12, "int8"), (12, "e4m3"), (40, "int8"))
     ]
     assert f"mixing first takes {min(locked):.2f} to {max(locked):.2f} times as long as plain attention" in said
-    ways = {way: row("kv_lerp_attention_", way, SHAPES[4096], "int8") for way in ("kvlock", "in loop", "one launch")}
-    few = over(*(row("kv_lerp_attention_", way, SHAPES[4096], "bf16") for way in ("in loop", "kvlock")))
+    names_of_ways = ("kvlock", "in loop", "one launch")
+    ways = {way: earlier("kv_lerp_attention_", way, SHAPES[4096], "int8") for way in names_of_ways}
+    few = over(*(earlier("kv_lerp_attention_", way, SHAPES[4096], "bf16") for way in ("in loop", "kvlock")))
     many_times = over(ways["in loop"], ways["kvlock"])
     assert f"mixing in the loop {few:.0f} (bf16) to {many_times:.0f} times (int8) as long as that" in said
     assert f"one launch {over(ways['one launch'], ways['kvlock']):.1f} times" in said
-    twice = over(*(row("kv_lerp_attention_", way, SHAPES[32760], "int8") for way in ("one launch", "kvlock")))
+    twice = over(*(earlier("kv_lerp_attention_", way, SHAPES[32760], "int8") for way in ("one launch", "kvlock")))
     assert "one launch takes twice as long" in said and round(twice) == 2
-    rates = [row("attention", f"SDPA {name}", SHAPES[32760]) for name in ("cuDNN", "FLASH", "EFFICIENT")]
+    rates = [earlier("attention", f"SDPA {name}", SHAPES[32760]) for name in ("cuDNN", "FLASH", "EFFICIENT")]
     tens = [10 * round(float(r.rate) / 10) for r in rates if r is not None]
     assert "cuDNN reaches {} TFLOP/s at 32760 tokens, FLASH {}, EFFICIENT {}".format(*tens) in said
 
 
 def test_what_the_text_says_of_attention_is_what_the_rows_say() -> None:
-    us = lambda *names: float(found.p50) if (found := row(*names)) is not None else float("nan")
+    us = lambda *names, rows=ROWS: float(r.p50) if (r := row(*names, rows=rows)) is not None else float("nan")
+    before = partial(us, rows=EARLIER)
     wan, small = "wan-1.3b-480p", "small-h12"
     op, one, lone = "kv_lerp_attention_", "one launch", "one launch, no rows"
-    alone = [us("attention", lone, shape) for shape in (wan, small)]
+    alone = [before("attention", lone, shape, "") for shape in (wan, small)]
     fused, compiled = (us(_gpu_tables.PASS, name, wan, "bf16") for name in ("kvlock", "diffusers, compiled"))
+    locked = [us(op, "kvlock", shape, source) / us("attention", "SDPA cuDNN", shape, "")
+              for shape in (small, "small-h40") for source in ("bf16", "e4m3", "int8")]  # fmt: skip
+    apart = us(op, "kvlock", wan, "int8") - us("attention", "kvlock sm_90", wan, "")
     text(
-        f"32760 that lerp takes {us('kv_lerp_pair_', 'kvlock', wan, 'int8') / 1e3:.2f} ms; the medians of plain and "
-        f"locked attention lie {(us('attention', 'kvlock sm_90', wan) - us(op, 'kvlock', wan, 'int8')) / 1e3:.2f} ms "
-        "apart there, the locked one below",
-        f"takes {us(op, one, wan, 'int8') / alone[0]:.3f} times its own plain time at 32760 tokens (target 1.01; "
-        f"{us(op, one, small, 'int8') / alone[1]:.2f} at 4096)",
+        f"Attention at 4096 tokens takes {min(locked):.2f} to {max(locked):.2f} times as long as plain cuDNN",
+        f"32760 that lerp takes {us('kv_lerp_pair_', 'kvlock', wan, 'int8') / 1e3:.2f} ms, and the medians of plain "
+        f"and locked attention lie {apart / 1e3:.2f} ms apart",
+        f"takes {before(op, one, wan, 'int8') / alone[0]:.3f} times its own plain time at 32760 tokens (target 1.01; "
+        f"{before(op, one, small, 'int8') / alone[1]:.2f} at 4096)",
         f"It takes {fused / compiled:.2f} times the time of diffusers' compiled sequence",
-        f"takes {us(op, 'in loop', small, 'bf16') / us(op, 'kvlock', small, 'bf16'):.0f} (bf16 rows) to "
-        f"{us(op, 'in loop', small, 'int8') / us(op, 'kvlock', small, 'int8'):.0f} times (int8)",
+        f"takes {before(op, 'in loop', small, 'bf16') / before(op, 'kvlock', small, 'bf16'):.0f} (bf16 rows) to "
+        f"{before(op, 'in loop', small, 'int8') / before(op, 'kvlock', small, 'int8'):.0f} times (int8)",
     )
     names = "kvlock sm_90", "SDPA cuDNN"
-    own, cudnn = ([us("attention", name, shape) for shape in SHAPES.values()] for name in names)
+    own, cudnn = ([us("attention", name, shape, "") for shape in SHAPES.values()] for name in names)
     slower = [ours / theirs for ours, theirs in zip(own, cudnn, strict=True)]
-    text("takes {:.2f}, {:.2f} and {:.2f} times cuDNN's time at 4096, 8192 and 16384 tokens with 12".format(*slower))
-    many = [us("attention", name, "wan-14b-480p") for name in names]
+    text("takes {:.2f}, {:.2f} and {:.2f} times cuDNN's time at 4096, 8192 and 16384 tokens with".format(*slower))
+    many = [us("attention", name, "wan-14b-480p", "") for name in names]
     text(f"for sm_90 is {1 / slower[3]:.2f} (12 heads) and {many[1] / many[0]:.2f} times (40) as fast there")
+
+
+def test_what_the_text_says_of_lengths_that_are_no_multiple_of_128_is_what_the_rows_say() -> None:
+    def of(shape: str, provider: str) -> Row:
+        found = row("attention", provider, shape)
+        assert found is not None
+        return found
+
+    over = [float(of(shape, "kvlock sm_90").p50) / float(of(shape, "SDPA cuDNN").p50)
+            for shape in ("wan-5b-480p", "cogvideox-2b")]  # fmt: skip
+    ragged, *even = (of(shape, "SDPA cuDNN") for shape in ("wan-5b-480p", "n8192-h40", "n8192-h12"))
+    rates = [f"{float(r.rate):.0f}" for r in (ragged, *even)]
+    text(
+        f"8190 tokens take {float(ragged.p50) / 1e3:.2f} ms ({rates[0]} TFLOP/s)",
+        f"where 8192 have {rates[1]} to {rates[2]}.",
+        f"takes {over[0]:.2f} times as long there, and {over[1]:.2f} times at the 17550 tokens of CogVideoX-2B",
+    )
 
 
 def test_what_the_text_says_of_predictions_is_what_was_and_is_predicted() -> None:
     case = roofline.BY_KEY["kv_lerp_attention_", "wan-1.3b-480p", "int8", _gpu_tables.LOCK]
     small = roofline.BY_KEY["kv_lerp_attention_", "small-h12", "int8", _gpu_tables.LOCK]
     us = lambda case, name: predict(case, name, RATES["NVIDIA H100 80GB HBM3"]).us
-    then = row("kv_lerp_attention_", "in loop", "wan-1.3b-480p", "int8")  # of the first run
+    then = earlier("kv_lerp_attention_", "in loop", "wan-1.3b-480p", "int8")  # of the first run
     assert then is not None
     text(
         f"it had given them FLOP at cuDNN's rate, {float(then.predicted_us):.1f} us",

@@ -10,23 +10,23 @@ from benchmarks import _edit_model, _edit_rows, _edit_tables, report, roofline
 from benchmarks._edit_rows import Edited, EditRow
 from benchmarks._modes import MODES
 
-GPU = roofline.rates(report.H100)
+GPU = roofline.rates(report.H200)
 
 
 def predicted(shape: str, mode: str, edited: Edited | None = None) -> _edit_model.Seconds:
     """At the background of a measured edit, or of that of the usual mode."""
-    row = (edited or _edit_tables.edits_of(report.H100, shape)["store, hooks"]).row
+    row = (edited or _edit_tables.edits_of(report.H200, shape)["store, hooks"]).row
     return _edit_model.seconds(shape, MODES[mode], int(row.background) / int(row.tokens), GPU)
 
 
 def in_seconds(shape: str, mode: str) -> str:
     """A locked step that was not measured, beside the measured one of the pipeline."""
-    plain, guess = _edit_tables.edits_of(report.H100, shape)["store, hooks"].plain, predicted(shape, mode)
+    plain, guess = _edit_tables.edits_of(report.H200, shape)["store, hooks"].plain, predicted(shape, mode)
     return f"{float(plain.step_s) * guess.locked / guess.plain:.2f} s"
 
 
 def test_the_edits_of_the_table_are_those_of_the_rows() -> None:
-    with (RESULTS / "edit-nvidia-h100-80gb-hbm3.csv").open(newline="", encoding="utf-8") as file:
+    with (RESULTS / "edit-nvidia-h200.csv").open(newline="", encoding="utf-8") as file:
         rows = [r for r in csv.DictReader(file) if r["model"] == "wan-1.3b, random"]
     latest = {r["mode"]: r for r in rows if r["mode"] != "pipeline" and not _edit_tables.outside(r["mode"])}
     before = rows[: rows.index(latest["store, hooks"])]  # whose run the first line is of
@@ -44,10 +44,10 @@ def test_the_edits_of_the_table_are_those_of_the_rows() -> None:
 
 
 def test_the_first_lines_say_of_whole_edits_what_the_rows_say() -> None:
-    with (RESULTS / "edit-nvidia-h100-80gb-hbm3.csv").open(newline="", encoding="utf-8") as file:
+    with (RESULTS / "edit-nvidia-h200.csv").open(newline="", encoding="utf-8") as file:
         rows = {r["mode"]: r for r in csv.DictReader(file) if r["model"] == "wan-1.3b, random"}
     fused, hooks = (rows[name] for name in ("store, fused", "store, hooks"))
-    plain = _edit_tables.edits_of(report.H100)["store, hooks"].plain._asdict()  # of the same run
+    plain = _edit_tables.edits_of(report.H200)["store, hooks"].plain._asdict()  # of the same run
     step, *locked = plain["step_s"], fused["locked_step_s"], hooks["locked_step_s"]
     ratios = [f"{float(each['edit_ratio']):.2f}" for each in (fused, hooks)]
     more = f"{float(hooks['peak_gib']) - float(plain['peak_gib']):.1f} GiB more memory"
@@ -64,7 +64,7 @@ def test_the_first_lines_say_of_whole_edits_what_the_rows_say() -> None:
 
 def test_the_larger_model_has_its_rows_and_its_predictions() -> None:
     said = {line[0]: line[4:8] for line in table_of("larger")}
-    assert said["store, hooks"] == ["1.21", "1.20", "1.22", "19.5 GiB"]
+    assert said["store, hooks"] == ["1.20", "1.20", "1.22", "19.5 GiB"]
     assert said["store, fused"] == ["not yet measured", "1.18", "1.22", "19.5 GiB"]
     assert said["batch, hooks"] == ["not yet measured", "1.40", "–", "0.0 GiB"]
     seconds = {line[0]: line[2] for line in table_of("larger")}
@@ -75,7 +75,7 @@ def test_the_larger_model_has_its_rows_and_its_predictions() -> None:
 
 @pytest.mark.parametrize(("block", "shape"), [("places", "1.3b"), ("larger places", "14b")])
 def test_what_was_not_measured_of_other_places_is_predicted_and_says_so(block: str, shape: str) -> None:
-    measured, said = _edit_tables.edits_of(report.H100, shape), {line[0]: line for line in table_of(block)}
+    measured, said = _edit_tables.edits_of(report.H200, shape), {line[0]: line for line in table_of(block)}
     assert [*said] == [name for name in MODES if _edit_tables.outside(name)]
     for name, line in said.items():
         if name not in measured:
@@ -92,37 +92,59 @@ def test_what_was_not_measured_of_other_places_is_predicted_and_says_so(block: s
 
 
 def test_what_the_text_says_of_other_places_is_what_the_rows_say() -> None:
-    rows = {name: edited.row for name, edited in _edit_tables.edits_of(report.H100).items()}
-    disk, int8 = rows["store on disk, hooks"], rows["store int8 on disk, hooks"]
-    text(f"Rows on disk cost an edit {float(disk.edit_ratio):.2f} times the plain pipeline's time, where the target is "
-         f"1.22, and {float(int8.edit_ratio):.2f} in int8")  # fmt: skip
-    longer = float(disk.locked_step_s) - float(rows["store on the host, hooks"].locked_step_s)
-    text(f"make a locked step {longer:.2f} s longer than with rows on the host")
-    text("half as many bytes and meet it.")
-    assert float(rows["store on the host, hooks"].edit_ratio) <= float(rows["store, hooks"].edit_ratio)
+    rows, before = ({name: edited.row for name, edited in _edit_tables.edits_of(path).items()}
+                    for path in (report.H200, report.H100))  # fmt: skip
+    bf16, int8, fp8 = (f"store{dtype} on disk, hooks" for dtype in ("", " int8", " fp8"))
+    ratio = {name: f"{float(rows[name].edit_ratio):.2f}" for name in (bf16, int8, fp8)}
+    text(f"Rows on disk cost an edit {ratio[bf16]} times the plain pipeline's time, and {ratio[int8]} in 8 bits, where "
+         "the target is 1.22.")  # fmt: skip
+    assert ratio[int8] == ratio[fp8]
+
+    def longer(rows: dict[str, EditRow], name: str) -> float:
+        return float(rows[name].locked_step_s) - float(rows[name.replace("disk", "the host")].locked_step_s)
+
+    text(f"4.4 GiB make a locked step {longer(rows, bf16):.2f} s longer than with rows on the host, 2.3 GiB in int8 "
+         f"{longer(rows, int8):.2f} s, and the target of 1.22 is missed.")  # fmt: skip
+    text(f"with one thread, it was {longer(before, bf16):.2f} s and {float(before[bf16].edit_ratio):.2f} times the "
+         f"plain pipeline's time in bf16, {float(before[int8].edit_ratio):.2f} in int8.")  # fmt: skip
+    assert abs(float(rows["store on the host, hooks"].edit_ratio) - float(rows["store, hooks"].edit_ratio)) < 0.01
     missed = {name for name in rows if name in MODES and float(rows[name].edit_ratio) > MODES[name].target}
-    assert missed == {"store on disk, hooks"}
-    same = ("store on the host, hooks", "recording, hooks", "preset plain")
+    assert missed == {bf16, int8, fp8}
+    same = ("store on the host, hooks", "recording, hooks", bf16, "batch, hooks", "preset plain")
     assert all(float(rows[name].difference) == 0 for name in same)
+
+
+def test_the_edits_of_the_smaller_model_are_of_one_run_and_agree_with_those_of_the_h100() -> None:
+    edits, before = _edit_tables.edits_of(report.H200), _edit_tables.edits_of(report.H100)
+    assert {*edits} == {"pipeline", *MODES} and len({edited.plain for edited in edits.values()}) == 1
+    run = [edited for edited in before.values() if edited.plain == before["store, fused"].plain]
+    ratios = [(float(edited.row.edit_ratio), float(edits[edited.row.mode].row.edit_ratio)) for edited in run]
+    inside = [pair for edited, pair in zip(run, ratios, strict=True) if edited.row.mode in MODES]
+    assert len(inside) > 5 and all(abs(one - other) < 0.01 for one, other in inside)
+    text("On an H100 the modes measured in one run with `fused` take the same ratios within 0.01.")
 
 
 def test_what_the_text_says_of_predicted_edits_is_what_is_counted_and_what_the_rows_say() -> None:
     counted = [_edit_model.forward(shape) for shape in ("1.3b", "14b")]
     tflop_gb = [number for each in counted for number in (round(each.flop / 1e12), round(each.bytes / 1e9))]
     text("{} TFLOP and {} GB for the shape of Wan 1.3B, {} TFLOP and {} GB for that of 14B".format(*tflop_gb))
-    path = _edit_rows.beside(report.H100)
-    lines = [line for line in roofline.measured_edits(path, GPU)
-             if not (line.setting == roofline.LOCKED_STEP and "on disk" in line.provider)]  # fmt: skip
-    times = [1 + line.missed for line in lines]
-    text(f"measured take {min(times):.2f} to {max(times):.2f} times as long, but where files are written")
-    text("ratio of a locked step to a plain one is met within 0.05 there, that of an edit within 0.02.")
-    edits = [one for one in _edit_rows.timed(path) if one.row.mode in MODES and "on disk" not in one.row.mode]
-    assert len(edits) > 15
-    for one in edits:
-        guess = predicted("14b" if "14b" in one.row.model else "1.3b", one.row.mode, one)
-        assert abs(guess.edit_ratio - float(one.row.edit_ratio)) < 0.02, one.row.mode
-        if one.row.locked_ratio:
-            assert abs(guess.locked / guess.plain - float(one.row.locked_ratio)) < 0.05, one.row.mode
+    said = []
+    for path in (report.H200, report.H100):
+        gpu, edits = roofline.rates(path), _edit_rows.beside(path)
+        lines = [line for line in roofline.measured_edits(edits, gpu)
+                 if not (line.setting == roofline.LOCKED_STEP and "on disk" in line.provider)]  # fmt: skip
+        times = [1 + line.missed for line in lines]
+        said.append(f"{min(times):.2f} to {max(times):.2f} times")
+        rows = [one.row for one in _edit_rows.timed(edits) if one.row.mode in MODES and "on disk" not in one.row.mode]
+        assert len(rows) > 15
+        for row in rows:
+            share = int(row.background) / int(row.tokens)
+            guess = _edit_model.seconds("14b" if "14b" in row.model else "1.3b", MODES[row.mode], share, gpu)
+            assert abs(guess.edit_ratio - float(row.edit_ratio)) < 0.03, row.mode
+            if row.locked_ratio:
+                assert abs(guess.locked / guess.plain - float(row.locked_ratio)) < 0.05, row.mode
+    text(f"its steps take {said[0]} as long as predicted, the H100's {said[1]}, but where files are written")
+    text("ratio of a locked step to a plain one is met within 0.05 on both, that of an edit within 0.03.")
 
 
 def test_the_miniature_says_which_targets_it_meets() -> None:
@@ -172,4 +194,4 @@ def test_every_edit_above_its_target_says_what_it_spent_its_time_on(path: Path) 
         rows = [row for row in csv.DictReader(file) if row["edit_ratio"] and row["mode"] in MODES]
     above = [row for row in rows if float(row["edit_ratio"]) > MODES[row["mode"]].target]
     assert [row["mode"] for row in above if not (row["note"].startswith("target") and "%" in row["note"])] == []
-    assert len(above) >= (path == _edit_rows.beside(report.H100))
+    assert len(above) >= (path != report.EDITS_ON_CPU)
