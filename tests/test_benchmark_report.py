@@ -149,11 +149,11 @@ def test_an_edit_that_failed_is_no_measurement(tmp_path: Path) -> None:
 def test_another_gpu_gets_the_same_tables_from_its_own_rows(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = [row._replace(gpu="NVIDIA H200") for row in ROWS[:10]]
+    rows = [row._replace(gpu="NVIDIA H200") for row in ROWS if row.op in ("copy", "kv_lerp_")]
     path = written(tmp_path, rows, [])
     report.main([str(path)])
     out = capsys.readouterr().out
-    assert "What an edit takes on this GPU is not yet measured." in out and "| 56.2 us | 84.3 us |" in out
+    assert "What an edit takes on this GPU is not yet measured." in out and "| 56.2 us | 86.1 us |" in out
     with pytest.raises(SystemExit):
         report.main([str(path), "--write"])
     path.write_text(path.read_text(encoding="utf-8").replace("NVIDIA H200", "NVIDIA GeForce"), encoding="utf-8")

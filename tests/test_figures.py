@@ -165,14 +165,14 @@ def test_a_row_more_of_operators_or_edits_makes_other_pictures(tmp_path: Path) -
 def test_a_run_on_a_gpu_writes_the_ceilings_and_the_rows_and_draws_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copy, first, *_ = read(H100)
+    copy, _, first, *_ = read(H100)
     monkeypatch.setattr(runner, "Machine", lambda commit: SimpleNamespace(file="nvidia-h100-pcie.csv"))
     monkeypatch.setattr(runner, "copy_row", lambda machine: (copy, 3e12))
     monkeypatch.setattr(runner, "matmul_row", lambda machine: (copy._replace(op="matmul"), 7e14))
     ceilings = []
     monkeypatch.setattr(runner, "rows", lambda cases, machine, given: ceilings.append(given) or [first])
     runner.measure([], tmp_path, None)
-    assert [row.op for row in read(tmp_path / "nvidia-h100-pcie.csv")] == ["copy", "matmul", "kv_lerp_"]
+    assert [row.op for row in read(tmp_path / "nvidia-h100-pcie.csv")] == ["copy", "matmul", first.op]
     assert ceilings == [(3e12, 7e14)]
     assert {path.name for path in tmp_path.glob("*.png")} == {
         f"nvidia-h100-pcie-{name}.png" for name in ("limit", "attention", "growth")

@@ -84,27 +84,33 @@ def test_the_table_on_an_h100_is_said_beside_that_of_the_h200() -> None:
 
 
 def test_rows_of_other_times_are_as_many_as_the_readme_says() -> None:
-    words = {4: "four", 70: "Seventy"}
-    assert all(r.status == "ok" and r.p20 and r.p80 for r in (*ROWS, *EARLIER))
-    runs, first = {r.commit for r in EARLIER}, [r for r in EARLIER if not r.used_mib]
-    text(f"The {len(EARLIER)} rows of the H100 are from {words[len(runs)]} commits. {words[len(first)]} of them are")
-    assert all(r.library for r in EARLIER if r not in first and r.provider in ("kvlock", "SDPA cuDNN"))
-    text(f"{sum(not is_steady(r) for r in EARLIER)} rows of the third are not steady:")
-    assert {r.commit for r in EARLIER if not is_steady(r)} == {[*dict.fromkeys(r.commit for r in EARLIER)][2]}
+    runs = [*dict.fromkeys(r.commit for r in EARLIER)]
+    unnamed = [r for r in EARLIER if not r.library and r.op not in ("copy", "matmul")]
+    text(f"The {len(EARLIER)} rows of the H100 are from two commits, {len(unnamed)} of them without a `library`")
+    assert len(runs) == 2 and not any(r.provider in ("kvlock", "SDPA cuDNN") for r in unnamed)
+    text(f"{sum(not is_steady(r) for r in EARLIER)} rows of the first commit are not steady:")
+    assert {r.commit for r in EARLIER if not is_steady(r)} == {runs[0]}
     assert not any("flash-attn" in r.provider for r in (*ROWS, *EARLIER))
 
 
-def test_every_row_of_the_h200_is_whole_and_steady() -> None:
-    ceilings = [r for r in ROWS if r.op in ("copy", "matmul")]
-    timed = [r for r in ROWS if r not in ceilings]
-    assert all(is_steady(r) and r.used_mib for r in ROWS)
-    assert all(r.predicted_us and (r.share_of_copy or r.share_of_matmul) for r in timed)
-    assert all(r.max_error and r.relative_error and r.library for r in timed)
+@pytest.mark.parametrize("rows", [ROWS, EARLIER], ids=["H200", "H100"])
+def test_every_row_of_a_gpu_is_whole(rows: list[Row]) -> None:
+    timed = [r for r in rows if r.op not in ("copy", "matmul")]
+    assert all(r.status == "ok" and r.p20 and r.p80 and r.used_mib for r in rows)
+    assert all(r.gpu and r.torch and r.triton and r.commit and r.date for r in rows)
+    assert all(r.driver and r.sm_mhz and r.memory_mhz and r.power_w for r in rows)
+    assert all(r.predicted_us and r.max_error and r.relative_error for r in timed)
+    assert all(r.share_of_copy or r.share_of_matmul or float(r.work) == 0 for r in timed)
     assert all(r.over_plain for r in timed if r.op == "kv_lerp_attention_")
+
+
+def test_rows_of_the_h200_are_steady_and_of_one_run_but_for_those_of_one_pass() -> None:
+    timed = [r for r in ROWS if r.op not in ("copy", "matmul")]
+    assert all(is_steady(r) for r in ROWS) and all(r.library for r in timed)
     run, other = ([r for r in ROWS if r.commit == commit] for commit in dict.fromkeys(r.commit for r in ROWS))
     text(f"All {len(ROWS)} rows of the H200 are whole and steady")
     text(f"{len(run)} are of one run; {len(other)} of QK norm")
-    assert {r.op for r in other if r not in ceilings} == {_gpu_tables.PASS, "qk_norm_rope_kv_pack_"}
+    assert {r.op for r in other if r in timed} == {_gpu_tables.PASS, "qk_norm_rope_kv_pack_"}
     key = _gpu_tables.PASS, "kvlock", WAN_1_3B_480P.name, "bf16", _gpu_tables.LOCK
     locked = [next(float(r.p50) for r in rows if (r.op, r.provider, r.shape, r.source, r.setting) == key)
               for rows in (run, other)]  # fmt: skip
@@ -169,25 +175,6 @@ def test_the_8_bit_scheme_that_the_readme_names_wins_in_every_edit() -> None:
             assert sorted(order, key=lambda rows: -float(getattr(runs[rows], side))) == order
 
 
-def test_every_row_says_what_it_was_measured_on() -> None:
-    assert all(r.gpu and r.torch and r.triton and r.commit and r.date for r in ROWS)
-    assert all(r.max_error or r.op in ("copy", "matmul") for r in ROWS)
-
-
-def test_the_readme_counts_what_earlier_rows_lack() -> None:
-    found = [r for r in EARLIER if not r.used_mib]
-    assert not any(r.relative_error or r.library or r.share_of_matmul for r in found)
-    text("Seventy of them are older than `share_of_matmul`, `relative_error`, `used_mib` and `library`")
-    ways = "kv_lerp_attention_"
-    lacking = sum(r.op == ways and not r.over_plain for r in EARLIER)
-    unnamed = sum(bool(r.used_mib) and not r.library and r.op not in ("copy", "matmul") for r in EARLIER)
-    text(f"{lacking} rows of locked attention lack `over_plain`, {unnamed} newer rows a `library`")
-
-
-def test_rows_of_a_gpu_say_what_it_was_doing() -> None:
-    assert all(r.driver and r.sm_mhz and r.memory_mhz and r.power_w for r in ROWS)
-
-
 @pytest.mark.parametrize("name", report.BLOCKS)
 def test_the_tables_made_from_rows_are_those_of_the_readme(name: str) -> None:
     table = report.BLOCKS[name]()
@@ -242,8 +229,6 @@ def test_what_the_text_says_of_operators_is_what_the_rows_say() -> None:
     at = lambda *key: earlier[key].row
     share = lambda *key: f"{100 * float(at(*key).share_of_copy):.0f} %"
     text(f"At 75600 tokens it is at {share('windowed_variance_', 'kvlock', 'wan-1.3b-720p', '', '10 slots')} there.")
-    runs = [r for r in EARLIER if (r.op, r.provider, r.shape) == ("guided_velocity", "kvlock", "wan-1.3b-480p")]
-    text(f"which took {float(runs[0].p50):.1f} us to {float(runs[-1].p50):.1f} there.")
     guided, formula = (row("guided_velocity", name, WAN_1_3B_480P.name) for name in ("kvlock", "torch.compile"))
     assert guided is not None and formula is not None
     text(f"The compiled formula takes {float(formula.p50) / float(guided.p50):.2f} times as long as the operator.")

@@ -54,64 +54,64 @@ def test_a_kernel_that_no_cpu_can_check_is_chosen_only_where_a_row_shows_it_righ
 
 
 BOTH = "kvlock sm_90", "SDPA cuDNN"
+MIXED = "kv_lerp_pair_ + cuDNN"  # what the operator does at 4096 tokens
 earlier = partial(row, rows=EARLIER)
+
+
+def over(one: Row | None, other: Row | None) -> float:
+    assert one is not None and other is not None
+    return float(one.p50) / float(other.p50)
 
 
 def test_mixing_first_is_chosen_where_rows_show_it_faster_than_the_other_ways() -> None:
     assert {line.way for line in attend.TABLE} == {attend.LERP_FIRST}
-    for shape in (SHAPES[4096], SHAPES[32760]):
-        ways = ("kvlock", "in loop", "one launch")
-        first, *others = (earlier("kv_lerp_attention_", way, shape, "int8") for way in ways)
-        assert first is not None
-        assert all(other is not None and float(first.p50) < float(other.p50) for other in others)
+    op, small, wan = "kv_lerp_attention_", SHAPES[4096], SHAPES[32760]
+    for way in ("in loop", "one launch"):
+        assert over(earlier(op, way, small, "int8"), earlier(op, MIXED, small, "int8")) > 1
+    assert over(earlier(op, "one launch", wan, "int8"), earlier(op, "kvlock", wan, "int8")) > 1
+    assert over(row("attention", "kvlock in loop, no rows", wan), row(op, "kvlock", wan, "int8")) > 1
 
 
 def test_the_numbers_beside_the_choice_of_kernels_are_those_of_the_rows() -> None:
     said = " ".join(inspect.getsource(attend).replace("\n#", "\n").split())
     names = {heads: {n: shape.name for n, shape in _gpu_tables.lengths(heads).items()} for heads in (12, 40)}
 
-    def over(one: Row | None, other: Row | None) -> float:
-        assert one is not None and other is not None
-        return float(one.p50) / float(other.p50)
+    def own(*shapes: str) -> list[str]:
+        return [f"{over(*(row('attention', provider, shape) for provider in BOTH)):.2f}" for shape in shapes]
 
-    def own(heads: int, *tokens: int) -> list[str]:
-        of = lambda n, provider: earlier("attention", provider, names[heads][n])
-        return [f"{over(of(n, 'kvlock sm_90'), of(n, 'SDPA cuDNN')):.2f}" for n in tokens]
-
-    assert "{} and {} times cuDNN's time at 32760 and 75600".format(*own(12, 32760, 75600)) in said
-    assert "{}, {} and {} times at 4096, 8192 and 16384".format(*own(12, 4096, 8192, 16384)) in said
-    many = "with 40 heads {} and {} at 32760 and 75600, and {}, {} and {} below"
-    assert many.format(*own(40, 32760, 75600, 4096, 8192, 16384)) in said
-    narrow = lambda heads, n, provider: earlier("attention", provider, f"n{n}-h{heads}-d64")
-    at_64 = [
-        f"{over(narrow(heads, n, 'kvlock sm_90'), narrow(heads, n, 'SDPA cuDNN')):.2f}"
-        for heads, n in ((12, 32760), (12, 75600), (12, 4096), (12, 8192), (12, 16384), (40, 32760), (40, 75600))
-    ]
-    many = "At D = 64: {} and {} times with 12 heads at 32760 and 75600 tokens, {}, {} and {} below; {} and {} with 40"
-    assert many.format(*at_64) in said
-    newer = over(*(row("attention", provider, names[40][16384]) for provider in BOTH))
-    assert f"where the own kernel takes {newer:.2f} times" in said
-    wide = lambda n: [row("attention", provider, f"n{n}-h16-d96") for provider in BOTH]
-    wider = [f"{over(*wide(n)):.2f}" for n in (4096, 16384, 32760)]
-    assert "{}, {} and {} times at 4096, 16384 and 32760 tokens of 16 heads, on the H200".format(*wider) in said
+    few, many = ([names[heads][n] for n in (32760, 75600, 4096, 8192, 16384)] for heads in (12, 40))
+    assert "{} and {} times cuDNN's time at 32760 and 75600".format(*own(*few[:2])) in said
+    assert "{}, {} and {} times at 4096, 8192 and 16384".format(*own(*few[2:])) in said
+    assert "with 40 heads {} and {} at 32760 and 75600, and {}, {} and {} below".format(*own(*many)) in said
+    at_64 = own(*(f"n{n}-h12-d64" for n in (32760, 75600, 4096, 8192, 16384)), "n32760-h40-d64")
+    below = "At D = 64: {} and {} times with 12 heads at 32760 and 75600 tokens, {}, {} and {} below; {} with 40 at"
+    assert below.format(*at_64) in said
+    wider = own(*(f"n{n}-h16-d96" for n in (4096, 16384, 32760)))
+    assert "{}, {} and {} times at 4096, 16384 and 32760 tokens of 16 heads".format(*wider) in said
     text("At D = 96 it takes {}, {} and {} times at 4096, 16384 and 32760, and is not chosen".format(*wider))
-    small = {heads: names[heads][4096] for heads in names}
+    op, small, wan = "kv_lerp_attention_", {heads: names[heads][4096] for heads in names}, SHAPES[32760]
     locked = [
-        over(earlier("kv_lerp_attention_", "kvlock", small[n], source), earlier("attention", "SDPA cuDNN", small[n]))
-        for n, source in ((12, "bf16"), (12, "int8"), (12, "e4m3"), (40, "int8"))
-    ]
+        over(row(op, "kvlock", shape, source), row("attention", "SDPA cuDNN", shape))
+        for shape in small.values() for source in ("bf16", "e4m3", "int8")
+    ]  # fmt: skip
     assert f"mixing first takes {min(locked):.2f} to {max(locked):.2f} times as long as plain attention" in said
-    names_of_ways = ("kvlock", "in loop", "one launch")
-    ways = {way: earlier("kv_lerp_attention_", way, SHAPES[4096], "int8") for way in names_of_ways}
-    few = over(*(earlier("kv_lerp_attention_", way, SHAPES[4096], "bf16") for way in ("in loop", "kvlock")))
-    many_times = over(ways["in loop"], ways["kvlock"])
-    assert f"mixing in the loop {few:.0f} (bf16) to {many_times:.0f} times (int8) as long as that" in said
-    assert f"one launch {over(ways['one launch'], ways['kvlock']):.1f} times" in said
-    twice = over(*(earlier("kv_lerp_attention_", way, SHAPES[32760], "int8") for way in ("one launch", "kvlock")))
-    assert "one launch takes twice as long" in said and round(twice) == 2
-    rates = [earlier("attention", f"SDPA {name}", SHAPES[32760]) for name in ("cuDNN", "FLASH", "EFFICIENT")]
+    mixed, loop, launch = (earlier(op, way, SHAPES[4096], "int8") for way in (MIXED, "in loop", "one launch"))
+    in_bf16 = over(*(earlier(op, way, SHAPES[4096], "bf16") for way in ("in loop", "kvlock")))
+    in_int8 = over(loop, mixed)
+    assert f"mixing in the loop takes {in_bf16:.0f} (bf16) to {in_int8:.0f} times (int8) as long as that" in said
+    assert f"one launch {over(launch, mixed):.1f} times" in said
+    twice = over(*(earlier(op, way, wan, "int8") for way in ("one launch", "kvlock")))
+    alone = over(row("attention", "kvlock in loop, no rows", wan), row("attention", "SDPA cuDNN", wan))
+    assert f"one launch takes twice as long, and the loop {alone:.1f} times before" in said and round(twice) == 2
+    launched = over(earlier(op, "one launch", wan, "int8"), earlier(op, "kvlock", wan, "int8"))
+    text(f"takes {in_bf16:.0f} to {in_int8:.0f} times as long as mixing first, and the one launch that hides the lerp "
+         f"{launched:.0f} to {over(launch, mixed):.0f} times, on an H100")  # fmt: skip
+    rates = [row("attention", f"SDPA {name}", wan) for name in ("cuDNN", "FLASH", "EFFICIENT")]
     tens = [10 * round(float(r.rate) / 10) for r in rates if r is not None]
     assert "cuDNN reaches {} TFLOP/s at 32760 tokens, FLASH {}, EFFICIENT {}".format(*tens) in said
+    before = [earlier("attention", "SDPA cuDNN", names[12][n]) for n in (4096, 8192, 16384)]
+    measured = [f"{float(r.rate):.0f}" for r in before if r is not None]
+    assert "cuDNN was measured at {}, {} and {}".format(*measured) in said
 
 
 def test_what_the_text_says_of_attention_is_what_the_rows_say() -> None:
@@ -132,7 +132,7 @@ def test_what_the_text_says_of_attention_is_what_the_rows_say() -> None:
         f"{before(op, one, small, 'int8') / alone[1]:.2f} at 4096)",
         f"It takes {fused / compiled:.2f} times the time of diffusers' compiled sequence",
         f"takes {before(op, 'in loop', small, 'bf16') / before(op, 'kvlock', small, 'bf16'):.0f} (bf16 rows) to "
-        f"{before(op, 'in loop', small, 'int8') / before(op, 'kvlock', small, 'int8'):.0f} times (int8)",
+        f"{before(op, 'in loop', small, 'int8') / before(op, MIXED, small, 'int8'):.0f} times (int8)",
     )
     names = "kvlock sm_90", "SDPA cuDNN"
     own, cudnn = ([us("attention", name, shape, "") for shape in SHAPES.values()] for name in names)
@@ -159,14 +159,12 @@ def test_what_the_text_says_of_lengths_that_are_no_multiple_of_128_is_what_the_r
     )
 
 
-def test_what_the_text_says_of_predictions_is_what_was_and_is_predicted() -> None:
+def test_what_the_text_says_of_predictions_is_what_is_predicted() -> None:
     case = roofline.BY_KEY["kv_lerp_attention_", "wan-1.3b-480p", "int8", _gpu_tables.LOCK]
     small = roofline.BY_KEY["kv_lerp_attention_", "small-h12", "int8", _gpu_tables.LOCK]
     us = lambda case, name: predict(case, name, RATES["NVIDIA H100 80GB HBM3"]).us
-    then = earlier("kv_lerp_attention_", "in loop", "wan-1.3b-480p", "int8")  # of the first run
-    assert then is not None
     text(
-        f"it had given them FLOP at cuDNN's rate, {float(then.predicted_us):.1f} us",
-        f"it gives {us(case, 'in loop'):.1f} us to mixing in the loop and {us(case, 'one launch'):.1f} us to",
+        f"it gives {us(case, 'in loop'):.1f} us at 32760 tokens to mixing in the loop and "
+        f"{us(case, 'one launch'):.1f} us to the one launch",
         f"where the cost model says {us(small, 'in loop') / us(small, 'kvlock'):.1f}:",
     )

@@ -26,20 +26,19 @@ class Choice(NamedTuple):
     plain: tuple[str | SDPBackend, ...]  # after LERP_FIRST: the first of these that serves the call
 
 
-# The first line that applies. Rows of benchmarks/results chose them, all in bf16, but for D = 96 of one H100. Those of
-# an H200 choose the same, but for 16384 tokens of 40 heads, where the own kernel takes 0.98 times cuDNN's time:
-# - The way, for source rows of every dtype: at 4096 tokens mixing first takes 1.10 to 1.13 times as long as plain
-#   attention, mixing in the loop 4 (bf16) to 10 times (int8) as long as that, one launch 3.7 times; at 32760 tokens
-#   one launch takes twice as long. The cost model would mix in the loop before Hopper and where tokens are few. By
-#   these rows it is wrong about that kernel on the H100, so that mixing first stands there too until something is
-#   measured.
-# - Plain attention at D = 128: with 12 heads the own kernel takes 0.95 and 0.93 times cuDNN's time at 32760 and 75600
-#   tokens, and 1.12, 1.04 and 1.03 times at 4096, 8192 and 16384; with 40 heads 0.90 and 0.91 at 32760 and 75600, and
-#   1.10, 1.04 and 1.02 below. cuDNN reaches 570 TFLOP/s at 32760 tokens, FLASH 350, EFFICIENT 180.
-# - At D = 64: 0.97 and 0.93 times with 12 heads at 32760 and 75600 tokens, 1.15, 1.14 and 1.05 below; 0.94 and 0.93
-#   with 40. At D = 96 it takes 1.08, 0.99 and 0.90 times at 4096, 16384 and 32760 tokens of 16 heads, on the H200; no
-#   model asks for it, and cuDNN, the fastest of torch's elsewhere, is taken there too. Before Hopper that is FLASH,
-#   which is FlashAttention-2.
+# The first line that applies. Rows of benchmarks/results chose them, all in bf16:
+# - The way, for source rows of every dtype: at 4096 tokens mixing first takes 1.08 to 1.10 times as long as plain
+#   attention on an H200; on an H100 mixing in the loop takes 4 (bf16) to 10 times (int8) as long as that, one launch
+#   3.6 times; at 32760 tokens one launch takes twice as long, and the loop 2.8 times before it mixes anything (H200).
+#   The cost model would mix in the loop before Hopper and where tokens are few. By these rows it is wrong about that
+#   kernel, so that mixing first stands there too until something is measured.
+# - Plain attention on an H200, at D = 128: with 12 heads the own kernel takes 0.93 and 0.91 times cuDNN's time at 32760
+#   and 75600 tokens, and 1.12, 1.02 and 1.01 times at 4096, 8192 and 16384; with 40 heads 0.92 and 0.91 at 32760 and
+#   75600, and 1.09, 1.01 and 0.98 below. cuDNN reaches 590 TFLOP/s at 32760 tokens, FLASH 360, EFFICIENT 180.
+# - At D = 64: 0.94 and 0.93 times with 12 heads at 32760 and 75600 tokens, 1.16, 1.14 and 1.06 below; 0.93 with 40 at
+#   32760. At D = 96 it takes 1.08, 0.99 and 0.90 times at 4096, 16384 and 32760 tokens of 16 heads; no model asks for
+#   it, and cuDNN, the fastest of torch's elsewhere, is taken there too. Before Hopper that is FLASH, which is
+#   FlashAttention-2.
 # - FlashAttention's own packages can be named here, and are asked where they can be imported. None is before a row
 #   shows it right and faster: the third is published at 638, 646 and 648 TFLOP/s for 4096, 8192 and 16384 tokens on an
 #   H100, where cuDNN was measured at 634, 660 and 626; the fourth at up to 1.3 times cuDNN's rate on a B200.
