@@ -69,13 +69,24 @@ def mixing(ratio, b, row):
 
 
 @triton.jit
-def mix_values(v_at, v_rows, scale, mean, row, head, d, valid, mixes, rows, a, b, mean_b, H: tl.constexpr,
-               D: tl.constexpr, PACKING: tl.constexpr, HAS_MEAN: tl.constexpr):
-    """Values need neither norm nor rotation."""
-    source = load_source(v_rows, scale, mean, row, head, d, valid & mixes, mixes & (head < H), rows, b, mean_b,
-                         H, D, PACKING, HAS_MEAN)
-    old = tl.load(v_at, mask=valid & mixes & ((a < 1) | (a != a)))
-    tl.store(v_at, lerp(old, source, a), mask=valid & mixes)
+def lock_values(
+    v_at, v_rows, v_scale, v_mean, ratio, row, head, d, valid, rows, b,
+    RECORD: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
+    PACKING: tl.constexpr, SHARED: tl.constexpr, MEANS: tl.constexpr, NATIVE: tl.constexpr,
+):
+    """Packs or mixes the values, which need neither norm nor rotation."""
+    if RECORD:
+        kept = valid & (row >= 0)
+        x = tl.load(v_at, mask=kept, other=0.0)
+        x = x if PACKING == 0 else x.to(tl.float32)
+        to = (b * rows + row) * H + head
+        store_packed(x, v_rows, v_scale, to, d, (row >= 0) & (head < H), kept, D, PACKING, NATIVE)
+    else:
+        a, mixes = mixing(ratio, b, row)
+        source = load_source(v_rows, v_scale, v_mean, row, head, d, valid & mixes, mixes & (head < H), rows,
+                             0 if SHARED else b, b if MEANS > 1 else 0, H, D, PACKING, MEANS > 0)
+        x = tl.load(v_at, mask=valid & mixes & ((a < 1) | (a != a)))
+        tl.store(v_at, lerp(x, source, a), mask=valid & mixes)
 
 
 @triton.jit
@@ -97,19 +108,18 @@ def norm_rope_kernel(
     head = tl.arange(0, HEADS)[None, :, None]
     known, inner = token < tokens, (head < H) & (d < D)
     valid, at = known & inner, head * D + d
-    # Decoding takes registers beside the angles, so that values in 8 bits come before them, and two tokens of 40 heads
-    # fit a multiprocessor. In bf16 they come last: before the angles the pass takes 224 us for 215 on an H200, at 32760
+    # Rows in 8 bits take registers beside the angles, so that values come before them, and two tokens of 40 heads fit a
+    # multiprocessor. In bf16 they come last: before the angles the pass takes 224 us for 215 on an H200, at 32760
     # tokens of 12 heads.
-    EARLY: tl.constexpr = not RECORD and V_PACKING != 0
+    EARLY: tl.constexpr = V_PACKING != 0
     if not EARLY:
         c, s = load_angles(cos, sin, token, d, known, D)
     row = tl.load(source_row + token, mask=known, other=-1).to(tl.int64)
     row = tl.where(row < rows, row, -1)  # without rows nothing mixes
     v_at = v + b * v_stride_b + token * v_stride_n + at
     if EARLY:
-        a, mixes = mixing(ratio, b, row)
-        mix_values(v_at, v_rows, v_scale, v_mean, row, head, d, valid, mixes, rows, a, 0 if V_SHARED else b,
-                   b if V_MEANS > 1 else 0, H, D, V_PACKING, V_MEANS > 0)
+        lock_values(v_at, v_rows, v_scale, v_mean, ratio, row, head, d, valid, rows, b,
+                    RECORD, H, D, V_PACKING, V_SHARED, V_MEANS, NATIVE)
         c, s = load_angles(cos, sin, token, d, known, D)
 
     q_at = q + b * q_stride_b + token * q_stride_n + at
@@ -119,22 +129,16 @@ def norm_rope_kernel(
     k_at = k + b * k_stride_b + token * k_stride_n + at
     new = rms_norm(tl.load(k_at, mask=valid, other=0.0), k_weight, at, inner, H * D, eps)
     if RECORD:
-        has_row = row >= 0
         to = (b * rows + row) * H + head
-        heads_valid, kept = has_row & (head < H), valid & has_row
-        store_packed(new, k_rows, k_scale, to, d, heads_valid, kept, D, K_PACKING, NATIVE)
-        old = tl.load(v_at, mask=kept, other=0.0)
-        old = old if V_PACKING == 0 else old.to(tl.float32)
-        store_packed(old, v_rows, v_scale, to, d, heads_valid, kept, D, V_PACKING, NATIVE)
+        store_packed(new, k_rows, k_scale, to, d, (row >= 0) & (head < H), valid & (row >= 0), D, K_PACKING, NATIVE)
     else:
-        if not EARLY:
-            a, mixes = mixing(ratio, b, row)
+        a, mixes = mixing(ratio, b, row)
         source = load_source(k_rows, k_scale, k_mean, row, head, d, valid & mixes, mixes & (head < H), rows,
                              0 if K_SHARED else b, b if K_MEANS > 1 else 0, H, D, K_PACKING, K_MEANS > 0)
         new = tl.where(mixes, lerp(new, source, a), new)
-        if not EARLY:
-            mix_values(v_at, v_rows, v_scale, v_mean, row, head, d, valid, mixes, rows, a, 0 if V_SHARED else b,
-                       b if V_MEANS > 1 else 0, H, D, V_PACKING, V_MEANS > 0)
+    if not EARLY:
+        lock_values(v_at, v_rows, v_scale, v_mean, ratio, row, head, d, valid, rows, b,
+                    RECORD, H, D, V_PACKING, V_SHARED, V_MEANS, NATIVE)
     tl.store(k_at, rope(new, c, s).to(k.dtype.element_ty), mask=valid)
 
 
