@@ -101,15 +101,15 @@ def edits(path: Path, shape: str = "1.3b") -> str:
     found, gpu = edits_of(path, shape), rates(path)
     usual = _usual(found)
     alone = usual and Edited(usual.plain, usual.plain)
-    plain = foretold(MODES["preset plain"], found, shape, gpu)[1]
-    cells = _measured(alone, plain, locks=False) if alone else (_predicted(plain.plain), DASH, DASH)
+    plain = foretold(MODES["preset plain"], found, shape, gpu)[1].plain
+    cells = _measured(alone) if alone else (_predicted(plain), DASH, DASH)
     lines = [("pipeline alone", *cells, "1", DASH, DASH, DASH, _peak(alone))]
     for name in (name for name in MODES if not outside(name)):
         mode, edited = MODES[name], found.get(name)
         costs, guess = foretold(mode, found, shape, gpu)
         lines.append(
             (
-                name, *_measured(edited, guess, mode.config.locks),
+                name, *_measured(edited, guess.locked if mode.config.locks else None),
                 NOT_YET if edited is None else f"{float(edited.row.edit_ratio):.2f}",
                 f"{guess.edit_ratio:.2f}", _target(mode), f"{costs.bytes_kept / 2**30:.1f} GiB", _peak(edited),
             )
@@ -123,10 +123,10 @@ def _usual(found: dict[str, Edited]) -> Edited | None:
     return found.get(USUAL) or next(iter(found.values()), None)
 
 
-def _measured(edited: Edited | None, guess: Seconds, locks: bool) -> tuple[str, str, str]:
-    """A step, a locked one, and that over the plain pipeline."""
+def _measured(edited: Edited | None, locked: float | None = None) -> tuple[str, str, str]:
+    """A step, a locked one, and that over the plain pipeline; `locked`: seconds predicted of such a step, if any."""
     if edited is None:
-        return NOT_YET, _predicted(guess.locked) if locks else DASH, DASH
+        return NOT_YET, DASH if locked is None else _predicted(locked), DASH
     row = edited.row
     if not row.locked_step_s:
         return f"{float(row.step_s):.3f} s", DASH, DASH

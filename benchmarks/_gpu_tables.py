@@ -25,13 +25,13 @@ RATED = (CUDNN, "SDPA FLASH", "FlexAttention", "SageAttention", "kvlock sm_90")
 RATE_TARGETS = {4096: "1.08", 32760: "1.02"}
 SHORT = "at 4096 tokens: the start of a launch, which no prediction counts"
 PADDED = (
-    "not profiled; heads are padded to a power of two, at 4096 tokens the start of a launch comes in, and at 40 heads "
-    "one program with 8-bit rows filled a multiprocessor"
+    "not profiled; heads are padded to a power of two, and at 40 heads one program with 8-bit rows filled a "
+    "multiprocessor"
 )
-NARROW = "all of D = 64, which is predicted by the rate of D = 128"
+NARROW = "D below 128, which is predicted by the rate of 128"
 UNKNOWN = "not profiled"
 CAUSES = {  # of the misses of this package's own rows, by operator and provider, where they are known
-    ("kv_lerp_", "kvlock"): f"{SHORT}; `torch.lerp` on a slice misses there too, by less",
+    ("kv_lerp_", "kvlock"): SHORT,
     ("kv_lerp_pair_", "kvlock"): SHORT,
     ("pack_kv", "kvlock"): SHORT,
     ("unpack_kv", "kvlock"): SHORT,
@@ -47,7 +47,8 @@ CAUSES = {  # of the misses of this package's own rows, by operator and provider
     ("kv_lerp_attention_", "one launch"): "not profiled; its own plain time misses nearly as far",
 }
 NOT_YET = "not yet measured"
-SHAPE_OF = {shape.name: shape for shape in (*SHAPES, *LENGTHS)}
+SHORT_SHAPES = {shape.name for shape in (*SHAPES, *LENGTHS) if shape.tokens == 4096}
+NARROW_SHAPES = {shape.name for shape in (*SHAPES, *LENGTHS) if shape.dim < 128}
 
 
 def markdown(header: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
@@ -200,10 +201,13 @@ def misses(path: Path) -> str:
 
 
 def _cause(missed: list[Line]) -> str:
+    """A cause that holds for some shapes only says of how many rows it is one."""
     cause = CAUSES.get(missed[0][:2], UNKNOWN)
-    of_narrow = all(line.shape.endswith("-d64") for line in missed)
-    of_few = all(SHAPE_OF[line.shape].tokens == 4096 for line in missed)
-    return UNKNOWN if (cause == NARROW and not of_narrow) or (SHORT in cause and not of_few) else cause
+    where = {SHORT: SHORT_SHAPES, NARROW: NARROW_SHAPES}.get(cause)
+    held = [line for line in missed if where is None or line.shape in where]
+    if len(held) == len(missed):
+        return cause
+    return f"{len(held)} of them {cause}; others {UNKNOWN}" if held else UNKNOWN
 
 
 def _named(line: Line) -> str:

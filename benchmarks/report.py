@@ -16,7 +16,6 @@ from benchmarks.packing import CPU_TARGETS
 from benchmarks.roofline import RESULTS, micro_results
 
 H200 = RESULTS / "nvidia-h200.csv"
-H100 = RESULTS / "nvidia-h100-80gb-hbm3.csv"
 CPU = RESULTS / "cpu-amd-epyc.csv"
 EDITS_ON_CPU = RESULTS / "edit-amd-epyc.csv"
 ACCURACY = RESULTS / "accuracy-miniature.csv"
@@ -83,15 +82,15 @@ def packed(path: Path = ACCURACY) -> str:
     return markdown(header, accuracy.table(accuracy.read(path)))
 
 
-def block(name: str, table: Callable[[Path], str], path: Path) -> str:
-    """A table, and the command behind its rows."""
+def block(name: str, table: Callable[..., str], *paths: Path) -> str:
+    """A table of these files, and the command behind its rows."""
     command = f"\n\nRows by `{COMMANDS[name]}`." if name in COMMANDS else ""
-    return table(path) + command
+    return table(*paths) + command
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
     **{name: functools.partial(block, name, table, H200) for name, table in ON_A_GPU.items()},
-    "unmeasured": functools.partial(block, "unmeasured", lambda _: _gpu_tables.unmeasured(*micro_results()), H200),
+    "unmeasured": functools.partial(block, "unmeasured", _gpu_tables.unmeasured, *micro_results()),
     "miniature": functools.partial(block, "miniature", _edit_tables.miniature, EDITS_ON_CPU),
     "cpu": functools.partial(block, "cpu", cpu, CPU),
     "accuracy": functools.partial(block, "accuracy", packed, ACCURACY),

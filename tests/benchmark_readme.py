@@ -10,8 +10,9 @@ from benchmarks._harness import Row, is_steady, read
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 README = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+H100 = RESULTS / "nvidia-h100-80gb-hbm3.csv"
 ROWS = read(report.H200)
-EARLIER = read(report.H100)
+EARLIER = read(H100)
 SHAPES = {tokens: shape.name for tokens, shape in _gpu_tables.lengths(heads=12).items()}
 
 

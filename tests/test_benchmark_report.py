@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from benchmark_readme import H100
 
 from benchmarks import __main__ as runner
 from benchmarks import _edit_rows, _gpu_tables, report, roofline
@@ -12,8 +13,8 @@ from benchmarks._edit_rows import EditRow
 from benchmarks._harness import Results, Row, read
 from benchmarks._modes import MODES
 
-ROWS = read(report.H100)
-with _edit_rows.beside(report.H100).open(newline="", encoding="utf-8") as _file:
+ROWS = read(H100)
+with _edit_rows.beside(H100).open(newline="", encoding="utf-8") as _file:
     EDITS = [EditRow(**line) for line in csv.DictReader(_file)]
 
 
@@ -59,7 +60,7 @@ def test_a_second_run_takes_the_place_of_the_first_with_its_own_plain_row(tmp_pa
     for table in after.values():
         names = [line.split("|")[1:4] for line in table.splitlines() if line.startswith("|")]
         assert all(names.count(name) == 1 for name in names)
-    assert after["edits"].count("\n") == report.ON_A_GPU["edits"](report.H100).count("\n")
+    assert after["edits"].count("\n") == report.ON_A_GPU["edits"](H100).count("\n")
     seconds = [2 * float(each) for each in (plain.step_s, hooks.step_s, hooks.locked_step_s)]
     said = "a whole edit: store, hooks | {:.2f} s a step | {:.2f} s, locked {:.2f} s | **1.50**".format(*seconds)
     assert said in after["cost"]
@@ -94,7 +95,7 @@ def last(op: str, provider: str, source: str = "") -> float:
 
 
 def test_each_command_of_the_first_table_measures_its_rows_and_little_else() -> None:
-    lines = [line.split(" | ") for line in report.ON_A_GPU["cost"](report.H100).splitlines() if "`python" in line]
+    lines = [line.split(" | ") for line in report.ON_A_GPU["cost"](H100).splitlines() if "`python" in line]
     assert len(lines) == 6
     for title, *_, command in lines:
         words = shlex.split(command.split("`")[1])
@@ -142,7 +143,7 @@ def test_an_edit_that_failed_is_no_measurement(tmp_path: Path) -> None:
     plain = [row for row in EDITS if (row.model, row.mode) == ("wan-1.3b, random", "pipeline")][-1]
     failed = EDITS[2]._replace(step_s="", locked_step_s="", locked_ratio="", edit_ratio="", note="OutOfMemoryError: no")
     path = written(tmp_path, ROWS, [*EDITS, plain, failed])
-    assert report.ON_A_GPU["edits"](path) == report.ON_A_GPU["edits"](report.H100)
+    assert report.ON_A_GPU["edits"](path) == report.ON_A_GPU["edits"](H100)
 
 
 @pytest.mark.smoke

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from benchmark_readme import H100
 
 from benchmarks import __main__ as runner
 from benchmarks import attention, figures, plain_attention
 from benchmarks._harness import Ceilings, Row, read
-from benchmarks.report import H100
 
 SHAPES = ("small-h12", "wan-1.3b-480p")
 ATTENTION = ("attention", "kv_lerp_attention_")

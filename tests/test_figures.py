@@ -4,14 +4,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from benchmark_readme import text
+from benchmark_readme import H100, text
 from PIL import Image
 
 from benchmarks import __main__ as runner
 from benchmarks import _edit_rows, _modes, figures, growth, roofline
 from benchmarks._case import RATES
 from benchmarks._harness import Results, Row, read
-from benchmarks.report import H100, H200
+from benchmarks.report import H200
 
 GPU = RATES["NVIDIA H100 80GB HBM3"]
 EDITS = [edited.row for edited in _edit_rows.latest(_edit_rows.beside(H100))]

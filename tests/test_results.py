@@ -5,7 +5,7 @@ import itertools
 import re
 
 import pytest
-from benchmark_readme import EARLIER, README, RESULTS, ROOT, ROWS, SHAPES, row, table, text
+from benchmark_readme import EARLIER, H100, README, RESULTS, ROOT, ROWS, SHAPES, row, table, text
 
 from benchmarks import __main__ as runner
 from benchmarks import _edit_rows, _gpu_tables, accuracy, report, roofline
@@ -75,12 +75,12 @@ def test_the_table_on_an_h100_is_said_beside_that_of_the_h200() -> None:
         measured.append(found)
         case = roofline.BY_KEY[op, WAN_1_3B_480P.name, source, setting]
         predicted.append(predict(case, "kvlock", RATES["NVIDIA H100 80GB HBM3"]).us)
-    listed = lambda values: "{:.1f}, {:.1f}, {:.1f}, {:.1f} and {:.1f}".format(*values)
-    text(f"at {listed(predicted)} us and measured at {listed([float(r.p50) for r in measured])}")
-    text("at {:.0f} and {:.0f} % of the copy.".format(*(100 * float(r.share_of_copy) for r in measured[1:3])))
+    listed = lambda values, form=".1f": "{}, {}, {}, {} and {}".format(*(format(value, form) for value in values))
+    shares = listed([100 * float(r.share_of_copy) for r in measured], ".0f")
+    text(f"predicted are {listed(predicted)} us and measured {listed([float(r.p50) for r in measured])}, at {shares} %")
     above = [float(r.p50) - us for r, us in zip(measured[:4], predicted, strict=False)]
     above += [float(time.split()[0]) - float(guess.split()[0]) for _, _, guess, time, _ in table("operator")[:4]]
-    text(f"{min(above):.0f} to {max(above):.0f} us, which are a larger part where memory is faster")
+    text(f"first four takes {min(above):.0f} to {max(above):.0f} us more than its bytes")
 
 
 def test_rows_of_other_times_are_as_many_as_the_readme_says() -> None:
@@ -107,10 +107,12 @@ def test_every_row_of_a_gpu_is_whole(rows: list[Row]) -> None:
 def test_rows_of_the_h200_are_steady_and_of_one_run_but_for_those_of_one_pass() -> None:
     timed = [r for r in ROWS if r.op not in ("copy", "matmul")]
     assert all(is_steady(r) for r in ROWS) and all(r.library for r in timed)
-    run, other = ([r for r in ROWS if r.commit == commit] for commit in dict.fromkeys(r.commit for r in ROWS))
+    commits = [*dict.fromkeys(r.commit for r in ROWS)]
+    assert len(commits) == 2
+    run, other = ([r for r in ROWS if r.commit == commit] for commit in commits)
     text(f"All {len(ROWS)} rows of the H200 are whole and steady")
-    text(f"{len(run)} are of one run; {len(other)} of QK norm")
-    assert {r.op for r in other if r in timed} == {_gpu_tables.PASS, "qk_norm_rope_kv_pack_"}
+    text(f"{len(run)} are of one run; {sum(r in timed for r in other)} of QK norm and RoPE, with a copy and a product")
+    assert {r.op for r in other} == {"copy", "matmul", _gpu_tables.PASS, "qk_norm_rope_kv_pack_"}
     key = _gpu_tables.PASS, "kvlock", WAN_1_3B_480P.name, "bf16", _gpu_tables.LOCK
     locked = [next(float(r.p50) for r in rows if (r.op, r.provider, r.shape, r.source, r.setting) == key)
               for rows in (run, other)]  # fmt: skip
@@ -141,7 +143,7 @@ def test_every_table_names_the_command_behind_its_rows(name: str) -> None:
 
 def test_how_many_rows_miss_their_prediction_is_counted() -> None:
     said, eager = [], []
-    for path in (report.H200, report.H100):
+    for path in (report.H200, H100):
         lines = roofline.measured(path)
         edits = roofline.measured_edits(_edit_rows.beside(path), roofline.rates(path))
         missed = [line for line in edits if line.flagged]
@@ -183,8 +185,19 @@ def test_the_tables_made_from_rows_are_those_of_the_readme(name: str) -> None:
 
 
 def test_no_cause_is_given_for_what_does_not_miss() -> None:
-    lines = [line for path in (report.H200, report.H100) for line in roofline.latest(roofline.measured(path))]
+    lines = [line for path in (report.H200, H100) for line in roofline.latest(roofline.measured(path))]
     assert set(_gpu_tables.CAUSES) <= {line[:2] for line in lines if line.flagged and line.provider in OURS}
+
+
+def test_a_cause_of_few_tokens_or_narrow_heads_is_one_of_those_alone() -> None:
+    few, many = ("small-h12", "small-h40"), ("n4096-h12-d64", "ltx", "wan-1.3b-480p")
+    line = roofline.latest(roofline.measured(report.H200))[0]
+    of = lambda op, provider, shapes: [line._replace(op=op, provider=provider, shape=shape) for shape in shapes]
+    assert _gpu_tables._cause(of("pack_kv", "kvlock", few)) == _gpu_tables.SHORT
+    assert _gpu_tables._cause(of("pack_kv", "kvlock", many[1:])) == "not profiled"
+    narrow = _gpu_tables._cause(of("attention", "kvlock sm_90", many))
+    assert narrow == f"2 of them {_gpu_tables.NARROW}; others not profiled"
+    assert _gpu_tables._cause(of("attention", "kvlock sm_90", many[:2])) == _gpu_tables.NARROW
 
 
 def test_what_was_not_measured_is_predicted_and_says_so() -> None:
@@ -225,7 +238,7 @@ def test_what_loses_on_a_cpu_is_said() -> None:
 
 
 def test_what_the_text_says_of_operators_is_what_the_rows_say() -> None:
-    earlier = {line[:5]: line for line in roofline.latest(roofline.measured(report.H100))}
+    earlier = {line[:5]: line for line in roofline.latest(roofline.measured(H100))}
     at = lambda *key: earlier[key].row
     share = lambda *key: f"{100 * float(at(*key).share_of_copy):.0f} %"
     text(f"At 75600 tokens it is at {share('windowed_variance_', 'kvlock', 'wan-1.3b-720p', '', '10 slots')} there.")
@@ -257,7 +270,7 @@ def test_what_the_text_says_of_rows_in_8_bits_is_what_the_rows_say() -> None:
 
 def test_what_the_text_says_of_other_providers_is_what_the_rows_say() -> None:
     lines = [line for line in roofline.latest(roofline.measured(report.H200)) if line.steady]
-    earlier = [line for line in roofline.latest(roofline.measured(report.H100)) if line.steady]
+    earlier = [line for line in roofline.latest(roofline.measured(H100)) if line.steady]
     between = lambda found, form="{:.2f} to {:.2f}": form.format(min(found), max(found))
 
     def over(op: str, other: str, source: str, lines: list[roofline.Line]) -> list[float]:
@@ -277,18 +290,12 @@ def test_what_the_text_says_of_other_providers_is_what_the_rows_say() -> None:
     most = between([one for one in unpacked if one != least])
     text(f"on the H100, {most} times, but at 4096 tokens and 12 heads {least:.2f} times.")
     narrow = [1 + line.missed for line in lines if (line.op, line.provider) == ("attention", "SDPA cuDNN")
-              and _gpu_tables.SHAPE_OF[line.shape].dim == 64]  # fmt: skip
+              and roofline.BY_KEY[line.op, line.shape, line.source, line.setting].shape.dim == 64]  # fmt: skip
     text(f"(at D = 64 it takes {between(narrow)} times as long here)")
     clocks = [float(line.row.sm_mhz) for line in lines if line.row is not None and "attention" in line.op
               and line.provider in ("kvlock", "kvlock sm_90", "SDPA cuDNN") and line.source in ("", "int8")
               and line.shape in ("wan-1.3b-480p", "wan-14b-480p")]  # fmt: skip
     text(f"right after these rows it ran at {between(clocks, '{:.0f} to {:.0f}')} MHz")
-
-
-def test_a_cause_of_narrow_heads_is_given_to_narrow_heads_alone() -> None:
-    for line in roofline.latest(roofline.measured(report.H100)):
-        if _gpu_tables.CAUSES.get(line[:2]) == _gpu_tables.NARROW and line.steady and line.flagged:
-            assert line.shape.endswith("-d64")
 
 
 def test_the_noise_of_a_cpu_is_said() -> None:
@@ -312,5 +319,8 @@ def test_the_noise_of_a_cpu_is_said() -> None:
 def test_the_first_page_quotes_rows() -> None:
     mixing, attention = (row(op, "kvlock", SHAPES[32760], "int8") for op in ("kv_lerp_pair_", "kv_lerp_attention_"))
     assert mixing is not None and attention is not None
-    quoted = f"takes {float(mixing.p50) / 1000:.2f} ms (rows in int8), the attention {float(attention.p50) / 1000:.1f}."
+    quoted = (
+        f"Of the {float(attention.p50) / 1000:.1f} ms of one locked attention at 32760 tokens (rows in int8) mixing "
+        f"its keys and values is {float(mixing.p50) / 1000:.2f}."
+    )
     assert quoted in " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())

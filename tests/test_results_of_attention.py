@@ -101,7 +101,7 @@ def test_the_numbers_beside_the_choice_of_kernels_are_those_of_the_rows() -> Non
     assert f"mixing in the loop takes {in_bf16:.0f} (bf16) to {in_int8:.0f} times (int8) as long as that" in said
     assert f"one launch {over(launch, mixed):.1f} times" in said
     twice = over(*(earlier(op, way, wan, "int8") for way in ("one launch", "kvlock")))
-    alone = over(row("attention", "kvlock in loop, no rows", wan), row("attention", "SDPA cuDNN", wan))
+    alone = over(row("attention", "kvlock in loop, no rows", wan), row(op, "kvlock", wan, "int8"))
     assert f"one launch takes twice as long, and the loop {alone:.1f} times before" in said and round(twice) == 2
     launched = over(earlier(op, "one launch", wan, "int8"), earlier(op, "kvlock", wan, "int8"))
     text(f"takes {in_bf16:.0f} to {in_int8:.0f} times as long as mixing first, and the one launch that hides the lerp "
@@ -126,8 +126,8 @@ def test_what_the_text_says_of_attention_is_what_the_rows_say() -> None:
     apart = us(op, "kvlock", wan, "int8") - us("attention", "kvlock sm_90", wan, "")
     text(
         f"Attention at 4096 tokens takes {min(locked):.2f} to {max(locked):.2f} times as long as plain cuDNN",
-        f"32760 that lerp takes {us('kv_lerp_pair_', 'kvlock', wan, 'int8') / 1e3:.2f} ms, and the medians of plain "
-        f"and locked attention lie {apart / 1e3:.2f} ms apart",
+        f"At 32760 the lerp of its keys and values takes {us('kv_lerp_pair_', 'kvlock', wan, 'int8') / 1e3:.2f} ms, "
+        f"and the medians of plain and locked attention lie {apart / 1e3:.2f} ms apart",
         f"takes {before(op, one, wan, 'int8') / alone[0]:.3f} times its own plain time at 32760 tokens (target 1.01; "
         f"{before(op, one, small, 'int8') / alone[1]:.2f} at 4096)",
         f"It takes {fused / compiled:.2f} times the time of diffusers' compiled sequence",
@@ -149,14 +149,35 @@ def test_what_the_text_says_of_lengths_that_are_no_multiple_of_128_is_what_the_r
         return found
 
     over = [float(of(shape, "kvlock sm_90").p50) / float(of(shape, "SDPA cuDNN").p50)
-            for shape in ("wan-5b-480p", "cogvideox-2b")]  # fmt: skip
+            for shape in ("wan-5b-480p", "cogvideox-2b", "ltx")]  # fmt: skip
     ragged, *even = (of(shape, "SDPA cuDNN") for shape in ("wan-5b-480p", "n8192-h40", "n8192-h12"))
     rates = [f"{float(r.rate):.0f}" for r in (ragged, *even)]
     text(
         f"8190 tokens take {float(ragged.p50) / 1e3:.2f} ms ({rates[0]} TFLOP/s)",
         f"where 8192 have {rates[1]} to {rates[2]}.",
-        f"takes {over[0]:.2f} times as long there, and {over[1]:.2f} times at the 17550 tokens of CogVideoX-2B",
+        f"takes {over[0]:.2f} times as long there, and {over[1]:.2f} times at the 17550 tokens of CogVideoX-2B, but "
+        f"{over[2]:.2f} times at the 7392 of LTX.",
     )
+
+
+def test_what_bytes_make_of_attention_at_4096_tokens_is_counted() -> None:
+    case = roofline.BY_KEY["kv_lerp_attention_", SHAPES[4096], "int8", _gpu_tables.LOCK]
+    plain = row("attention", "SDPA cuDNN", SHAPES[4096])
+    copy = next(r for r in ROWS if r.op == "copy")
+    assert case.first is not None and plain is not None
+    moved = case.first(case.shape).amount
+    us = moved / (float(copy.rate) * 1e3)
+    text(f"bytes alone make it {1 + us / float(plain.p50):.2f}: the lerp of K and V is {moved / 1e6:.0f} MB with rows "
+         f"in int8, {us:.0f} us at the rate of a copy, of {float(plain.p50):.0f}.")  # fmt: skip
+    many = over(row("kv_lerp_attention_", "kvlock", "small-h40", "int8"), row("attention", "SDPA cuDNN", "small-h40"))
+    assert many <= float(_gpu_tables.RATE_TARGETS[4096]) < 1 + us / float(plain.p50) + 0.02
+
+
+def test_how_much_faster_an_h200_multiplies_is_what_the_rows_say() -> None:
+    faster = [over(earlier("attention", name, SHAPES[32760]), row("attention", name, SHAPES[32760])) for name in BOTH]
+    text(f"attention at 32760 tokens is {faster[1]:.2f} (cuDNN) to {faster[0]:.2f} times (sm_90) as fast.")
+    assumed = RATES["NVIDIA H200"].products / RATES["NVIDIA H100 80GB HBM3"].products
+    text(f"was assumed to multiply {assumed:.2f} times as fast")
 
 
 def test_a_ratio_below_one_is_put_down_to_the_clock_of_its_rows() -> None:
@@ -165,7 +186,8 @@ def test_a_ratio_below_one_is_put_down_to_the_clock_of_its_rows() -> None:
     plain = row("attention", "SDPA cuDNN", shape)
     assert plain is not None and all(over(r, plain) < 1 for r in locked)
     clocks = sorted(r.sm_mhz for r in locked if r is not None)
-    text(f"Wan 5B ran at {clocks[0]} to {clocks[-1]} MHz, plain cuDNN before them at {plain.sm_mhz}.")
+    text(f"its locked rows ran at {clocks[0]} to {clocks[-1]} MHz, plain cuDNN before them at {plain.sm_mhz}.")
+    text(f"The {over(locked[-1], plain):.2f} of Wan 5B is likely the clock's")
 
 
 def test_what_the_text_says_of_predictions_is_what_is_predicted() -> None:

@@ -4,7 +4,7 @@ import csv
 from pathlib import Path
 
 import pytest
-from benchmark_readme import RESULTS, ROOT, table, table_of, text
+from benchmark_readme import H100, RESULTS, ROOT, table, table_of, text
 
 from benchmarks import _edit_model, _edit_rows, _edit_tables, report, roofline
 from benchmarks._edit_rows import Edited, EditRow
@@ -93,7 +93,7 @@ def test_what_was_not_measured_of_other_places_is_predicted_and_says_so(block: s
 
 def test_what_the_text_says_of_other_places_is_what_the_rows_say() -> None:
     rows, before = ({name: edited.row for name, edited in _edit_tables.edits_of(path).items()}
-                    for path in (report.H200, report.H100))  # fmt: skip
+                    for path in (report.H200, H100))  # fmt: skip
     bf16, int8, fp8 = (f"store{dtype} on disk, hooks" for dtype in ("", " int8", " fp8"))
     ratio = {name: f"{float(rows[name].edit_ratio):.2f}" for name in (bf16, int8, fp8)}
     text(f"Rows on disk cost an edit {ratio[bf16]} times the plain pipeline's time, and {ratio[int8]} in 8 bits, where "
@@ -115,7 +115,7 @@ def test_what_the_text_says_of_other_places_is_what_the_rows_say() -> None:
 
 
 def test_the_edits_of_the_smaller_model_are_of_one_run_and_agree_with_those_of_the_h100() -> None:
-    edits, before = _edit_tables.edits_of(report.H200), _edit_tables.edits_of(report.H100)
+    edits, before = _edit_tables.edits_of(report.H200), _edit_tables.edits_of(H100)
     assert {*edits} == {"pipeline", *MODES} and len({edited.plain for edited in edits.values()}) == 1
     run = [edited for edited in before.values() if edited.plain == before["store, fused"].plain]
     ratios = [(float(edited.row.edit_ratio), float(edits[edited.row.mode].row.edit_ratio)) for edited in run]
@@ -129,7 +129,7 @@ def test_what_the_text_says_of_predicted_edits_is_what_is_counted_and_what_the_r
     tflop_gb = [number for each in counted for number in (round(each.flop / 1e12), round(each.bytes / 1e9))]
     text("{} TFLOP and {} GB for the shape of Wan 1.3B, {} TFLOP and {} GB for that of 14B".format(*tflop_gb))
     said = []
-    for path in (report.H200, report.H100):
+    for path, apart in ((report.H200, 0.03), (H100, 0.02)):
         gpu, edits = roofline.rates(path), _edit_rows.beside(path)
         lines = [line for line in roofline.measured_edits(edits, gpu)
                  if not (line.setting == roofline.LOCKED_STEP and "on disk" in line.provider)]  # fmt: skip
@@ -140,10 +140,10 @@ def test_what_the_text_says_of_predicted_edits_is_what_is_counted_and_what_the_r
         for row in rows:
             share = int(row.background) / int(row.tokens)
             guess = _edit_model.seconds("14b" if "14b" in row.model else "1.3b", MODES[row.mode], share, gpu)
-            assert abs(guess.edit_ratio - float(row.edit_ratio)) < 0.03, row.mode
+            assert abs(guess.edit_ratio - float(row.edit_ratio)) < apart, row.mode
             if row.locked_ratio:
                 assert abs(guess.locked / guess.plain - float(row.locked_ratio)) < 0.05, row.mode
-    text(f"its steps take {said[0]} as long as predicted, the H100's {said[1]}, but where files are written")
+    text(f"Its steps take {said[0]} as long as predicted, the H100's {said[1]}, but where files are written")
     text("ratio of a locked step to a plain one is met within 0.05 on both, that of an edit within 0.03.")
 
 
@@ -182,7 +182,7 @@ def test_the_readme_says_which_edits_do_not_name_their_diffusers() -> None:
     for path in sorted(RESULTS.glob("edit-*.csv")):
         with path.open(newline="", encoding="utf-8") as file:
             rows[path] = [*csv.DictReader(file)]
-    before, cpu = (rows[path] for path in (_edit_rows.beside(report.H100), report.EDITS_ON_CPU))
+    before, cpu = (rows[path] for path in (_edit_rows.beside(H100), report.EDITS_ON_CPU))
     without = lambda column: [sum(not row[column] for row in found) for found in (before, cpu)]
     gpu, cpus = without("diffusers")
     text(f"{gpu} of the {len(before)} edits of the H100 and all {cpus} earlier ones of the CPU are older")

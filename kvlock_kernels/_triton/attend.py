@@ -29,7 +29,7 @@ class Choice(NamedTuple):
 # The first line that applies. Rows of benchmarks/results chose them, all in bf16:
 # - The way, for source rows of every dtype: at 4096 tokens mixing first takes 1.08 to 1.10 times as long as plain
 #   attention on an H200; on an H100 mixing in the loop takes 4 (bf16) to 10 times (int8) as long as that, one launch
-#   3.6 times; at 32760 tokens one launch takes twice as long, and the loop 2.8 times before it mixes anything (H200).
+#   3.6 times; at 32760 tokens one launch takes twice as long, and the loop 2.9 times before it mixes anything (H200).
 #   The cost model would mix in the loop before Hopper and where tokens are few. By these rows it is wrong about that
 #   kernel, so that mixing first stands there too until something is measured.
 # - Plain attention on an H200, at D = 128: with 12 heads the own kernel takes 0.93 and 0.91 times cuDNN's time at 32760

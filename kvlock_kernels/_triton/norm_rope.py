@@ -23,7 +23,7 @@ from kvlock_kernels._triton.tiles import (
 MAX_TOKEN = 8192  # elements of a token that stay in registers: 16 a thread at sixteen warps
 SMALL_TOKEN = 1024  # a tile of several tokens is no larger than this
 A_THREAD = tl.constexpr(8)  # elements side by side: 16 bytes of bf16
-A_WARP = 32 * 8  # elements
+A_WARP = 32 * A_THREAD.value
 
 
 @triton.jit
@@ -62,31 +62,33 @@ def rope(x, cos, sin):
 
 
 @triton.jit
-def mixing(ratio, b, row):
-    """The ratio, and which tokens of the tile mix."""
-    a = tl.load(ratio + b + tl.zeros([1, 1, 1], tl.int64))
-    return a, (row >= 0) & ((a > 0) | (a != a))
+def locking(ratio, b, row, RECORD: tl.constexpr):
+    """The ratio, and which tokens of the tile are packed or mix."""
+    locks = row >= 0
+    a = tl.zeros([1, 1, 1], tl.float32)
+    if not RECORD:
+        a = tl.load(ratio + b + tl.zeros([1, 1, 1], tl.int64))
+        locks = locks & ((a > 0) | (a != a))
+    return a, locks
 
 
 @triton.jit
 def lock_values(
-    v_at, v_rows, v_scale, v_mean, ratio, row, head, d, valid, rows, b,
+    v_at, v_rows, v_scale, v_mean, row, head, d, valid, locks, rows, a, b,
     RECORD: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
     PACKING: tl.constexpr, SHARED: tl.constexpr, MEANS: tl.constexpr, NATIVE: tl.constexpr,
 ):
     """Packs or mixes the values, which need neither norm nor rotation."""
     if RECORD:
-        kept = valid & (row >= 0)
-        x = tl.load(v_at, mask=kept, other=0.0)
+        x = tl.load(v_at, mask=valid & locks, other=0.0)
         x = x if PACKING == 0 else x.to(tl.float32)
         to = (b * rows + row) * H + head
-        store_packed(x, v_rows, v_scale, to, d, (row >= 0) & (head < H), kept, D, PACKING, NATIVE)
+        store_packed(x, v_rows, v_scale, to, d, locks & (head < H), valid & locks, D, PACKING, NATIVE)
     else:
-        a, mixes = mixing(ratio, b, row)
-        source = load_source(v_rows, v_scale, v_mean, row, head, d, valid & mixes, mixes & (head < H), rows,
+        source = load_source(v_rows, v_scale, v_mean, row, head, d, valid & locks, locks & (head < H), rows,
                              0 if SHARED else b, b if MEANS > 1 else 0, H, D, PACKING, MEANS > 0)
-        x = tl.load(v_at, mask=valid & mixes & ((a < 1) | (a != a)))
-        tl.store(v_at, lerp(x, source, a), mask=valid & mixes)
+        x = tl.load(v_at, mask=valid & locks & ((a < 1) | (a != a)))
+        tl.store(v_at, lerp(x, source, a), mask=valid & locks)
 
 
 @triton.jit
@@ -108,9 +110,9 @@ def norm_rope_kernel(
     head = tl.arange(0, HEADS)[None, :, None]
     known, inner = token < tokens, (head < H) & (d < D)
     valid, at = known & inner, head * D + d
-    # Rows in 8 bits take registers beside the angles, so that values come before them, and two tokens of 40 heads fit a
-    # multiprocessor. In bf16 they come last: before the angles the pass takes 224 us for 215 on an H200, at 32760
-    # tokens of 12 heads.
+    # Values in 8 bits come before the angles, which stay in registers: so two tokens of 40 heads fit a multiprocessor,
+    # and one of 12 takes 40 registers a thread, not 48 or 52. Values in bf16 come last: before the angles the pass took
+    # 224 us for 215 on an H200 with 32760 tokens of 12 heads.
     EARLY: tl.constexpr = V_PACKING != 0
     if not EARLY:
         c, s = load_angles(cos, sin, token, d, known, D)
@@ -118,7 +120,8 @@ def norm_rope_kernel(
     row = tl.where(row < rows, row, -1)  # without rows nothing mixes
     v_at = v + b * v_stride_b + token * v_stride_n + at
     if EARLY:
-        lock_values(v_at, v_rows, v_scale, v_mean, ratio, row, head, d, valid, rows, b,
+        a, locks = locking(ratio, b, row, RECORD)
+        lock_values(v_at, v_rows, v_scale, v_mean, row, head, d, valid, locks, rows, a, b,
                     RECORD, H, D, V_PACKING, V_SHARED, V_MEANS, NATIVE)
         c, s = load_angles(cos, sin, token, d, known, D)
 
@@ -128,16 +131,17 @@ def norm_rope_kernel(
 
     k_at = k + b * k_stride_b + token * k_stride_n + at
     new = rms_norm(tl.load(k_at, mask=valid, other=0.0), k_weight, at, inner, H * D, eps)
+    if not EARLY:
+        a, locks = locking(ratio, b, row, RECORD)
     if RECORD:
         to = (b * rows + row) * H + head
-        store_packed(new, k_rows, k_scale, to, d, (row >= 0) & (head < H), valid & (row >= 0), D, K_PACKING, NATIVE)
+        store_packed(new, k_rows, k_scale, to, d, locks & (head < H), valid & locks, D, K_PACKING, NATIVE)
     else:
-        a, mixes = mixing(ratio, b, row)
-        source = load_source(k_rows, k_scale, k_mean, row, head, d, valid & mixes, mixes & (head < H), rows,
+        source = load_source(k_rows, k_scale, k_mean, row, head, d, valid & locks, locks & (head < H), rows,
                              0 if K_SHARED else b, b if K_MEANS > 1 else 0, H, D, K_PACKING, K_MEANS > 0)
-        new = tl.where(mixes, lerp(new, source, a), new)
+        new = tl.where(locks, lerp(new, source, a), new)
     if not EARLY:
-        lock_values(v_at, v_rows, v_scale, v_mean, ratio, row, head, d, valid, rows, b,
+        lock_values(v_at, v_rows, v_scale, v_mean, row, head, d, valid, locks, rows, a, b,
                     RECORD, H, D, V_PACKING, V_SHARED, V_MEANS, NATIVE)
     tl.store(k_at, rope(new, c, s).to(k.dtype.element_ty), mask=valid)
 
