@@ -195,6 +195,7 @@ def test_a_cause_of_few_tokens_or_narrow_heads_is_one_of_those_alone() -> None:
     of = lambda op, provider, shapes: [line._replace(op=op, provider=provider, shape=shape) for shape in shapes]
     assert _gpu_tables._cause(of("pack_kv", "kvlock", few)) == _gpu_tables.SHORT
     assert _gpu_tables._cause(of("pack_kv", "kvlock", many[1:])) == "not profiled"
+    assert _gpu_tables._cause(of("pack_kv", "kvlock", ["a shape of before"])) == "not profiled"
     narrow = _gpu_tables._cause(of("attention", "kvlock sm_90", many))
     assert narrow == f"2 of them {_gpu_tables.NARROW}; others not profiled"
     assert _gpu_tables._cause(of("attention", "kvlock sm_90", many[:2])) == _gpu_tables.NARROW
