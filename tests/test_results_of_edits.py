@@ -57,8 +57,11 @@ def test_the_first_lines_say_of_whole_edits_what_the_rows_say() -> None:
         f"81 frames, bf16, torch {torch}, triton {triton}), a step of the plain pipeline takes {float(step):.2f} s, "
         f'a locked one {float(locked[0]):.2f} s with `kernel="fused"` and {float(locked[1]):.2f} s with hooks; an edit '
         f"that locks the last 40 % of its steps takes {ratios[0]} and {ratios[1]} times the time of the plain one, "
-        f"and {more}"
+        f"and {more}, as on an H100."
     )
+    before = _edit_tables.edits_of(H100)
+    assert [f"{float(before[name].row.edit_ratio):.2f}" for name in ("store, fused", "store, hooks")] == ratios
+    assert more.startswith(f"{_edit_tables._more(before['store, hooks']):.1f} GiB")
     assert said in " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
 
 
