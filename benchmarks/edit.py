@@ -211,11 +211,13 @@ def _row(
     if not locks:
         each = statistics.median(of(0, None))
         return row._replace(step_s=f"{each:.4f}", edit_ratio=f"{each / step:.4f}", spread=spread(of(0, None)))
-    kinds = of(0, STEPS - LOCKED_STEPS - 1), of(STEPS - LOCKED_STEPS, None)  # without the first of them
+    first = STEPS - LOCKED_STEPS - 1  # of the locked ones, which is no part of their median
+    kinds = of(0, first), of(first + 1, None)
     each, locked_step = map(statistics.median, kinds)
     return row._replace(
         spread=spread(*kinds),
         step_s=f"{each:.4f}", locked_step_s=f"{locked_step:.4f}", locked_ratio=f"{locked_step / step:.4f}",
+        first_locked_s=f"{statistics.median(of(first, first + 1)):.4f}",
         edit_ratio=f"{((1 - KAPPA) * each + KAPPA * locked_step) / step:.4f}",
     )  # fmt: skip
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from kvlock import transit
+from kvlock.pinned import PinnedMemory
 from kvlock.step_file import Piece, StepFile, StepWriter
 from kvlock.store import Rows, Store
 from kvlock.transit import Courier, Layer, Outbox
@@ -95,6 +96,8 @@ class HostShelf(Shelf):
 
     def __init__(self) -> None:
         super().__init__()
+        self._memory = PinnedMemory()
+        self._rooms: dict[tuple[str, int, str], Rows] = {}  # by a `Piece` but for its expert, of whom one runs a step
         self._kept: dict[Piece, Rows] = {}
         self._leaving: deque[tuple[Any, Rows]] = deque()  # rows on the device with the events of their copies
 
@@ -102,8 +105,7 @@ class HostShelf(Shelf):
         if any(kept.expert != piece.expert for kept in self._kept):
             self._kept.clear()
         stream = self._copy_stream
-        pinned = stream is not None
-        room = self._kept[piece] = transit.room_for(rows, self._kept.get(piece), torch.device("cpu"), pinned=pinned)
+        room = self._kept[piece] = self._room_for(piece, rows)
         if stream is None:
             transit.copy(rows, room, non_blocking=False)
             return
@@ -112,6 +114,23 @@ class HostShelf(Shelf):
             transit.copy(rows, room, non_blocking=True)
             self._leaving.append((stream.record_event(), rows))
         self._wait_for_all_but(transit.LEAVING)  # the host may run ahead, and rows of all layers be alive
+
+    def _room_for(self, piece: Piece, rows: Rows) -> Rows:
+        before = self._rooms.get(piece[1:])
+        if before is not None and transit.fits(rows, before):
+            return before
+        if before is not None:
+            self._wait_for_copies()
+            self._memory.free(before)
+        pinned = self._copy_stream is not None
+        room = rows.each(self._memory.empty_like) if pinned else transit.room_for(rows, None, torch.device("cpu"))
+        self._rooms[piece[1:]] = room
+        return room
+
+    def _wait_for_copies(self) -> None:
+        """Until none is under way, from here to the device or back."""
+        if self._copy_stream is not None:
+            self._copy_stream.synchronize()
 
     def _wait_for_all_but(self, last: int) -> None:
         while len(self._leaving) > last:
@@ -129,8 +148,13 @@ class HostShelf(Shelf):
         return {piece.tensor: rows for piece, rows in self._kept.items() if piece.layer == layer}
 
     def close(self) -> None:
-        super().close()
-        self._kept.clear()
+        try:
+            super().close()
+            self._wait_for_copies()
+        finally:
+            self._kept.clear()
+            self._rooms.clear()
+            self._memory.free_all()
 
     @property
     def bytes_kept(self) -> int:
@@ -172,6 +196,8 @@ class FileShelf(Shelf):
 class DiskShelf(FileShelf):
     """A file of K and one of V that each step writes over, in a temporary folder that lasts as long as the session.
 
+    So do the files: a system takes long to remove files of so many bytes, and no step waits for that.
+
     Raises:
         ValueError: there is no such folder, or it cannot be written to.
     """
@@ -188,12 +214,9 @@ class DiskShelf(FileShelf):
 
     def _put(self, piece: Piece, rows: Rows) -> None:
         if piece.tensor not in self._writers:
-            self._writers[piece.tensor] = StepWriter(self._path_of(piece.tensor), over=True)
+            self._writers[piece.tensor] = StepWriter(self._folder / f"{piece.tensor}.safetensors", over=True)
         self._outbox.add(self._writers[piece.tensor], piece, rows, self._copy_stream)
         self._bytes += rows.bytes_kept
-
-    def _path_of(self, tensor: str) -> Path:
-        return self._folder / f"{tensor}.safetensors"
 
     def seal(self) -> None:
         if self._writers:
@@ -204,17 +227,7 @@ class DiskShelf(FileShelf):
             self._writers.clear()
             self._open(StepFile(*written))
 
-    def turn_to(self, step: int) -> None:
-        self._forget()
-
     def clear(self) -> None:
-        try:
-            self._forget()
-        finally:
-            for tensor in "kv":
-                self._path_of(tensor).unlink(missing_ok=True)
-
-    def _forget(self) -> None:
         """The step's rows, but not the files; all of them, also where the device is lost and waiting for it raises."""
         with ExitStack() as last_first:
             last_first.callback(self._writers.clear)

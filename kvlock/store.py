@@ -56,10 +56,11 @@ class Store:
             of one head share a large component that attention does not see; what is left has smaller steps. None is
             yes, which measured best (``benchmarks/README.md``), but for ``kernel="fused"``, which has no place for it.
         place: where the rows of a step wait: on the ``"device"``, in ``"host"`` memory (pinned, where the device is a
-            CUDA one, of which torch takes powers of two) or on ``"disk"``. From the latter two the rows of two layers
-            are on the device at a time: those of one come while the layer before it computes, once they are read from
-            the disk. While the source computes, rows of at most as many wait there for their copies. Rows for a disk
-            pass through pinned memory of two layers, either way. Compiled transformers need the device.
+            CUDA one) or on ``"disk"``. From the latter two the rows of two layers are on the device at a time: those of
+            one come while the layer before it computes, once they are read from the disk. While the source computes,
+            rows of at most as many wait there for their copies. Rows for a disk pass through pinned memory of two
+            layers, either way, of which torch takes powers of two. Memory and files are kept until the session ends.
+            Compiled transformers need the device.
         folder: where a ``"disk"`` store makes its temporary files; None is the system's own place for such files, which
             may be memory. A process that is killed leaves a folder ``.kvlock-*`` there.
 

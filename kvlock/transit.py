@@ -87,10 +87,16 @@ class Courier:
 
 def room_for(rows: Rows, before: Rows | None, device: torch.device, *, pinned: bool = False) -> Rows:
     """Memory for a copy of `rows`: that of `before`, where it fits."""
-    kinds = [[part if part is None else (part.shape, part.dtype) for part in parts] for parts in (before or (), rows)]
-    if before is not None and kinds[0] == kinds[1] and before.data.is_inference() == torch.is_inference_mode_enabled():
-        return before  # torch lets nothing write to tensors of an inference mode that is over
+    if before is not None and fits(rows, before):
+        return before
     return rows.each(lambda part: torch.empty(part.shape, dtype=part.dtype, device=device, pin_memory=pinned))
+
+
+def fits(rows: Rows, room: Rows) -> bool:
+    """Whether `room` is memory for a copy of `rows`."""
+    kinds = [[part if part is None else (part.shape, part.dtype) for part in parts] for parts in (room, rows)]
+    # torch lets nothing write to tensors of an inference mode that is over
+    return kinds[0] == kinds[1] and (torch.is_inference_mode_enabled() or not room.data.is_inference())
 
 
 def copy(rows: Rows, room: Rows, *, non_blocking: bool) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from kvlock import Store, transit
+from kvlock import Store, pinned, transit
 from kvlock.locked_layers import BEFORE_ROPE
 from kvlock.places import Shelf, shelf_of
 from kvlock.step_file import Piece
@@ -56,6 +56,9 @@ class Stream:
     def wait_stream(self, other: Stream) -> None:
         self.add(other.record_event())
 
+    def synchronize(self) -> None:
+        self.advance()
+
     def advance(self, end: int | None = None, *, force: bool = True) -> None:
         """Run what is queued; to go past an event of the other stream, `force` runs that one up to there."""
         while self.done < (len(self.queue) if end is None else end):
@@ -77,13 +80,17 @@ class GPU:
         self.ahead: Stream | None = None
         self.compute, self.copies = Stream(self), Stream(self)
         self.ahead = {"compute": self.compute, "copies": self.copies}.get(ahead)
-        self.current, self.freed, self.pinned = self.compute, [], []
+        self.current, self.freed = self.compute, []
+        self.pinned: list[weakref.ref[torch.Tensor]] = []  # by torch, which keeps it until no copy needs it
+        self.registered: dict[int, torch.Tensor] = {}  # by address; nobody looks after that
         monkeypatch.setattr(torch.cuda, "Stream", lambda device: self.copies)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: self.current)
         monkeypatch.setattr(torch.cuda, "stream", self.within)
         monkeypatch.setattr(transit, "copy", self.copy)
         monkeypatch.setattr(transit, "room_for", self.room_for)
-        monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: any(room() is tensor for room in self.pinned))
+        monkeypatch.setattr(pinned, "pin", self.pin)
+        monkeypatch.setattr(pinned, "unpin", self.unpin)
+        monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: self.is_pinned(tensor))
 
     def empty(self) -> torch.Tensor:
         """Memory of the device, which the allocator gives to who computes once no name for it is left."""
@@ -120,9 +127,20 @@ class GPU:
         self.pinned.append(weakref.ref(room.data))
         return room
 
+    def pin(self, memory: torch.Tensor) -> None:
+        self.registered[memory.data_ptr()] = memory
+
+    def unpin(self, memory: torch.Tensor) -> None:
+        assert self.copies.done == len(self.copies.queue), "memory is given back while copies may need it"
+        self.registered.pop(memory.data_ptr()).view(torch.float32).fill_(torch.nan)
+
+    def is_pinned(self, tensor: torch.Tensor) -> bool:
+        return tensor.data_ptr() in self.registered or any(room() is tensor for room in self.pinned)
+
     @property
     def pinned_bytes(self) -> int:
-        return sum(room.nbytes for reference in self.pinned if (room := reference()) is not None)
+        by_torch = [room.nbytes for reference in self.pinned if (room := reference()) is not None]
+        return sum(by_torch) + sum(memory.nbytes for memory in self.registered.values())
 
     def finish(self) -> None:
         self.compute.advance()

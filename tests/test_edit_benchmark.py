@@ -163,7 +163,7 @@ def test_rounds_are_pooled(made: edit.Edit, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(edit, "locked", lambda *_: lock(next(modes)))
     first, row = edit.measure(made, "cpu", {USUAL: Mode(target=math.inf)}, Machine("abc", "cpu"))
     assert (float(first.step_s), float(row.step_s), float(row.locked_step_s)) == (1, 1, 2)
-    assert (float(row.locked_ratio), float(row.edit_ratio)) == (2, 1.4)
+    assert (float(row.first_locked_s), float(row.locked_ratio), float(row.edit_ratio)) == (5, 2, 1.4)
     assert (float(first.spread), float(row.spread)) == (9, 9)
 
 

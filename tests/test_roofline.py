@@ -115,7 +115,7 @@ def test_the_report_marks_what_misses_by_a_fifth(tmp_path: Path, capsys: pytest.
 
 def test_edits_stand_beside_the_operators_of_their_gpu(tmp_path: Path) -> None:
     path, took = tmp_path / "edit-gpu.csv", seconds("14b", _modes.MODES["store, hooks"], 0.5, GPU)
-    plain = EditRow("wan-14b, random", "pipeline", "", "200", "100", str(took.plain), *[""] * 10)
+    plain = EditRow("wan-14b, random", "pipeline", "", "200", "100", str(took.plain), *[""] * 11)
     locks = plain._replace(mode="store, hooks", locked_step_s=str(1.3 * took.locked))
     others = locks._replace(mode="a mode of before"), locks._replace(mode="batch, hooks", step_s="", note="failed")
     with Results(path, EditRow._fields) as results:
