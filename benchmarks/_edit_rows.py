@@ -18,7 +18,7 @@ class EditRow(NamedTuple):
     background: str  # tokens
     step_s: str  # median of the steps without a lock
     locked_step_s: str  # median of those with one but for the first; blank where there is none
-    first_locked_s: str  # that first one, which makes memory and files, and compiles what the process has not yet
+    first_locked_s: str  # that first one, which makes memory and files and may compile kernels; median of the rounds
     locked_ratio: str  # to a step of the plain pipeline
     edit_ratio: str  # of an edit with KAPPA of its steps locked, from the two medians
     forwards: str  # of the last step

@@ -96,35 +96,37 @@ class HostShelf(Shelf):
 
     def __init__(self) -> None:
         super().__init__()
-        self._memory = PinnedMemory()
         self._rooms: dict[tuple[str, int, str], Rows] = {}  # by a `Piece` but for its expert, of whom one runs a step
-        self._kept: dict[Piece, Rows] = {}
+        self._memory: dict[tuple[str, int, str], PinnedMemory] = {}  # theirs
         self._leaving: deque[tuple[Any, Rows]] = deque()  # rows on the device with the events of their copies
 
+    def serve(self, device: torch.device, layers: Collection[Layer]) -> None:
+        if self._courier is not None and self._courier.device != device:
+            self._free()  # it may be pinned for a device that is left, or not for the one that comes
+        super().serve(device, layers)
+
     def _put(self, piece: Piece, rows: Rows) -> None:
-        if any(kept.expert != piece.expert for kept in self._kept):
-            self._kept.clear()
         stream = self._copy_stream
-        room = self._kept[piece] = self._room_for(piece, rows)
         if stream is None:
-            transit.copy(rows, room, non_blocking=False)
+            transit.copy(rows, self._room_for(piece, rows), non_blocking=False)
             return
         stream.wait_event(torch.cuda.current_stream(stream.device).record_event())
         with torch.cuda.stream(stream):  # after what it still reads of the last step
-            transit.copy(rows, room, non_blocking=True)
+            transit.copy(rows, self._room_for(piece, rows), non_blocking=True)
             self._leaving.append((stream.record_event(), rows))
         self._wait_for_all_but(transit.LEAVING)  # the host may run ahead, and rows of all layers be alive
 
     def _room_for(self, piece: Piece, rows: Rows) -> Rows:
-        before = self._rooms.get(piece[1:])
-        if before is not None and transit.fits(rows, before):
-            return before
-        if before is not None:
+        """For the device that is current."""
+        name = piece[1:]
+        if name in self._rooms and transit.fits(rows, self._rooms[name]):
+            return self._rooms[name]
+        if self._rooms.pop(name, None) is not None:
             self._wait_for_copies()
-            self._memory.free(before)
-        pinned = self._copy_stream is not None
-        room = rows.each(self._memory.empty_like) if pinned else transit.room_for(rows, None, torch.device("cpu"))
-        self._rooms[piece[1:]] = room
+            self._memory.pop(name).free()
+        memory, pinned = PinnedMemory(), self._copy_stream is not None
+        room = rows.each(memory.empty_like) if pinned else transit.room_for(rows, None, torch.device("cpu"))
+        self._rooms[name], self._memory[name] = room, memory
         return room
 
     def _wait_for_copies(self) -> None:
@@ -145,20 +147,24 @@ class HostShelf(Shelf):
         super().clear()
 
     def _load(self, layer: Layer) -> dict[str, Rows]:
-        return {piece.tensor: rows for piece, rows in self._kept.items() if piece.layer == layer}
+        return {piece.tensor: self._rooms[piece[1:]] for piece in self.points if piece.layer == layer}
+
+    def _free(self) -> None:
+        """All memory, and the rows in it."""
+        with ExitStack() as last_first:  # also where the device is lost and waiting for it raises
+            for memory in self._memory.values():
+                last_first.callback(memory.free)
+            for kept in (self._memory, self._rooms, self._leaving):
+                last_first.callback(kept.clear)
+            last_first.callback(self._wait_for_copies)
+            last_first.callback(super().close)
 
     def close(self) -> None:
-        try:
-            super().close()
-            self._wait_for_copies()
-        finally:
-            self._kept.clear()
-            self._rooms.clear()
-            self._memory.free_all()
+        self._free()
 
     @property
     def bytes_kept(self) -> int:
-        return sum(rows.bytes_kept for piece, rows in self._kept.items() if piece.layer in self._order)
+        return sum(self._rooms[piece[1:]].bytes_kept for piece in self.points)
 
 
 class FileShelf(Shelf):
@@ -196,7 +202,7 @@ class FileShelf(Shelf):
 class DiskShelf(FileShelf):
     """A file of K and one of V that each step writes over, in a temporary folder that lasts as long as the session.
 
-    So do the files: a system takes long to remove files of so many bytes, and no step waits for that.
+    So do the files of a whole step: a system takes long to remove so many bytes, and no step waits for that.
 
     Raises:
         ValueError: there is no such folder, or it cannot be written to.
@@ -228,7 +234,7 @@ class DiskShelf(FileShelf):
             self._open(StepFile(*written))
 
     def clear(self) -> None:
-        """The step's rows, but not the files; all of them, also where the device is lost and waiting for it raises."""
+        """The step's rows, and files that are half written; all, also where the device is lost and waiting raises."""
         with ExitStack() as last_first:
             last_first.callback(self._writers.clear)
             for writer in self._writers.values():

@@ -59,8 +59,8 @@ class Store:
             CUDA one) or on ``"disk"``. From the latter two the rows of two layers are on the device at a time: those of
             one come while the layer before it computes, once they are read from the disk. While the source computes,
             rows of at most as many wait there for their copies. Rows for a disk pass through pinned memory of two
-            layers, either way, of which torch takes powers of two. Memory and files are kept until the session ends.
-            Compiled transformers need the device.
+            layers, either way, of which torch takes powers of two. What a step takes on the host or the disk serves the
+            next, and is given back when the session ends. Compiled transformers need the device.
         folder: where a ``"disk"`` store makes its temporary files; None is the system's own place for such files, which
             may be memory. A process that is killed leaves a folder ``.kvlock-*`` there.
 

@@ -70,7 +70,7 @@ class Watch:
 
         def kept(shelf, piece, rows):
             put(shelf, piece, rows)
-            self.host = max(self.host, sum(there.bytes_kept for there in shelf._kept.values()))
+            self.host = max(self.host, sum(there.bytes_kept for there in shelf._rooms.values()))
 
         monkeypatch.setattr(Courier, "fetch", fetched)
         monkeypatch.setattr(Courier, "_send", sent)

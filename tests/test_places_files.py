@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from simulated_gpu import GPU, LAYERS, SHAPE, Event, put, served
+from simulated_gpu import GPU, LAYERS, SHAPE, Event, Stream, put, served
 
-from kvlock import transit
+from kvlock import pinned, transit
 from kvlock.locked_layers import BEFORE_ROPE
 from kvlock.manifest import step_name
 from kvlock.recorder import Recorder
@@ -21,14 +21,14 @@ from kvlock.step_file import Piece, StepFile, StepWriter
 from kvlock.store import LAYERS_ON_DEVICE, Rows
 
 
-def lost(event: Event) -> None:
+def lost(waited_for: Event | Stream) -> None:
     raise RuntimeError("an error of the device, after which every wait for it fails")
 
 
-@pytest.mark.parametrize("place", ["disk", "recording"])
+@pytest.mark.parametrize("place", ["host", "disk", "recording"])
 def test_after_an_error_of_the_device_nothing_stays(monkeypatch, tmp_path, place):
     gpu = GPU(monkeypatch, "the host")
-    shelf, pieces = served("disk", tmp_path)
+    shelf, pieces = served("disk" if place == "recording" else place, tmp_path)
     if place == "recording":
         shelf.close()
         shelf = Recorder(tmp_path / "source.kvlock")
@@ -37,9 +37,12 @@ def test_after_an_error_of_the_device_nothing_stays(monkeypatch, tmp_path, place
     for piece in pieces[:3]:
         shelf.put(piece, Rows(gpu.empty()), BEFORE_ROPE)
     monkeypatch.setattr(Event, "synchronize", lost)
+    monkeypatch.setattr(Stream, "synchronize", lost)
+    monkeypatch.setattr(pinned, "unpin", lambda memory: gpu.registered.pop(memory.data_ptr()))
     with pytest.raises(RuntimeError, match="an error of the device"):
         shelf.close()
     assert [*tmp_path.iterdir()] == [] and writing() == []
+    assert gpu.registered == {} and (place != "host" or len(gpu.freed) == 3)
 
 
 def test_what_a_failed_call_put_is_in_no_later_file_and_holds_no_memory(monkeypatch, tmp_path):
