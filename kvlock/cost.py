@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from kvlock.config import KVLockConfig
 from kvlock.geometry import patch_of
-from kvlock.store import LAYERS_ON_DEVICE, Store
+from kvlock.store import LAYERS_AT_ONCE, LAYERS_ON_DEVICE, Store
 
 KERNELS = ("hooks", "fused", "backend")  # as `kvlock.attach` knows them
 
@@ -61,7 +61,7 @@ class Cost(NamedTuple):
     bytes_background: int  # of background rows
     bytes_kept: int  # what the run holds, wherever: bytes_background at most times, 0 where nothing is stored
     bytes_device: int  # of these on the device: all, or two layers of a store in another place
-    bytes_host: int  # in host memory, where the device is not the host: all, or two layers on their way from the disk
+    bytes_host: int  # in host memory, where the device is not the host: all, or three layers on their way to the disk
     bytes_disk: int
     bytes_moved: int  # between device and place in a locked step: written once, read for every call
     bytes_recording: int  # of all locked steps, which `kvlock record` writes
@@ -147,7 +147,7 @@ def estimate(
     for_all = config.fusion == "full" and (config.branches == "both" or not model.joint_branches)  # samples of a call
     with_room = kernel == "backend" and for_all and not elsewhere and not store.packs
     kept = (full if with_room else background) if stores else 0
-    passing = kept * min(LAYERS_ON_DEVICE, layers) // layers
+    passing, written = (kept * min(n, layers) // layers for n in (LAYERS_ON_DEVICE, 1 + LAYERS_AT_ONCE))
     # Every call needs every layer, and after the last one the first sets off once more; two layers just stay.
     passes = locked_calls * layers + 1 if layers > LAYERS_ON_DEVICE else layers
     recorded = background if stores else 0
@@ -163,7 +163,7 @@ def estimate(
         bytes_background=background,
         bytes_kept=kept,
         bytes_device=passing if elsewhere else kept,
-        bytes_host={"device": 0, "host": kept, "disk": passing}[store.place],
+        bytes_host={"device": 0, "host": kept, "disk": written}[store.place],
         bytes_disk=kept if store.place == "disk" else 0,
         bytes_moved=kept + kept * passes // layers if elsewhere else 0,
         bytes_recording=recorded * locked,

@@ -16,7 +16,7 @@ import torch
 from kvlock import transit
 from kvlock.pinned import PinnedMemory
 from kvlock.step_file import Piece, StepFile, StepWriter
-from kvlock.store import Rows, Store
+from kvlock.store import LAYERS_AT_ONCE, Rows, Store
 from kvlock.transit import Courier, Layer, Outbox
 
 
@@ -189,9 +189,9 @@ class FileShelf(Shelf):
         return self._bytes
 
     def _open(self, file: StepFile) -> None:
-        """From here on its rows are got, of the layers that are asked for."""
+        """From here on its rows are got, of the layers that are asked for, in the order in which they were put."""
         pieces = [piece for piece in file.pieces if piece.layer in self._layers]
-        self._file, self._order = file, list(dict.fromkeys(piece.layer for piece in pieces))
+        self._file, self._order = file, self._order or list(dict.fromkeys(piece.layer for piece in pieces))
         self._bytes = sum(file.rows(piece).bytes_kept for piece in pieces)
 
     def _load(self, layer: Layer) -> dict[str, Rows]:
@@ -200,9 +200,10 @@ class FileShelf(Shelf):
 
 
 class DiskShelf(FileShelf):
-    """A file of K and one of V that each step writes over, in a temporary folder that lasts as long as the session.
+    """Files of K and of V that each step writes over, in a temporary folder that lasts as long as the session.
 
-    So do the files of a whole step: a system takes long to remove so many bytes, and no step waits for that.
+    So do the files of a whole step: a system takes long to remove so many bytes, and no step waits for that. Layers
+    take turns in `LAYERS_AT_ONCE` files of each, because systems let one thread at a time write to a file.
 
     Raises:
         ValueError: there is no such folder, or it cannot be written to.
@@ -215,13 +216,14 @@ class DiskShelf(FileShelf):
         except OSError as error:
             where = folder or tempfile.gettempdir()
             raise ValueError(f"cannot write source rows to {where}: {error.strerror}") from error
-        self._writers: dict[str, StepWriter] = {}  # by tensor: systems let one thread at a time write to a file
+        self._writers: dict[str, StepWriter] = {}  # by the name of the file
         self._outbox = Outbox()
 
     def _put(self, piece: Piece, rows: Rows) -> None:
-        if piece.tensor not in self._writers:
-            self._writers[piece.tensor] = StepWriter(self._folder / f"{piece.tensor}.safetensors", over=True)
-        self._outbox.add(self._writers[piece.tensor], piece, rows, self._copy_stream)
+        name = f"{piece.tensor}{self._order.index(piece.layer) % LAYERS_AT_ONCE}.safetensors"
+        if name not in self._writers:
+            self._writers[name] = StepWriter(self._folder / name, over=True)
+        self._outbox.add(self._writers[name], piece, rows, self._copy_stream)
         self._bytes += rows.bytes_kept
 
     def seal(self) -> None:

@@ -15,6 +15,7 @@ from kvlock_kernels import pack_kv, unpack_kv
 DTYPES = {"model": None, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
 PLACES = ("device", "host", "disk")
 LAYERS_ON_DEVICE = 2  # whose rows are there at a time from the other places: the one that computes and the next
+LAYERS_AT_ONCE = 2  # that are written to a disk; the host holds as many, and one whose copies are under way
 
 
 class Rows(NamedTuple):
@@ -58,9 +59,9 @@ class Store:
         place: where the rows of a step wait: on the ``"device"``, in ``"host"`` memory (pinned, where the device is a
             CUDA one) or on ``"disk"``. From the latter two the rows of two layers are on the device at a time: those of
             one come while the layer before it computes, once they are read from the disk. While the source computes,
-            rows of at most as many wait there for their copies. Rows for a disk pass through pinned memory of two
-            layers, either way, of which torch takes powers of two. What a step takes on the host or the disk serves the
-            next, and is given back when the session ends. Compiled transformers need the device.
+            rows of at most as many wait there for their copies. To a disk they pass through pinned memory of three
+            layers, and from there of two, of which torch takes powers of two. What a step takes on the host or the disk
+            serves the next, and is given back when the session ends. Compiled transformers need the device.
         folder: where a ``"disk"`` store makes its temporary files; None is the system's own place for such files, which
             may be memory. A process that is killed leaves a folder ``.kvlock-*`` there.
 

@@ -83,6 +83,7 @@ class GPU:
         self.current, self.freed = self.compute, []
         self.pinned: list[weakref.ref[torch.Tensor]] = []  # by torch, which keeps it until no copy needs it
         self.registered: dict[int, torch.Tensor] = {}  # by address; nobody looks after that
+        self.most_pinned = 0  # bytes
         monkeypatch.setattr(torch.cuda, "Stream", lambda device: self.copies)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: self.current)
         monkeypatch.setattr(torch.cuda, "stream", self.within)
@@ -125,10 +126,12 @@ class GPU:
             return Rows(self.empty())
         room = Rows(torch.full(SHAPE, torch.nan))
         self.pinned.append(weakref.ref(room.data))
+        self.most_pinned = max(self.most_pinned, self.pinned_bytes)
         return room
 
     def pin(self, memory: torch.Tensor) -> None:
         self.registered[memory.data_ptr()] = memory
+        self.most_pinned = max(self.most_pinned, self.pinned_bytes)
 
     def unpin(self, memory: torch.Tensor) -> None:
         assert self.copies.done == len(self.copies.queue), "memory is given back while copies may need it"

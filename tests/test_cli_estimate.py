@@ -136,7 +136,7 @@ def test_an_estimate_covers_every_place_and_a_recording(kvlock, model):
         f"--place device  {3 * layer / mib:.1f} MiB on the device",
         f"--place host    {2 * layer / mib:.1f} MiB on the device, {3 * layer / mib:.1f} MiB on the host, "
         f"{7 * layer / mib:.1f} MiB moved in a step",
-        f"--place disk    {2 * layer / mib:.1f} MiB on the device, {2 * layer / mib:.1f} MiB on the host, "
+        f"--place disk    {2 * layer / mib:.1f} MiB on the device, {3 * layer / mib:.1f} MiB on the host, "
         f"{3 * layer / mib:.1f} MiB on disk, {7 * layer / mib:.1f} MiB moved in a step",
         f"kvlock record   {20 * 3 * layer / mib:.1f} MiB on disk, {4 * layer / mib:.1f} MiB moved in a step",
     ]

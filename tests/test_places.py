@@ -17,7 +17,7 @@ from kvlock import KVLockConfig, Store, places
 from kvlock.adapters.kernels import KERNELS
 from kvlock.locked_layers import AFTER_ROPE
 from kvlock.step_file import Piece
-from kvlock.store import Rows
+from kvlock.store import LAYERS_AT_ONCE, Rows
 from kvlock.transit import Courier
 
 STEPS = 5
@@ -191,7 +191,8 @@ def test_every_step_of_a_session_writes_over_the_same_files_which_its_end_remove
 
     def look(pipe: Any, step: int, timestep: Any, kwargs: dict) -> dict:
         files = {file.name: file for file in (tmp_path / "rows").rglob("*.safetensors")}
-        assert sorted(files) == (["k.safetensors", "v.safetensors"] if step >= 2 or same else [])
+        names = [f"{tensor}{number}.safetensors" for tensor in "kv" for number in range(LAYERS_AT_ONCE)]
+        assert sorted(files) == (names if step >= 2 or same else [])
         for name, file in files.items():
             if not (tmp_path / name).exists():
                 (tmp_path / name).hardlink_to(file)  # whose file no other can be, however numbers are used again
@@ -202,7 +203,7 @@ def test_every_step_of_a_session_writes_over_the_same_files_which_its_end_remove
     with kvlock.attach(pipe, tiny.source_latents(), tiny.masks(pipe), **options):
         for _ in range(2):
             tiny.call(pipe, steps=STEPS, callback_on_step_end=look)
-    assert same == [True] * 2 * (3 + STEPS)
+    assert same == [True] * 4 * (3 + STEPS)
     assert list((tmp_path / "rows").iterdir()) == []
 
 

@@ -19,7 +19,7 @@ from kvlock.store import LAYERS_ON_DEVICE
 def test_rows_arrive_before_they_are_read_and_stay_until_they_were(monkeypatch, tmp_path, place, ahead):
     gpu = GPU(monkeypatch, ahead)
     shelf, pieces = served(place, tmp_path)
-    read, pinned = [], []
+    read = []
 
     def check(memory: torch.Tensor, number: float) -> None:
         read.append(number)
@@ -33,7 +33,6 @@ def test_rows_arrive_before_they_are_read_and_stay_until_they_were(monkeypatch, 
             for piece in pieces:
                 memory = shelf.get(piece).data.detach()
                 gpu.compute.add(lambda memory=memory, wanted=number[piece]: check(memory, wanted))
-                pinned.append(gpu.pinned_bytes)
     shelf.close()
     gpu.finish()
     assert len(read) == 3 * 2 * len(pieces)
@@ -42,7 +41,7 @@ def test_rows_arrive_before_they_are_read_and_stay_until_they_were(monkeypatch, 
     _, tokens, values = SHAPE
     sizes = ModelSizes(layers=LAYERS, heads=1, head_dim=values, token_values=1)
     rows = {"tokens": tokens, "background_rows": tokens, "bytes_per_value": 4}
-    assert max(pinned) == estimate(sizes, KVLockConfig(), **rows, store=Store(place=place)).bytes_host
+    assert gpu.most_pinned == estimate(sizes, KVLockConfig(), **rows, store=Store(place=place)).bytes_host
 
 
 @pytest.mark.parametrize("place", ["host", "disk"])
