@@ -56,11 +56,12 @@ def test_the_first_lines_say_of_whole_edits_what_the_rows_say() -> None:
     said = (
         f"81 frames, bf16, torch {torch}, triton {triton}), a step of the plain pipeline takes {float(step):.2f} s, "
         f'a locked one {float(locked[0]):.2f} s with `kernel="fused"` and {float(locked[1]):.2f} s with hooks; an edit '
-        f"that locks the last 40 % of its steps takes {ratios[0]} and {ratios[1]} times the time of the plain one, "
-        f"and {more}, as on an H100."
+        f"that locks the last 40 % of its steps takes {ratios[0]} and {ratios[1]} times the time of the plain one (on "
+        "an H100 {} and {}), and {}."
     )
     before = _edit_tables.edits_of(H100)
-    assert [f"{float(before[name].row.edit_ratio):.2f}" for name in ("store, fused", "store, hooks")] == ratios
+    there = [f"{float(before[name].row.edit_ratio):.2f}" for name in ("store, fused", "store, hooks")]
+    said = said.format(*there, more)
     assert more.startswith(f"{_edit_tables._more(before['store, hooks']):.1f} GiB")
     assert said in " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
 
@@ -68,10 +69,10 @@ def test_the_first_lines_say_of_whole_edits_what_the_rows_say() -> None:
 def test_the_larger_model_has_its_rows_and_its_predictions() -> None:
     said = {line[0]: line[4:8] for line in table_of("larger")}
     assert said["store, hooks"] == ["1.20", "1.20", "1.22", "19.5 GiB"]
-    assert said["store, fused"] == ["not yet measured", "1.18", "1.22", "19.5 GiB"]
+    assert said["store, fused"] == ["1.17", "1.18", "1.22", "19.5 GiB"]
     assert said["batch, hooks"] == ["not yet measured", "1.40", "–", "0.0 GiB"]
     seconds = {line[0]: line[2] for line in table_of("larger")}
-    for mode in ("store, fused", "batch, hooks"):
+    for mode in ("half the layers, hooks", "batch, hooks"):
         assert seconds[mode] == f"not yet measured (predicted {in_seconds('14b', mode)})"
     assert [*said][1:] == [name for name in MODES if not _edit_tables.outside(name)]
 
@@ -95,32 +96,51 @@ def test_what_was_not_measured_of_other_places_is_predicted_and_says_so(block: s
 
 
 def test_what_the_text_says_of_other_places_is_what_the_rows_say() -> None:
-    rows, before = ({name: edited.row for name, edited in _edit_tables.edits_of(path).items()}
-                    for path in (report.H200, H100))  # fmt: skip
+    h100 = {name: edited.row for name, edited in _edit_tables.edits_of(H100).items()}
+    runs: dict[str, dict[str, EditRow]] = {}  # by what was measured
+    for one in _edit_rows.timed(_edit_rows.beside(report.H200)):
+        if "1.3b" in one.row.model:
+            runs.setdefault(one.row.commit, {})[one.row.mode] = one.row
+    before, rows = runs.values()
+    plain = rows["pipeline"]
     bf16, int8, fp8 = (f"store{dtype} on disk, hooks" for dtype in ("", " int8", " fp8"))
-    ratio = {name: f"{float(rows[name].edit_ratio):.2f}" for name in (bf16, int8, fp8)}
-    text(f"Rows on disk cost an edit {ratio[bf16]} times the plain pipeline's time, and {ratio[int8]} in 8 bits, where "
-         "the target is 1.22.")  # fmt: skip
-    assert ratio[int8] == ratio[fp8]
+    ratio = lambda row: f"{float(row.edit_ratio):.2f}"
+    text(f"Rows in bf16 on disk cost an edit {ratio(rows[bf16])} times the plain pipeline's time, where the target is "
+         "1.22; in 8 bits it is met.")  # fmt: skip
 
     def longer(rows: dict[str, EditRow], name: str) -> float:
         return float(rows[name].locked_step_s) - float(rows[name.replace("disk", "the host")].locked_step_s)
 
-    text(f"4.4 GiB make a locked step {longer(rows, bf16):.2f} s longer than with rows on the host, 2.3 GiB in int8 "
-         f"{longer(rows, int8):.2f} s, and the target of 1.22 is missed.")  # fmt: skip
-    text(f"with one thread, it was {longer(before, bf16):.2f} s and {float(before[bf16].edit_ratio):.2f} times the "
-         f"plain pipeline's time in bf16, {float(before[int8].edit_ratio):.2f} in int8.")  # fmt: skip
-    faster = {name: 2 * float(rows[name].locked_step_s) / (1 + float(rows[name].spread)) for name in (bf16, int8)}
-    row, plain = _edit_tables.edits_of(report.H200)[bf16]
-    edit = (0.6 * float(row.step_s) + 0.4 * faster[bf16]) / float(plain.step_s)
-    text(f"one takes {faster[bf16]:.2f} s in bf16 (an edit of such steps would take {edit:.2f} times the plain "
-         f"pipeline's time) and {faster[int8]:.2f} s in int8, and the other {float(rows[bf16].spread):.2f} and "
-         f"{float(rows[int8].spread):.2f} times as long")  # fmt: skip
-    assert abs(float(rows["store on the host, hooks"].edit_ratio) - float(rows["store, hooks"].edit_ratio)) < 0.01
+    text(f"4.4 GiB make a locked step {longer(rows, bf16):.2f} s longer than with rows on the host, and the target of "
+         f"1.22 is missed; 2.3 GiB in int8 {longer(rows, int8):.2f} s.")  # fmt: skip
+    text(f"with one thread, it was {longer(h100, bf16):.2f} s and {ratio(h100[bf16])} times the plain pipeline's time "
+         f"in bf16, {ratio(h100[int8])} in int8.")  # fmt: skip
+    row = rows[bf16]
+    faster = 2 * float(row.locked_step_s) / (1 + float(row.spread))
+    edit = (0.6 * float(row.step_s) + 0.4 * faster) / float(plain.step_s)
+    text(f"one takes {faster:.2f} s (an edit of such steps would take {edit:.2f} times the plain pipeline's time) and "
+         f"the other {float(row.spread):.2f} times as long")  # fmt: skip
+    text(f"add up to {row.note.split('GPU work of ')[1].split('%')[0]} % of the steps")
+    removed = [2 * float(before[name].locked_step_s) * (float(before[name].spread) - 1)
+               / (float(before[name].spread) + 1) for name in (bf16, int8, fp8)]  # fmt: skip
+    text(f"it took {min(removed):.1f} to {max(removed):.1f} s longer, and these edits {ratio(before[bf16])} times the "
+         f"plain pipeline's time, {ratio(before[int8])} in 8 bits.")  # fmt: skip
+    assert ratio(before[int8]) == ratio(before[fp8])
+    text(f"one from a recording {ratio(rows['recording, hooks'])} times the plain pipeline's time")
     missed = {name for name in rows if name in MODES and float(rows[name].edit_ratio) > MODES[name].target}
-    assert missed == {bf16, int8, fp8}
+    assert missed == {bf16}
+    assert abs(float(rows["store on the host, hooks"].edit_ratio) - float(rows["store, hooks"].edit_ratio)) < 0.01
     same = ("store on the host, hooks", "recording, hooks", bf16, "batch, hooks", "preset plain")
     assert all(float(rows[name].difference) == 0 for name in same)
+
+
+def test_what_the_text_says_of_the_first_locked_step_is_what_the_rows_say() -> None:
+    rows = {name: edited.row for name, edited in _edit_tables.edits_of(report.H200).items()}
+    longer = lambda name: float(rows[name].first_locked_s) - float(rows[name].locked_step_s)
+    text(f"in bf16 it takes {longer('store on the host, hooks'):.2f} s longer than the others with rows on the host, "
+         f"and {longer('store on disk, hooks'):.2f} s with rows on disk.")  # fmt: skip
+    text(f"From a recording in bf16 it takes {longer('recording, hooks'):.1f} s longer")
+    assert longer("store, fused") > 0.5 > abs(longer("store, hooks"))  # whose kernels were compiled before
 
 
 def test_the_edits_of_the_smaller_model_are_of_one_run_and_agree_with_those_of_the_h100() -> None:
@@ -129,8 +149,8 @@ def test_the_edits_of_the_smaller_model_are_of_one_run_and_agree_with_those_of_t
     run = [edited for edited in before.values() if edited.plain == before["store, fused"].plain]
     ratios = [(float(edited.row.edit_ratio), float(edits[edited.row.mode].row.edit_ratio)) for edited in run]
     inside = [pair for edited, pair in zip(run, ratios, strict=True) if edited.row.mode in MODES]
-    assert len(inside) > 5 and all(abs(one - other) < 0.01 for one, other in inside)
-    text("On an H100 the modes measured in one run with `fused` take the same ratios within 0.01.")
+    assert len(inside) > 5 and all(abs(one - other) < 0.02 for one, other in inside)
+    text("On an H100 the modes measured in one run with `fused` take the same ratios within 0.02.")
 
 
 def test_what_the_text_says_of_predicted_edits_is_what_is_counted_and_what_the_rows_say() -> None:
