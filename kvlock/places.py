@@ -96,13 +96,13 @@ class HostShelf(Shelf):
 
     def __init__(self) -> None:
         super().__init__()
-        self._rooms: dict[tuple[str, int, str], Rows] = {}  # by a `Piece` but for its expert, of whom one runs a step
-        self._memory: dict[tuple[str, int, str], PinnedMemory] = {}  # theirs
+        # By a `Piece` but for its expert, of whom one runs a step.
+        self._rooms: dict[tuple[str, int, str], tuple[Rows, PinnedMemory]] = {}
         self._leaving: deque[tuple[Any, Rows]] = deque()  # rows on the device with the events of their copies
 
     def serve(self, device: torch.device, layers: Collection[Layer]) -> None:
         if self._courier is not None and self._courier.device != device:
-            self._free()  # it may be pinned for a device that is left, or not for the one that comes
+            self.close()  # memory may be pinned for a device that is left, or not for the one that comes
         super().serve(device, layers)
 
     def _put(self, piece: Piece, rows: Rows) -> None:
@@ -117,16 +117,15 @@ class HostShelf(Shelf):
         self._wait_for_all_but(transit.LEAVING)  # the host may run ahead, and rows of all layers be alive
 
     def _room_for(self, piece: Piece, rows: Rows) -> Rows:
-        """For the device that is current."""
-        name = piece[1:]
-        if name in self._rooms and transit.fits(rows, self._rooms[name]):
-            return self._rooms[name]
-        if self._rooms.pop(name, None) is not None:
+        """Memory for these rows: that of the step before, where it fits, or new one for the device that is current."""
+        before, memory = self._rooms.pop(piece[1:], (None, PinnedMemory()))
+        if before is not None and not transit.fits(rows, before):
             self._wait_for_copies()
-            self._memory.pop(name).free()
-        memory, pinned = PinnedMemory(), self._copy_stream is not None
-        room = rows.each(memory.empty_like) if pinned else transit.room_for(rows, None, torch.device("cpu"))
-        self._rooms[name], self._memory[name] = room, memory
+            memory.free()
+            before = None
+        pinned = self._copy_stream is not None and before is None
+        room = rows.each(memory.empty_like) if pinned else transit.room_for(rows, before, torch.device("cpu"))
+        self._rooms[piece[1:]] = room, memory
         return room
 
     def _wait_for_copies(self) -> None:
@@ -147,24 +146,20 @@ class HostShelf(Shelf):
         super().clear()
 
     def _load(self, layer: Layer) -> dict[str, Rows]:
-        return {piece.tensor: self._rooms[piece[1:]] for piece in self.points if piece.layer == layer}
+        return {piece.tensor: self._rooms[piece[1:]][0] for piece in self.points if piece.layer == layer}
 
-    def _free(self) -> None:
-        """All memory, and the rows in it."""
+    def close(self) -> None:
         with ExitStack() as last_first:  # also where the device is lost and waiting for it raises
-            for memory in self._memory.values():
+            for _, memory in self._rooms.values():
                 last_first.callback(memory.free)
-            for kept in (self._memory, self._rooms, self._leaving):
-                last_first.callback(kept.clear)
+            last_first.callback(self._rooms.clear)
+            last_first.callback(self._leaving.clear)
             last_first.callback(self._wait_for_copies)
             last_first.callback(super().close)
 
-    def close(self) -> None:
-        self._free()
-
     @property
     def bytes_kept(self) -> int:
-        return sum(self._rooms[piece[1:]].bytes_kept for piece in self.points)
+        return sum(self._rooms[piece[1:]][0].bytes_kept for piece in self.points)
 
 
 class FileShelf(Shelf):
@@ -189,8 +184,9 @@ class FileShelf(Shelf):
         return self._bytes
 
     def _open(self, file: StepFile) -> None:
-        """From here on its rows are got, of the layers that are asked for, in the order in which they were put."""
+        """From here on its rows are got, of the layers that are asked for."""
         pieces = [piece for piece in file.pieces if piece.layer in self._layers]
+        # A recording has the order in its file; where layers take turns in several, it is that in which they were put.
         self._file, self._order = file, self._order or list(dict.fromkeys(piece.layer for piece in pieces))
         self._bytes = sum(file.rows(piece).bytes_kept for piece in pieces)
 
@@ -202,8 +198,8 @@ class FileShelf(Shelf):
 class DiskShelf(FileShelf):
     """Files of K and of V that each step writes over, in a temporary folder that lasts as long as the session.
 
-    So do the files of a whole step: a system takes long to remove so many bytes, and no step waits for that. Layers
-    take turns in `LAYERS_AT_ONCE` files of each, because systems let one thread at a time write to a file.
+    Layers take turns in `LAYERS_AT_ONCE` files of each, because systems let one thread at a time write to a file. The
+    files of a whole step last until `close`: a system takes long to remove so many bytes, and no step waits for that.
 
     Raises:
         ValueError: there is no such folder, or it cannot be written to.
@@ -236,7 +232,7 @@ class DiskShelf(FileShelf):
             self._open(StepFile(*written))
 
     def clear(self) -> None:
-        """The step's rows, and files that are half written; all, also where the device is lost and waiting raises."""
+        """Forget the step's rows and remove files that are half written, also where the device is lost."""
         with ExitStack() as last_first:
             last_first.callback(self._writers.clear)
             for writer in self._writers.values():

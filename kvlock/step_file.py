@@ -122,7 +122,7 @@ class StepWriter:
 
 
 class StepFile:
-    """Reads the rows of a step, from one file, or from one of K and one of V.
+    """Reads the rows of a step, from one file, or from several, of K and of V.
 
     Tensors are views of a memory map, and their pages come when they are touched.
 

@@ -59,9 +59,10 @@ class Store:
         place: where the rows of a step wait: on the ``"device"``, in ``"host"`` memory (pinned, where the device is a
             CUDA one) or on ``"disk"``. From the latter two the rows of two layers are on the device at a time: those of
             one come while the layer before it computes, once they are read from the disk. While the source computes,
-            rows of at most as many wait there for their copies. To a disk they pass through pinned memory of three
-            layers, and from there of two, of which torch takes powers of two. What a step takes on the host or the disk
-            serves the next, and is given back when the session ends. Compiled transformers need the device.
+            rows of at most as many wait there for their copies. A CUDA device sends rows to a disk by way of pinned
+            memory of three layers, and gets them by way of that of two; torch takes a power of two of bytes for each
+            tensor. What a step takes on the host or the disk serves the next, and is given back when the session ends.
+            Compiled transformers need the device.
         folder: where a ``"disk"`` store makes its temporary files; None is the system's own place for such files, which
             may be memory. A process that is killed leaves a folder ``.kvlock-*`` there.
 

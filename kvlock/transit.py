@@ -12,7 +12,7 @@ import torch
 from kvlock.step_file import Piece, StepWriter
 from kvlock.store import LAYERS_ON_DEVICE, Rows
 
-LEAVING = 2 * LAYERS_ON_DEVICE  # pieces that may be on their way from the device: K and V of so many layers
+LEAVING = 2 * LAYERS_ON_DEVICE  # pieces that may be on their way from the device to memory: K and V of so many layers
 Layer = tuple[int, str, int]  # a `Piece` but for its tensor
 
 
@@ -119,9 +119,9 @@ class Outbox:
     """Rows on their way from the device into files, by way of pinned memory: written once their copy is over.
 
     Threads write, one at a time to each file: the host goes on to queue work for the device, and what has files of its
-    own is written at the same time. One thread, at 5 GB/s, does not keep up with a GPU that computes a layer of 146 MB
-    in 20 ms; two do, until something else takes a third of their time. The host is held back where the rows of more
-    than one layer would be leaving.
+    own is written at the same time. One thread, at 5 GB/s, does not keep up with a GPU that computes a layer of 157 MB
+    in 20 ms, and two have a quarter of the time to spare: a store on disk has four, a recording one. The host is held
+    back where the rows of more than one layer would be leaving.
     """
 
     def __init__(self) -> None:
@@ -142,7 +142,7 @@ class Outbox:
         if stream is None:
             writer.add(piece, rows)
             return
-        if len(self._leaving) == LEAVING // 2:  # the rest is for what is being written
+        if len(self._leaving) == 2:  # K and V of a layer; what is being written has left the device
             self._write_first()
         free = self._free[piece.tensor]
         before = free.popleft() if free else None

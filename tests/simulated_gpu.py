@@ -82,7 +82,7 @@ class GPU:
         self.ahead = {"compute": self.compute, "copies": self.copies}.get(ahead)
         self.current, self.freed = self.compute, []
         self.pinned: list[weakref.ref[torch.Tensor]] = []  # by torch, which keeps it until no copy needs it
-        self.registered: dict[int, torch.Tensor] = {}  # by address; nobody looks after that
+        self.registered: dict[int, torch.Tensor] = {}  # by address, until `unpin`, which waits for no copy
         self.most_pinned = 0  # bytes
         monkeypatch.setattr(torch.cuda, "Stream", lambda device: self.copies)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: self.current)

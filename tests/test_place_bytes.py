@@ -70,7 +70,7 @@ class Watch:
 
         def kept(shelf, piece, rows):
             put(shelf, piece, rows)
-            self.host = max(self.host, sum(there.bytes_kept for there in shelf._rooms.values()))
+            self.host = max(self.host, sum(there.bytes_kept for there, _ in shelf._rooms.values()))
 
         monkeypatch.setattr(Courier, "fetch", fetched)
         monkeypatch.setattr(Courier, "_send", sent)
@@ -91,7 +91,7 @@ def test_rows_elsewhere_take_the_bytes_of_the_estimate(pipe, monkeypatch, tmp_pa
     if store.place == "host":
         assert within(watch.host, cost.bytes_host)
     else:
-        assert watch.host == 0  # between a file and a GPU two layers go through host memory; the CPU reads the file
+        assert watch.host == 0  # between files and a GPU a few layers go through host memory; the CPU reads them
     assert watch.moved == cost.locked_steps * cost.bytes_moved_replay  # all layers for both branches, and one once more
     assert cost.bytes_moved == kept + cost.bytes_moved_replay
 

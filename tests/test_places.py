@@ -203,7 +203,7 @@ def test_every_step_of_a_session_writes_over_the_same_files_which_its_end_remove
     with kvlock.attach(pipe, tiny.source_latents(), tiny.masks(pipe), **options):
         for _ in range(2):
             tiny.call(pipe, steps=STEPS, callback_on_step_end=look)
-    assert same == [True] * 4 * (3 + STEPS)
+    assert same == [True] * 2 * LAYERS_AT_ONCE * (3 + STEPS)
     assert list((tmp_path / "rows").iterdir()) == []
 
 
