@@ -220,7 +220,6 @@ class DiskShelf(FileShelf):
         if name not in self._writers:
             self._writers[name] = StepWriter(self._folder / name, over=True)
         self._outbox.add(self._writers[name], piece, rows, self._copy_stream)
-        self._bytes += rows.bytes_kept
 
     def seal(self) -> None:
         if self._writers:

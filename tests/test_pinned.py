@@ -29,11 +29,16 @@ def test_every_step_and_expert_has_the_memory_of_the_first_whatever_mode_a_call_
             put(gpu, shelf, {piece._replace(expert=step // 2): float(step) for piece in pieces})
             gpu.finish()
     assert len(pins) == len(pieces) and gpu.pinned_bytes == len(pieces) * BYTES
+    assert shelf.bytes_kept == len(pieces) * BYTES
     with torch.inference_mode(inference):
         for piece in pieces:
             memory = shelf.get(piece._replace(expert=1)).data
             gpu.finish()
             assert torch.equal(memory, torch.full(SHAPE, 2.0))
+        shelf.turn_to(3)
+        put(gpu, shelf, dict.fromkeys(pieces[:4], 3.0))  # an expert with fewer blocks
+        gpu.finish()
+    assert shelf.bytes_kept == 4 * BYTES
     shelf.close()
     assert gpu.registered == {}
 

@@ -150,6 +150,37 @@ def test_a_disk_that_is_full_is_told_of_and_the_next_step_is_whole(monkeypatch, 
     assert [*tmp_path.iterdir()] == [] and writing() == []
 
 
+@pytest.mark.parametrize("last", range(1, 2 * (1 + LAYERS_AT_ONCE) + 1))
+def test_an_error_of_one_of_the_last_writes_is_told_of(monkeypatch, tmp_path, last):
+    GPU(monkeypatch, "the host")
+    shelf, pieces = served("disk", tmp_path)
+    add = StepWriter.add
+
+    def fail(writer: StepWriter, piece: Piece, rows: Rows) -> None:
+        if piece == pieces[-last]:
+            raise ValueError(f"{piece} cannot be written")
+        add(writer, piece, rows)
+
+    monkeypatch.setattr(StepWriter, "add", fail)
+    shelf.turn_to(0)
+    for piece in pieces:
+        shelf.put(piece, Rows(torch.ones(SHAPE)), BEFORE_ROPE)
+    with pytest.raises(ValueError, match=f"{pieces[-last]} cannot be written"):
+        shelf.seal()
+    shelf.close()
+    assert [*tmp_path.iterdir()] == [] and writing() == []
+
+
+def test_layers_that_lock_take_turns_in_the_files_whatever_their_numbers(monkeypatch, tmp_path):
+    gpu = GPU(monkeypatch, "the host")
+    shelf, _ = served("disk", tmp_path)
+    pieces = [Piece(0, "blocks", block, tensor) for block in (0, 4, 2) for tensor in "kv"]
+    shelf.turn_to(0)
+    put(gpu, shelf, dict.fromkeys(pieces, 0.0))
+    assert len([*tmp_path.rglob("*.safetensors")]) == 2 * LAYERS_AT_ONCE
+    shelf.close()
+
+
 def test_files_are_closed_after_the_threads_that_write_them(monkeypatch, tmp_path):
     GPU(monkeypatch, "the host")
     add, closed = StepWriter.add, []
