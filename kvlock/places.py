@@ -118,14 +118,17 @@ class HostShelf(Shelf):
 
     def _room_for(self, piece: Piece, rows: Rows) -> Rows:
         """Memory for these rows: that of the step before, where it fits, or new one for the device that is current."""
-        before, memory = self._rooms.pop(piece[1:], (None, PinnedMemory()))
-        if before is not None and not transit.fits(rows, before):
+        name = piece[1:]
+        if name in self._rooms:
+            room, memory = self._rooms[name]
+            if transit.fits(rows, room):
+                return room
+            del self._rooms[name]
             self._wait_for_copies()
             memory.free()
-            before = None
-        pinned = self._copy_stream is not None and before is None
-        room = rows.each(memory.empty_like) if pinned else transit.room_for(rows, before, torch.device("cpu"))
-        self._rooms[piece[1:]] = room, memory
+        memory, pinned = PinnedMemory(), self._copy_stream is not None
+        room = rows.each(memory.empty_like) if pinned else transit.room_for(rows, None, torch.device("cpu"))
+        self._rooms[name] = room, memory
         return room
 
     def _wait_for_copies(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,8 @@ from kvlock import pinned
 from kvlock.locked_layers import BEFORE_ROPE
 from kvlock.memory import is_out_of_memory
 from kvlock.pinned import PinnedMemory
+from kvlock.places import Shelf
+from kvlock.step_file import Piece
 from kvlock.store import Rows
 
 BYTES = torch.zeros(SHAPE).nbytes
@@ -64,12 +67,18 @@ def packed(rows: int, value: float) -> Rows:
     return Rows(torch.full((1, rows, 2), value), torch.ones(1, rows), torch.ones(1, 2))
 
 
-def test_after_memory_that_could_not_be_pinned_the_next_step_has_what_it_needs(monkeypatch, tmp_path):
+def filled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[GPU, Shelf, list[Piece]]:
+    """A shelf with the rows of a step, whose copies are over."""
     gpu = GPU(monkeypatch, "the host")
     shelf, pieces = served("host", tmp_path)
     shelf.turn_to(0)
     put(gpu, shelf, dict.fromkeys(pieces, 0.0))
     gpu.finish()
+    return gpu, shelf, pieces
+
+
+def test_after_memory_that_could_not_be_pinned_the_next_step_has_what_it_needs(monkeypatch, tmp_path):
+    gpu, shelf, pieces = filled(monkeypatch, tmp_path)
 
     def pin(memory: torch.Tensor) -> None:
         if memory.nbytes == 9 * 2 * 4:  # data, which follows scale and mean
@@ -108,11 +117,7 @@ def test_memory_is_pinned_for_the_device_that_a_call_is_on(monkeypatch, tmp_path
 
 
 def test_a_shelf_that_nobody_closes_gives_its_memory_back(monkeypatch, tmp_path):
-    gpu = GPU(monkeypatch, "the host")
-    shelf, pieces = served("host", tmp_path)
-    shelf.turn_to(0)
-    put(gpu, shelf, dict.fromkeys(pieces, 0.0))
-    gpu.finish()
+    gpu, shelf, _ = filled(monkeypatch, tmp_path)
     assert gpu.registered
     del shelf
     assert gpu.registered == {}
