@@ -92,10 +92,8 @@ def test_after_memory_that_could_not_be_pinned_the_next_step_has_what_it_needs(m
     assert len(gpu.registered) == len(pieces) - 1
     monkeypatch.setattr(pinned, "pin", gpu.pin)
     shelf.turn_to(2)
-    for piece in pieces:
-        shelf.put(piece, packed(9, 2.0), BEFORE_ROPE)
-    shelf.seal()
-    assert gpu.pinned_bytes == shelf.bytes_kept == len(pieces) * packed(9, 0.0).bytes_kept
+    put(gpu, shelf, dict.fromkeys(pieces, 2.0))  # as large as at first, and no memory of then that is pinned no more
+    assert gpu.pinned_bytes == shelf.bytes_kept == len(pieces) * BYTES
     shelf.close()
     assert gpu.registered == {}
 
