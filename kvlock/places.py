@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from kvlock import transit
+from kvlock import transit, write_back
 from kvlock.pinned import PinnedMemory
 from kvlock.step_file import Piece, StepFile, StepWriter
 from kvlock.store import LAYERS_AT_ONCE, Rows, Store
@@ -204,6 +204,10 @@ class DiskShelf(FileShelf):
     Layers take turns in `LAYERS_AT_ONCE` files of each, because systems let one thread at a time write to a file. The
     files of a whole step last until `close`: a system takes long to remove so many bytes, and no step waits for that.
 
+    Where many bytes wait for the disk, a system begins with those that wait longest, here layers that are about to be
+    written over, and holds writers up meanwhile. So the first layers of a step, up to half of so many bytes, are left
+    to wait and to be written over, and with the others it begins at once.
+
     Raises:
         ValueError: there is no such folder, or it cannot be written to.
     """
@@ -221,7 +225,8 @@ class DiskShelf(FileShelf):
     def _put(self, piece: Piece, rows: Rows) -> None:
         name = f"{piece.tensor}{self._order.index(piece.layer) % LAYERS_AT_ONCE}.safetensors"
         if name not in self._writers:
-            self._writers[name] = StepWriter(self._folder / name, over=True)
+            left_to_wait = write_back.background_bytes() / 2 / (2 * LAYERS_AT_ONCE)  # of each file
+            self._writers[name] = StepWriter(self._folder / name, over=True, early_from=left_to_wait)
         self._outbox.add(self._writers[name], piece, rows, self._copy_stream)
 
     def seal(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from kvlock import write_back
 from kvlock.store import Rows
 
 # The header stands in front of the data and is known after it: it gets this room, and blanks fill what it leaves. 48
@@ -51,14 +53,16 @@ class StepWriter:
     """Writes one file, which an error of the system removes again.
 
     With `over` a file that is there is written over, which spares the system finding memory for a new one; nobody may
-    read it meanwhile. Without, there must be none.
+    read it meanwhile. Without, there must be none. What is added beyond the first `early_from` bytes, the system begins
+    to write to the disk at once.
 
     Raises:
         ValueError: the file cannot be written; the message names it and says why.
     """
 
-    def __init__(self, path: Path, *, over: bool = False) -> None:
+    def __init__(self, path: Path, *, over: bool = False, early_from: float = math.inf) -> None:
         self.path = path
+        self._early_from = early_from
         self._entries: dict[str, dict] = {}
         self._end = 0  # of the data so far
         self._file: IO[bytes] | None = None
@@ -68,9 +72,12 @@ class StepWriter:
 
     def add(self, piece: Piece, rows: Rows) -> None:
         """Append rows, whatever their device."""
+        start = self._end
         for part, tensor in rows._asdict().items():
             if tensor is not None:
                 self._append(f"{piece}.{part}", tensor)
+        if self._end > self._early_from and self._file is not None:
+            write_back.begin(self._file.fileno(), HEADER_BYTES + start, self._end - start)
 
     def close(self) -> None:
         """Write the header: the file is whole."""
