@@ -24,10 +24,7 @@ TARGETS = (  # operator, how its rows are stored, setting, and what was asked of
 RATED = (CUDNN, "SDPA FLASH", "FlexAttention", "SageAttention", "kvlock sm_90")
 RATE_TARGETS = {4096: "1.08", 32760: "1.02"}
 SHORT = "at 4096 tokens: the start of a launch, which no prediction counts"
-PADDED = (
-    "not profiled; heads are padded to a power of two, and at 40 heads one program with 8-bit rows filled a "
-    "multiprocessor"
-)
+PADDED = "not profiled; heads are padded to a power of two"
 NARROW = "D below 128, which is predicted by the rate of 128"
 UNKNOWN = "not profiled"
 CAUSES = {  # of the misses of this package's own rows, by operator and provider, where they are known

@@ -11,7 +11,7 @@ from benchmarks import _edit_rows, growth, roofline
 from benchmarks._case import RATES, WAN_1_3B_480P, Rates
 from benchmarks._harness import read
 from benchmarks._model import predict
-from benchmarks.lerp import LOCK
+from benchmarks.lerp import LOCK, is_usual
 from benchmarks.roofline import Line
 from kvlock.plots import BLUE, DARK_RED, GREEN, GREY, ORANGE
 
@@ -50,11 +50,14 @@ def rows_of(path: Path) -> str:
 
 
 def limit(lines: list[Line], gpu: Rates, name: str) -> Figure:
-    """How near each provider comes to the fewest bytes or to the FLOP of its case, and where it was predicted to be."""
+    """How near each provider comes to the fewest bytes or to the FLOP of its case, and where it was predicted to be.
+
+    Cases with another share or ratio than the usual one are left out.
+    """
     bars = []
     for line in lines:
         case = roofline.BY_KEY.get((line.op, line.shape, line.source, line.setting))
-        if case is not None and line.shape == WAN_1_3B_480P.name and line.predictable:
+        if case is not None and line.shape == WAN_1_3B_480P.name and line.predictable and is_usual(line.setting):
             bars.append((line, predict(case, "", gpu).us))
     bars.sort(key=lambda bar: (bar[0].op, bar[0].source, bar[0].setting, bar[0].measured))
     figure = Figure(figsize=(8, 1 + 0.17 * len(bars)), layout="constrained")

@@ -11,6 +11,7 @@ from benchmarks import __main__ as runner
 from benchmarks import _edit_rows, _modes, figures, growth, roofline
 from benchmarks._case import RATES
 from benchmarks._harness import Results, Row, read
+from benchmarks.lerp import is_usual
 from benchmarks.report import H200
 
 GPU = RATES["NVIDIA H100 80GB HBM3"]
@@ -37,6 +38,18 @@ def test_every_measured_row_of_the_headline_shape_is_a_bar(lines: list[roofline.
     widths = {label: bar.get_width() for label, bar in zip(labels, axes.patches, strict=True)}
     lerp = time(lines, "kv_lerp_", "kvlock", "wan-1.3b-480p", "bf16", LOCK)
     assert widths[f"kv_lerp_ bf16 share 0.8 · kvlock, {lerp:.0f} us"] == pytest.approx(100 * 80.54 / lerp, abs=0.1)
+
+
+def test_rows_of_varied_shares_and_ratios_are_no_bars() -> None:
+    lines = roofline.latest(roofline.measured(H200))
+    (axes,) = figures.limit(lines, roofline.rates(H200), "H200").axes
+    names = [text.get_text().rsplit(",", 1)[0] for text in axes.get_yticklabels()]
+    assert len({*names}) == len(names) > 40
+    usual = [line for line in lines if line.shape == "wan-1.3b-480p" and is_usual(line.setting)]
+    assert len(names) == len([line for line in usual if line.op != "lock_schedule"])
+    varied = {line.setting for line in lines} - {line.setting for line in lines if is_usual(line.setting)}
+    assert varied == {*(f"share {share}{ratio}" for share in (0.25, 0.5, 1) for ratio in ("", ", ratio 0.3")),
+                      "share 0.8, ratio 0", "share 0.8, ratio 1"}  # fmt: skip
 
 
 def test_attention_is_drawn_over_its_tokens(lines: list[roofline.Line]) -> None:
@@ -79,7 +92,7 @@ def test_growth_has_a_predicted_line_and_only_measured_points() -> None:
     text(
         "Measured over tokens are five lengths, and over layers all 30 and the first half of them.",
         "In the other panels it is one setting: a share of 0.8, a kappa of 0.4.",
-        f"takes {ratios['half the layers, hooks']:.2f} times as long as the plain pipeline, as predicted.",
+        f"takes {ratios['half the layers, hooks']:.2f} times as long as the plain pipeline (1.10 is predicted).",
     )
     line = dict(points(kappa, "predicted, store, hooks"))
     assert line[0.4] == pytest.approx(1.204, abs=1e-3)

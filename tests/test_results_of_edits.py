@@ -70,10 +70,7 @@ def test_the_larger_model_has_its_rows_and_its_predictions() -> None:
     said = {line[0]: line[4:8] for line in table_of("larger")}
     assert said["store, hooks"] == ["1.20", "1.20", "1.22", "19.5 GiB"]
     assert said["store, fused"] == ["1.17", "1.18", "1.22", "19.5 GiB"]
-    assert said["batch, hooks"] == ["not yet measured", "1.40", "–", "0.0 GiB"]
-    seconds = {line[0]: line[2] for line in table_of("larger")}
-    for mode in ("half the layers, hooks", "batch, hooks"):
-        assert seconds[mode] == f"not yet measured (predicted {in_seconds('14b', mode)})"
+    assert said["batch, hooks"] == ["1.42", "1.40", "–", "0.0 GiB"]
     assert [*said][1:] == [name for name in MODES if not _edit_tables.outside(name)]
 
 
@@ -101,51 +98,57 @@ def test_what_the_text_says_of_other_places_is_what_the_rows_say() -> None:
     for one in _edit_rows.timed(_edit_rows.beside(report.H200)):
         if "1.3b" in one.row.model:
             runs.setdefault(one.row.commit, {})[one.row.mode] = one.row
-    before, rows = (runs[commit] for commit in ("9bd225f", "df4334e"))
-    plain = rows["pipeline"]
+    removing, two, rows = (runs[commit] for commit in ("9bd225f", "df4334e", "9da34b5"))
     bf16, int8, fp8 = (f"store{dtype} on disk, hooks" for dtype in ("", " int8", " fp8"))
     ratio = lambda row: f"{float(row.edit_ratio):.2f}"
-    text(f"Rows in bf16 on disk cost an edit {ratio(rows[bf16])} times the plain pipeline's time, where the target is "
-         "1.22; in 8 bits it is met.")  # fmt: skip
 
     def longer(rows: dict[str, EditRow], name: str) -> float:
         return float(rows[name].locked_step_s) - float(rows[name.replace("disk", "the host")].locked_step_s)
 
-    text(f"4.4 GiB make a locked step {longer(rows, bf16):.2f} s longer than with rows on the host, and the target of "
-         f"1.22 is missed; 2.3 GiB in int8 {longer(rows, int8):.2f} s.")  # fmt: skip
-    text(f"with one thread, it was {longer(h100, bf16):.2f} s (of two runs) and {ratio(h100[bf16])} times the plain "
-         f"pipeline's time in bf16, {ratio(h100[int8])} in int8.")  # fmt: skip
-    row = rows[bf16]
-    faster = 2 * float(row.locked_step_s) / (1 + float(row.spread))
-    edit = (0.6 * float(row.step_s) + 0.4 * faster) / float(plain.step_s)
-    text(f"one takes {faster:.2f} s (an edit of such steps would take {edit:.2f} times the plain pipeline's time) and "
-         f"the other {float(row.spread):.2f} times as long")  # fmt: skip
-    text(f"add up to {row.note.split('GPU work of ')[1].split('%')[0]} % of the steps")
+    assert f"{longer(rows, bf16):.2f}" == f"{longer(rows, int8):.2f}"
+    text(f"make a locked step {longer(rows, bf16):.2f} s longer than with rows on the host, with 4.4 GiB in bf16 and "
+         "with 2.3 GiB in int8.")  # fmt: skip
+    text(f"it was {longer(two, bf16):.2f} s in bf16 and an edit took {ratio(two[bf16])} times the plain pipeline's "
+         f"time; with one, on the H100, {longer(h100, bf16):.2f} s (of two runs) and {ratio(h100[bf16])} times, "
+         f"{ratio(h100[int8])} in int8.")  # fmt: skip
 
     def apart(row: EditRow) -> float:
         return 2 * float(row.locked_step_s) * (float(row.spread) - 1) / (float(row.spread) + 1)
 
-    then, now = ([apart(each[name]) for name in (bf16, int8, fp8)] for each in (before, rows))
-    text(f"the two steps of a median lay {min(then):.1f} to {max(then):.1f} s apart (now {now[0]:.2f} s in bf16, at "
-         f"most {max(now[1:]):.2f} s in 8 bits), and an edit took {ratio(before[bf16])} times the plain pipeline's "
-         f"time, {ratio(before[int8])} in 8 bits.")  # fmt: skip
-    assert ratio(before[int8]) == ratio(before[fp8])
+    then, now = ([apart(each[name]) for name in (bf16, int8, fp8)] for each in (removing, rows))
+    text(f"lay {min(then):.1f} to {max(then):.1f} s apart (now at most {max(now):.2f} s), and an edit took "
+         f"{ratio(removing[bf16])} times the plain pipeline's time, {ratio(removing[int8])} in 8 bits.")  # fmt: skip
+    assert ratio(removing[int8]) == ratio(removing[fp8])
     text(f"one from a recording {ratio(rows['recording, hooks'])} times the plain pipeline's time")
-    missed = {name for name in rows if name in MODES and float(rows[name].edit_ratio) > MODES[name].target}
-    assert missed == {bf16}
+    assert not [name for name in rows if name in MODES and float(rows[name].edit_ratio) > MODES[name].target]
     assert abs(float(rows["store on the host, hooks"].edit_ratio) - float(rows["store, hooks"].edit_ratio)) < 0.01
     same = ("store on the host, hooks", "recording, hooks", bf16, "batch, hooks", "preset plain")
     assert all(float(rows[name].difference) == 0 for name in same)
+
+
+def test_what_the_text_says_of_the_larger_model_on_disk_is_what_the_rows_say() -> None:
+    edits = _edit_tables.edits_of(report.H200, "14b")
+    missed = [name for name in edits if name in MODES and float(edits[name].row.edit_ratio) > MODES[name].target]
+    assert missed == ["store on disk, hooks"]
+    row, plain = edits[missed[0]]
+    text(f"Rows of Wan 14B in bf16 on disk, {float(row.source_gib):.1f} GiB a step, cost an edit "
+         f"{float(row.edit_ratio):.2f} times the plain pipeline's time, where the target is 1.22; in int8 it is "
+         "met.")  # fmt: skip
+    faster = 2 * float(row.locked_step_s) / (1 + float(row.spread))
+    edit = (0.6 * float(row.step_s) + 0.4 * faster) / float(plain.step_s)
+    text(f"one of the two steps of the median takes {faster:.2f} s (an edit of such steps would take {edit:.2f} times "
+         f"the plain pipeline's time), the other {float(row.spread):.2f} times as long.")  # fmt: skip
+    assert "store int8 on disk, hooks" in edits
 
 
 def test_what_the_text_says_of_the_first_locked_step_is_what_the_rows_say() -> None:
     rows = {name: edited.row for name, edited in _edit_tables.edits_of(report.H200).items()}
     longer = lambda name: float(rows[name].first_locked_s) - float(rows[name].locked_step_s)
     text(f"in bf16 it takes {longer('store on the host, hooks'):.2f} s longer than the others with rows on the host, "
-         f"and {longer('store on disk, hooks'):.2f} s with rows on disk, in 8 bits less than 0.1 s.")  # fmt: skip
-    assert all(longer(name) < 0.1 for name in rows if "int8 on" in name or "fp8 on" in name)
+         f"and {longer('store on disk, hooks'):.2f} s with rows on disk, in 8 bits less than 0.2 s.")  # fmt: skip
+    assert all(longer(name) < 0.2 for name in rows if "int8 on" in name or "fp8 on" in name)
     text(f"From a recording in bf16 it takes {longer('recording, hooks'):.1f} s longer")
-    assert longer("store, fused") > 0.5 > abs(longer("store, hooks"))  # whose kernels were compiled before
+    assert longer("store, fused") > 0.2 > abs(longer("store, hooks"))  # whose kernels were compiled before
 
 
 def test_the_edits_of_the_smaller_model_are_of_one_run_and_agree_with_those_of_the_h100() -> None:
@@ -231,5 +234,11 @@ def test_every_edit_above_its_target_says_what_it_spent_its_time_on(path: Path) 
     with path.open(newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["edit_ratio"] and row["mode"] in MODES]
     above = [row for row in rows if float(row["edit_ratio"]) > MODES[row["mode"]].target]
-    assert [row["mode"] for row in above if not (row["note"].startswith("target") and "%" in row["note"])] == []
+    without = [row for row in above if not (row["note"].startswith("target") and "%" in row["note"])]
+    on_disk = [(row["model"], row["mode"], row["note"]) for row in without]
+    if path == _edit_rows.beside(report.H200):
+        text("This row has no profile")
+        assert on_disk == [("wan-14b, random", "store on disk, hooks", "target 1.22; not profiled")]
+    else:
+        assert on_disk == []
     assert len(above) >= (path != report.EDITS_ON_CPU)
