@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
@@ -19,6 +20,7 @@ from kvlock.step_file import Piece, StepFile, StepWriter
 from kvlock.store import LAYERS_AT_ONCE, Rows, Store
 from kvlock.transit import Courier, Layer, Outbox
 
+LEFT_TO_WAIT = 0.5  # of the bytes of files that may wait for the disk; other programs have some too
 
 class Shelf(ABC):
     """Source rows of one step, put by the source's forward layer by layer and got by the edit's forwards.
@@ -204,9 +206,9 @@ class DiskShelf(FileShelf):
     Layers take turns in `LAYERS_AT_ONCE` files of each, because systems let one thread at a time write to a file. The
     files of a whole step last until `close`: a system takes long to remove so many bytes, and no step waits for that.
 
-    Where many bytes wait for the disk, a system begins with those that wait longest, here layers that are about to be
-    written over, and holds writers up meanwhile. So the first layers of a step, up to half of so many bytes, are left
-    to wait and to be written over, and with the others it begins at once.
+    When more bytes wait for the disk than a system allows, it writes out files from one end to the other, also layers
+    that are about to be written over, and holds writers up where it falls behind. So after a step of so many bytes only
+    the first layers are left to wait, and each that comes after them is begun to be written to the disk at once.
 
     Raises:
         ValueError: there is no such folder, or it cannot be written to.
@@ -220,14 +222,19 @@ class DiskShelf(FileShelf):
             where = folder or tempfile.gettempdir()
             raise ValueError(f"cannot write source rows to {where}: {error.strerror}") from error
         self._writers: dict[str, StepWriter] = {}  # by the name of the file
+        self._step_bytes = 0  # of the last step
         self._outbox = Outbox()
 
     def _put(self, piece: Piece, rows: Rows) -> None:
         name = f"{piece.tensor}{self._order.index(piece.layer) % LAYERS_AT_ONCE}.safetensors"
         if name not in self._writers:
-            left_to_wait = write_back.background_bytes() / 2 / (2 * LAYERS_AT_ONCE)  # of each file
-            self._writers[name] = StepWriter(self._folder / name, over=True, early_from=left_to_wait)
+            self._writers[name] = StepWriter(self._folder / name, over=True, early_from=self._left_to_wait())
         self._outbox.add(self._writers[name], piece, rows, self._copy_stream)
+
+    def _left_to_wait(self) -> float:
+        """Bytes of each file that the system may write to the disk when it wants."""
+        allowed, files = write_back.background_bytes(), 2 * LAYERS_AT_ONCE
+        return LEFT_TO_WAIT * allowed / files if self._step_bytes > allowed else math.inf
 
     def seal(self) -> None:
         if self._writers:
@@ -237,6 +244,7 @@ class DiskShelf(FileShelf):
             written = [writer.path for writer in self._writers.values()]
             self._writers.clear()
             self._open(StepFile(*written))
+            self._step_bytes = self.bytes_kept
 
     def clear(self) -> None:
         """Forget the step's rows and remove files that are half written, also where the device is lost."""

@@ -53,8 +53,8 @@ class StepWriter:
     """Writes one file, which an error of the system removes again.
 
     With `over` a file that is there is written over, which spares the system finding memory for a new one; nobody may
-    read it meanwhile. Without, there must be none. What is added beyond the first `early_from` bytes, the system begins
-    to write to the disk at once.
+    read it meanwhile. Without, there must be none. The system begins to write to the disk at once each piece that ends
+    beyond the first `early_from` bytes.
 
     Raises:
         ValueError: the file cannot be written; the message names it and says why.
@@ -76,8 +76,9 @@ class StepWriter:
         for part, tensor in rows._asdict().items():
             if tensor is not None:
                 self._append(f"{piece}.{part}", tensor)
-        if self._end > self._early_from and self._file is not None:
-            write_back.begin(self._file.fileno(), HEADER_BYTES + start, self._end - start)
+        if self._end > max(start, self._early_from):
+            with self._named_errors() as file:
+                write_back.begin(file.fileno(), HEADER_BYTES + start, self._end - start)
 
     def close(self) -> None:
         """Write the header: the file is whole."""

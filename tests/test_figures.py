@@ -89,17 +89,17 @@ def test_growth_has_a_predicted_line_and_only_measured_points() -> None:
     measured = {x for axes in (share, memory, kappa, layers) for line in axes.get_lines() for x in line.get_xdata()
                 if str(line.get_label()).startswith("measured")}  # fmt: skip
     assert measured == {0.8, 30, 15, 0.4}
+    over_layers = dict(points(layers, "predicted, store, hooks"))
     text(
         "Measured over tokens are five lengths, and over layers all 30 and the first half of them.",
         "In the other panels it is one setting: a share of 0.8, a kappa of 0.4.",
-        f"takes {ratios['half the layers, hooks']:.2f} times as long as the plain pipeline (1.10 is predicted).",
+        f"takes {half[0][1]:.2f} times as long as the plain pipeline ({over_layers[15]:.2f} is predicted).",
     )
     line = dict(points(kappa, "predicted, store, hooks"))
     assert line[0.4] == pytest.approx(1.204, abs=1e-3)
     assert line[0.2] == pytest.approx((1 + line[0.4]) / 2)
     assert line[1.0] == line[0.96] > line[0.94]  # the first two steps have no lock
     assert dict(points(memory, "predicted, rows in bf16"))[30] == pytest.approx(4.38, abs=0.001)
-    over_layers = dict(points(layers, "predicted, store, hooks"))
     assert over_layers[30] == line[0.4] and over_layers[15] == pytest.approx((1 + line[0.4]) / 2, abs=2e-4)
     assert over_layers[15] == pytest.approx(ratios["half the layers, hooks"], abs=0.005)
     beside = dict(points(layers, "predicted, batch, hooks"))

@@ -181,7 +181,8 @@ def test_what_the_text_says_of_predicted_edits_is_what_is_counted_and_what_the_r
             if row.locked_ratio:
                 assert abs(guess.locked / guess.plain - float(row.locked_ratio)) < 0.05, row.mode
     text(f"Its steps take {said[0]} as long as predicted, the H100's {said[1]}, but where files are written")
-    text("ratio of a locked step to a plain one is met within 0.05 on both, that of an edit within 0.03.")
+    text("But for rows on disk the ratio of a locked step to a plain one is met within 0.05 on both, that of an edit "
+         "within 0.03.")  # fmt: skip
 
 
 def test_the_miniature_says_which_targets_it_meets() -> None:
@@ -237,7 +238,7 @@ def test_every_edit_above_its_target_says_what_it_spent_its_time_on(path: Path) 
     without = [row for row in above if not (row["note"].startswith("target") and "%" in row["note"])]
     on_disk = [(row["model"], row["mode"], row["note"]) for row in without]
     if path == _edit_rows.beside(report.H200):
-        text("This row has no profile")
+        text("This row has no profile, which its run left out.")
         assert on_disk == [("wan-14b, random", "store on disk, hooks", "target 1.22; not profiled")]
     else:
         assert on_disk == []

@@ -5,17 +5,20 @@ from __future__ import annotations
 import ctypes
 import math
 import mmap
+import sys
+from os import fstat
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from simulated_gpu import GPU, LAYERS, SHAPE, put, served
 
-from kvlock import write_back
+from kvlock import places, write_back
 from kvlock.step_file import HEADER_BYTES, Piece, StepFile, StepWriter
 from kvlock.store import LAYERS_AT_ONCE, Rows
 
-CACHESTAT = 451  # number of the system call, the same for all processors
+CACHESTAT = 451  # number of the system call on x86-64 and aarch64
 BYTES = torch.zeros(SHAPE).nbytes + 40  # of a piece, with what fills it up to 64 bytes
 
 
@@ -23,26 +26,38 @@ def dirty_pages(file: int, start: int, size: int) -> int:
     """Pages of a part of a file that wait for the system to begin with them."""
     part, counts = (ctypes.c_uint64 * 2)(start, size), (ctypes.c_uint64 * 5)()
     if ctypes.CDLL(None, use_errno=True).syscall(CACHESTAT, file, part, counts, 0):
-        pytest.skip("needs cachestat, of Linux 6.5")
+        pytest.skip("needs the system call cachestat, of Linux 6.5, and to be let call it")
     return counts[1]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 def test_pages_that_wait_for_the_system_are_begun_with(tmp_path):
     size = 2**22
     with (tmp_path / "file").open("wb", buffering=0) as file:
         file.write(bytes(2 * size))
         if not dirty_pages(file.fileno(), size, size):
-            pytest.skip(f"the file system of {tmp_path} has no pages that wait for a disk")
+            pytest.skip(f"no page that waits for a disk can be seen on the file system of {tmp_path}")
         write_back.begin(file.fileno(), size, size)
         assert dirty_pages(file.fileno(), size, size) == 0
 
 
-@pytest.mark.parametrize("library", ["none", "lacks it"])
-def test_a_system_that_cannot_be_told_is_not(monkeypatch, tmp_path, library):
+def test_the_system_is_told_which_bytes_and_to_wait_for_none(monkeypatch):
+    calls = []
+
+    def sync_file_range(*arguments: object) -> int:
+        calls.append(tuple(getattr(each, "value", each) for each in arguments))
+        assert [type(each) for each in arguments[1:3]] == [ctypes.c_int64] * 2  # an int would have 32 bits
+        return -1  # an error, of a pipe for example
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace(sync_file_range=sync_file_range))
+    write_back.begin(3, 2**33, 2**32)
+    assert calls == [(3, 2**33, 2**32, 2)]  # SYNC_FILE_RANGE_WRITE
+
+
+@pytest.mark.parametrize("error", [AttributeError, OSError, TypeError])
+def test_a_system_that_cannot_be_told_is_not(monkeypatch, tmp_path, error):
     def load(name: None) -> object:
-        if library == "none":
-            raise TypeError("Windows wants a name")
-        return object()
+        raise error
 
     monkeypatch.setattr(ctypes, "CDLL", load)
     with (tmp_path / "file").open("wb") as file:
@@ -54,8 +69,9 @@ def test_the_system_says_how_much_may_wait(monkeypatch, tmp_path):
     assert write_back.background_bytes() == math.inf
     write_back.VMSTAT.write_text("nr_dirty 7\nnr_dirty_threshold 30\nnr_dirty_background_threshold 15\n")
     assert write_back.background_bytes() == 15 * mmap.PAGESIZE
-    write_back.VMSTAT.write_text("nr_dirty 7\n")
-    assert write_back.background_bytes() == math.inf
+    for odd in ("nr_dirty 7\n", "nr_dirty_background_threshold\n", "nr_dirty_background_threshold few\n", "é\n"):
+        write_back.VMSTAT.write_text(odd, encoding="utf-8")
+        assert write_back.background_bytes() == math.inf
 
 
 @pytest.mark.skipif(not Path("/proc/vmstat").exists(), reason="needs Linux")
@@ -81,25 +97,57 @@ def test_what_comes_after_the_first_bytes_of_a_file_is_begun_with(tmp_path, begu
     writer.close()
 
 
-@pytest.mark.parametrize("on_gpu", [False, True])
-@pytest.mark.parametrize("layers", [0, 2, 3, LAYERS])
-def test_a_step_leaves_half_of_what_may_wait_to_the_system(monkeypatch, tmp_path, begun, layers, on_gpu):
+def test_all_parts_of_a_piece_are_begun_with_once_they_are_written(monkeypatch, tmp_path):
+    sizes = []
+    begin = lambda file, start, size: sizes.append((start + size, fstat(file).st_size))
+    monkeypatch.setattr(write_back, "begin", begin)
+    writer = StepWriter(tmp_path / "step", early_from=0)
+    rows = Rows(torch.zeros(1, 2**14, 4, 16, dtype=torch.int8), torch.zeros(1, 2**14, 4))
+    writer.add(Piece(0, "blocks", 0, "k"), rows)
+    writer.add(Piece(0, "blocks", 1, "k"), Rows(torch.zeros(1, 0, 4)))
+    assert sizes == [(HEADER_BYTES + rows.bytes_kept, HEADER_BYTES + rows.bytes_kept)]
+    writer.close()
+
+
+def test_a_file_of_a_recording_is_left_to_the_system(tmp_path, begun):
+    writer = StepWriter(tmp_path / "step")
+    writer.add(Piece(0, "blocks", 0, "k"), Rows(torch.zeros(SHAPE)))
+    writer.close()
+    assert begun == []
+
+
+def test_half_of_what_may_wait_is_left_to_other_files(monkeypatch, tmp_path):
     gpu = GPU(monkeypatch, "the host")
-    monkeypatch.setattr(write_back, "background_bytes", lambda: 2 * 2 * layers * BYTES)  # K and V
+    shelf, pieces = served("disk", tmp_path)
+    shelf.turn_to(0)
+    put(gpu, shelf, dict.fromkeys(pieces, 0.0))
+    monkeypatch.setattr(write_back, "background_bytes", lambda: shelf.bytes_kept - 1)
+    assert shelf._left_to_wait() * 2 * LAYERS_AT_ONCE == (shelf.bytes_kept - 1) / 2
+    shelf.close()
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+@pytest.mark.parametrize("allowed", [0, 2, 5, LAYERS, 2 * LAYERS - 1, 2 * LAYERS, math.inf])
+def test_after_a_step_of_more_than_may_wait_a_part_of_that_is_left(monkeypatch, tmp_path, begun, allowed, on_gpu):
+    gpu, share = GPU(monkeypatch, "the host"), 6  # more than all, because pieces are mostly what fills them up here
+    monkeypatch.setattr(places, "LEFT_TO_WAIT", share)
+    bytes_of_rows = torch.zeros(SHAPE).nbytes  # `allowed` is in pieces
+    monkeypatch.setattr(write_back, "background_bytes", lambda: allowed * bytes_of_rows)
     shelf, pieces = served("disk", tmp_path)
     if not on_gpu:
         monkeypatch.setattr(type(shelf), "_copy_stream", None)
-    for step in range(2):
+    for step in range(3):
         begun.clear()
         shelf.turn_to(step)
         put(gpu, shelf, {piece: float(number + step) for number, piece in enumerate(pieces)})
-        per_file = [-(-(LAYERS - turn) // LAYERS_AT_ONCE) for turn in range(LAYERS_AT_ONCE)]
-        left = layers / LAYERS_AT_ONCE
-        assert len(begun) == 2 * sum(sum(number + 1 > left for number in range(count)) for count in per_file)
+        left = share * allowed * bytes_of_rows / (2 * LAYERS_AT_ONCE)  # of each file
+        ends = [(layer // LAYERS_AT_ONCE + 1) * BYTES for layer in range(LAYERS)]
+        late = 2 * sum(end > left for end in ends)  # K and V
+        assert len(begun) == (late if step and allowed < 2 * LAYERS else 0)
         assert not begun or {size for _, _, size in begun} == {BYTES}
     (folder,) = tmp_path.iterdir()
     found = StepFile(*sorted(folder.iterdir()))
     if on_gpu:
-        assert [found.rows(piece).data.unique().item() for piece in pieces] == [*range(1, len(pieces) + 1)]
+        assert [found.rows(piece).data.unique().item() for piece in pieces] == [*range(2, len(pieces) + 2)]
     shelf.close()
     gpu.finish()
