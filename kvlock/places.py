@@ -207,8 +207,8 @@ class DiskShelf(FileShelf):
     files of a whole step last until `close`: a system takes long to remove so many bytes, and no step waits for that.
 
     When more bytes wait for the disk than a system allows, it writes out files from one end to the other, also layers
-    that are about to be written over, and holds writers up where it falls behind. So after a step of so many bytes only
-    the first layers are left to wait, and each that comes after them is begun to be written to the disk at once.
+    that are about to be written over, and holds writers up where it falls behind. So where a step has so many, or is the
+    first one, the first layers are left to wait, and each that comes after them is begun to be written at once.
 
     Raises:
         ValueError: there is no such folder, or it cannot be written to.
@@ -222,7 +222,7 @@ class DiskShelf(FileShelf):
             where = folder or tempfile.gettempdir()
             raise ValueError(f"cannot write source rows to {where}: {error.strerror}") from error
         self._writers: dict[str, StepWriter] = {}  # by the name of the file
-        self._step_bytes = 0  # of the last step
+        self._step_bytes: float = math.inf  # of the last step; the first one may have any number
         self._outbox = Outbox()
 
     def _put(self, piece: Piece, rows: Rows) -> None:
