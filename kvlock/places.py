@@ -207,8 +207,8 @@ class DiskShelf(FileShelf):
     files of a whole step last until `close`: a system takes long to remove so many bytes, and no step waits for that.
 
     When more bytes wait for the disk than a system allows, it writes out files from one end to the other, also layers
-    that are about to be written over, and holds writers up where it falls behind. So where a step has so many, or is the
-    first one, the first layers are left to wait, and each that comes after them is begun to be written at once.
+    that are about to be written over, and holds writers up where it falls behind. So where a step has so many, or is
+    the first one, the first layers are left to wait, and each that comes after them is begun to be written at once.
 
     Raises:
         ValueError: there is no such folder, or it cannot be written to.
