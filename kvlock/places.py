@@ -22,6 +22,7 @@ from kvlock.transit import Courier, Layer, Outbox
 
 LEFT_TO_WAIT = 0.5  # of the bytes of files that may wait for the disk; other programs have some too
 
+
 class Shelf(ABC):
     """Source rows of one step, put by the source's forward layer by layer and got by the edit's forwards.
 

@@ -181,8 +181,8 @@ def test_what_the_text_says_of_predicted_edits_is_what_is_counted_and_what_the_r
             if row.locked_ratio:
                 assert abs(guess.locked / guess.plain - float(row.locked_ratio)) < 0.05, row.mode
     text(f"Its steps take {said[0]} as long as predicted, the H100's {said[1]}, but where files are written")
-    text("But for rows on disk the ratio of a locked step to a plain one is met within 0.05 on both, that of an edit "
-         "within 0.03.")  # fmt: skip
+    text("Except with rows on disk, the ratio of a locked step to a plain one is met within 0.05 on both, that of an "
+         "edit within 0.03.")  # fmt: skip
 
 
 def test_the_miniature_says_which_targets_it_meets() -> None:
