@@ -8,6 +8,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from torch.profiler import record_function
+
 from kvlock.manifest import short
 from kvlock.step_file import digest
 
@@ -41,7 +43,8 @@ class Verifier:
         """
         check = self._check(name)
         if check is not None:
-            check.result()
+            with record_function("kvlock::wait_for_checksum"):
+                check.result()
 
     def stop(self) -> None:
         """Leave the files that are not through."""

@@ -141,7 +141,7 @@ class HostShelf(Shelf):
 
     def _wait_for_all_but(self, last: int) -> None:
         while len(self._leaving) > last:
-            self._leaving[0][0].synchronize()  # the rows are held meanwhile
+            transit.wait_for(self._leaving[0][0])  # the rows are held meanwhile
             self._leaving.popleft()
 
     def seal(self) -> None:

@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
+from torch.profiler import record_function
 
 from kvlock.step_file import Piece, StepWriter
 from kvlock.store import LAYERS_ON_DEVICE, Rows
@@ -74,9 +75,10 @@ class Courier:
         for name, part in source.items():
             if not part.data.is_pinned():
                 if taken is not None and taken.arrival is not None:
-                    taken.arrival.synchronize()  # the last copy out of this stage is over
+                    wait_for(taken.arrival)  # the last copy out of this stage
                 stage[name] = room_for(part, stage.get(name), torch.device("cpu"), pinned=True)
-                copy(part, stage[name], non_blocking=False)
+                with record_function("kvlock::read_rows"):
+                    copy(part, stage[name], non_blocking=False)
                 source = source | {name: stage[name]}
         self.stream.wait_event(torch.cuda.current_stream(self.device).record_event())
         with torch.cuda.stream(self.stream):
@@ -97,6 +99,12 @@ def fits(rows: Rows, room: Rows) -> bool:
     kinds = [[part if part is None else (part.shape, part.dtype) for part in parts] for parts in (room, rows)]
     # torch lets nothing write to tensors of an inference mode that is over
     return kinds[0] == kinds[1] and (torch.is_inference_mode_enabled() or not room.data.is_inference())
+
+
+def wait_for(copied: Any) -> None:
+    """Until a copy is over, whose event this is."""
+    with record_function("kvlock::wait_for_copy"):
+        copied.synchronize()
 
 
 def copy(rows: Rows, room: Rows, *, non_blocking: bool) -> None:
@@ -140,7 +148,8 @@ class Outbox:
             ValueError: rows cannot be written, these or earlier ones.
         """
         if stream is None:
-            writer.add(piece, rows)
+            with record_function("kvlock::write_rows"):
+                writer.add(piece, rows)
             return
         if len(self._leaving) == 2:  # K and V of a layer; what is being written has left the device
             self._write_first()
@@ -164,7 +173,7 @@ class Outbox:
         """Forget what is left, once no copy and no thread needs its memory."""
         try:
             for leaving in self._leaving:
-                leaving.copied.synchronize()
+                wait_for(leaving.copied)
         finally:
             self._leaving.clear()
             if self._threads is not None:
@@ -176,7 +185,7 @@ class Outbox:
 
     def _write_first(self) -> None:
         first = self._leaving[0]
-        first.copied.synchronize()  # till then the rows are held, so that nothing else gets their memory
+        wait_for(first.copied)  # till then the rows are held, so that nothing else gets their memory
         writer, piece, room = first.writer, first.piece, first.room
         del first
         self._leaving.popleft()
@@ -190,7 +199,8 @@ class Outbox:
             return
         written, piece, room = self._writing.pop(writer)
         try:
-            written.result()
+            with record_function("kvlock::wait_for_write"):
+                written.result()
         finally:
             del written  # an error has this frame, which would have the error: all that is in it would stay
         self._free[piece.tensor].append(room)
