@@ -21,9 +21,10 @@ from typing import Any, NamedTuple
 import diffusers
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import profile
 
 import kvlock
+from benchmarks import _profile
 from benchmarks._edit_rows import MEASURED, PIPELINE, EditRow
 from benchmarks._edits import EDITS, NEEDED, Edit, named
 from benchmarks._harness import Results
@@ -34,7 +35,6 @@ from benchmarks._moving import counted
 
 ROUNDS = {"cpu": 5, "cuda": 1}  # a CPU's clock drifts more than what is to be told apart
 CLOCKS = {"cpu": time.process_time, "cuda": time.perf_counter}  # what other programs take of a core does not count
-LARGEST = 5  # operators in a note
 
 
 class Steps(NamedTuple):
@@ -109,7 +109,7 @@ def measure(edit: Edit, device: str, modes: dict[str, Mode], machine: Machine) -
             difference = None if same is None else (steps.latents - same).abs().max().item()
             row = _row(edit, name, mode, [*before[name], steps], step, difference, trace)._replace(**machine.now())
             if float(row.edit_ratio) > mode.target:
-                row = row._replace(note=f"target {mode.target}; {_profile(edit, device, mode)}")
+                row = row._replace(note=f"target {mode.target}; {_traced(edit, device, mode)}")
         yield row
         gc.collect()  # what an error has left
         if device.startswith("cuda"):
@@ -138,7 +138,7 @@ def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def _profile(edit: Edit, device: str, mode: Mode) -> str:
+def _traced(edit: Edit, device: str, mode: Mode) -> str:
     try:
         return profiled(edit, device, mode)
     except Exception as error:  # the times are measured all the same
@@ -164,21 +164,10 @@ def locked(
 
 
 def profiled(edit: Edit, device: str, mode: Mode) -> str:
-    """What the timed steps spend their time on, by kernel, or by operator on a CPU: the largest shares.
-
-    On a GPU also the time of its kernels and copies as a share of the steps': what is missing is the host's. Streams
-    that overlap count twice.
-    """
-    on_gpu = device.startswith("cuda")
-    activities = [ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]
-    seen = profile(activities=activities)
+    """What the timed steps spend their time on."""
+    seen = profile(activities=_profile.activities(device))
     steps, _ = locked(edit, device, mode, seen)
-    spent = {event.key: event.self_device_time_total if on_gpu else event.self_cpu_time_total
-             for event in seen.key_averages()}  # fmt: skip
-    whole = sum(spent.values()) or 1
-    largest = sorted(spent, key=lambda key: -spent[key])[:LARGEST]
-    shares = ", ".join(f"{key[:60]} {spent[key] / whole:.0%}" for key in largest)
-    return f"GPU work of {whole / 1e6 / sum(steps.seconds):.0%} of the time: {shares}" if on_gpu else shares
+    return _profile.summary(seen, device, sum(steps.seconds))
 
 
 def _blank(edit: Edit, name: str) -> EditRow:

@@ -1,0 +1,38 @@
+"""What the steps of an edit spend their time on, from a trace of torch's profiler."""
+
+from typing import Any
+
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity
+
+LARGEST = 5  # kernels or operators in a note
+OURS = "kvlock::"  # in front of what this package calls its host's work and waits
+
+
+def activities(device: str) -> list[ProfilerActivity]:
+    return [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.startswith("cuda") else [])]
+
+
+def summary(seen: Any, device: str, seconds: float) -> str:
+    """The largest shares of a trace of so many seconds: by operator, or on a GPU by kernel.
+
+    On a GPU its kernels and copies come first, as a share of the time, and then what the host does for rows outside the
+    device and waits for. Streams that overlap count twice, and what the host waits for may overlap with the GPU's work.
+    """
+    events = seen.key_averages()
+    if not device.startswith("cuda"):
+        return _largest({event.key: event.self_cpu_time_total for event in events})
+    # A range of the host is shown on the device too, above the kernels that it launched.
+    kernels = {event.key: event.self_device_time_total for event in events
+               if event.device_type == DeviceType.CUDA and not event.is_user_annotation}  # fmt: skip
+    host = {event.key.removeprefix(OURS): event.cpu_time_total / 1e6 / seconds for event in events
+            if event.device_type == DeviceType.CPU and event.key.startswith(OURS)}  # fmt: skip
+    waits = ", ".join(f"{name} {share:.0%}" for name, share in sorted(host.items(), key=lambda each: -each[1]))
+    said = f"GPU work of {sum(kernels.values()) / 1e6 / seconds:.0%} of the time: {_largest(kernels)}"
+    return f"{said}; the host: {waits}" if waits else said
+
+
+def _largest(spent: dict[str, float]) -> str:
+    whole = sum(spent.values()) or 1
+    largest = sorted(spent, key=lambda key: -spent[key])[:LARGEST]
+    return ", ".join(f"{key[:60]} {spent[key] / whole:.0%}" for key in largest)
