@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import IO, Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.profiler import record_function
 
 from kvlock import write_back
 from kvlock.store import Rows
@@ -87,10 +89,13 @@ class StepWriter:
             self.discard()
             raise ValueError(f"{self.path} needs a header of {len(header)} bytes; there is room for {HEADER_BYTES - 8}")
 
-        with self._named_errors() as file:
+        with self._named_errors() as file, record_function("kvlock::close_file"):
             file.seek(0)
             file.write((HEADER_BYTES - 8).to_bytes(8, "little") + header.ljust(HEADER_BYTES - 8))
-            file.truncate(HEADER_BYTES + self._end)  # of a longer file that was here
+            file.flush()
+            # A longer file that was here is cut. Linux waits for the last page to be on the disk, also to cut nothing.
+            if os.fstat(file.fileno()).st_size > HEADER_BYTES + self._end:
+                file.truncate(HEADER_BYTES + self._end)
             file.close()
 
     def discard(self) -> None:

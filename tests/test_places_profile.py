@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from kvlock import Store
 from kvlock.checksums import Verifier
 from kvlock.step_file import digest
+from kvlock.store import LAYERS_AT_ONCE
 
 PIECES = 2 * LAYERS  # K and V
 
@@ -25,7 +26,8 @@ def ranges(seen: Any) -> dict[str, int]:
 
 @pytest.mark.parametrize(("place", "names"), [
     ("host", {"kvlock::wait_for_copy": PIECES}),
-    ("disk", {"kvlock::wait_for_copy": 2 * PIECES - 4, "kvlock::wait_for_write": PIECES, "kvlock::read_rows": PIECES}),
+    ("disk", {"kvlock::wait_for_copy": 2 * PIECES - 4, "kvlock::wait_for_write": PIECES, "kvlock::read_rows": PIECES,
+              "kvlock::close_file": 2 * LAYERS_AT_ONCE}),
 ])  # fmt: skip
 def test_waits_of_a_gpus_host_have_names(monkeypatch, tmp_path, place, names):
     gpu = GPU(monkeypatch, "the host")
@@ -44,7 +46,8 @@ def test_work_for_rows_of_a_cpu_has_a_name() -> None:
     with profile(activities=[ProfilerActivity.CPU]) as seen:
         _, trace = edit(pipe, store=Store(place="disk"))
     locked = sum(row["forwards"] == 3 for row in trace)
-    assert ranges(seen) == {"kvlock::write_rows": locked * 2 * len(pipe.transformer.blocks)}
+    rows, files = 2 * len(pipe.transformer.blocks), 2 * LAYERS_AT_ONCE
+    assert ranges(seen) == {"kvlock::write_rows": locked * rows, "kvlock::close_file": locked * files}
 
 
 def test_the_wait_for_a_checksum_has_a_name(tmp_path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kvlock.step_file import Piece, StepFile, StepWriter
+from kvlock.step_file import HEADER_BYTES, Piece, StepFile, StepWriter
 from kvlock.store import Rows
 from kvlock_kernels import reference
 
@@ -60,6 +62,22 @@ def test_what_is_written_over_a_file_is_all_that_it_holds(tmp_path, before):
     assert not before or path.samefile(tmp_path / "same")
     with pytest.raises(ValueError, match=r"cannot write .*step: File exists"):
         StepWriter(path)
+
+
+@pytest.mark.parametrize(("before", "cuts"), [(0, 0), (1, 0), (2, 0), (3, 1)])
+def test_only_a_file_that_was_longer_is_cut_since_a_cut_waits_for_the_disk(tmp_path, before, cuts):
+    path, rows = tmp_path / "step", Rows(torch.zeros(1, 5, 2, 8))
+    for blocks in (before, 2):
+        writer = StepWriter(path, over=True)
+        writer._file = mock.Mock(wraps=writer._file)
+        for block in range(blocks):
+            for tensor in "kv":
+                writer.add(Piece(0, "blocks", block, tensor), rows)
+        writer.close()
+        assert writer._file.close.called
+    assert writer._file.truncate.call_count == cuts
+    assert path.stat().st_size == HEADER_BYTES + 4 * rows.bytes_kept
+    assert len(StepFile(path).pieces) == 4
 
 
 def test_rows_of_a_dtype_that_the_format_lacks_are_refused_by_name(tmp_path):
