@@ -25,11 +25,16 @@ def summary(seen: Any, device: str, seconds: float) -> str:
     # A range of the host is shown on the device too, above the kernels that it launched.
     kernels = {event.key: event.self_device_time_total for event in events
                if event.device_type == DeviceType.CUDA and not event.is_user_annotation}  # fmt: skip
-    host = {event.key.removeprefix(OURS): event.cpu_time_total / 1e6 / seconds for event in events
-            if event.device_type == DeviceType.CPU and event.key.startswith(OURS)}  # fmt: skip
-    waits = ", ".join(f"{name} {share:.0%}" for name, share in sorted(host.items(), key=lambda each: -each[1]))
-    said = f"GPU work of {sum(kernels.values()) / 1e6 / seconds:.0%} of the time: {_largest(kernels)}"
-    return f"{said}; the host: {waits}" if waits else said
+    said, waits = _largest(kernels), host(seen, seconds)
+    work = f"GPU work of {sum(kernels.values()) / 1e6 / seconds:.0%} of the time: {said}"
+    return f"{work}; the host: {waits}" if waits else work
+
+
+def host(seen: Any, seconds: float) -> str:
+    """What the host does and waits for by this package's names, in shares of the time."""
+    spent = {event.key.removeprefix(OURS): event.cpu_time_total / 1e6 / seconds for event in seen.key_averages()
+             if event.device_type == DeviceType.CPU and event.key.startswith(OURS)}  # fmt: skip
+    return ", ".join(f"{name} {share:.0%}" for name, share in sorted(spent.items(), key=lambda each: -each[1]))
 
 
 def _largest(spent: dict[str, float]) -> str:
