@@ -89,63 +89,75 @@ class Pace(NamedTuple):
         return cls(SIZES[shape].layers, float(row.source_gib), float(plain.step_s))
 
 
-class Clock:
-    """In place of a GPU and its streams: copies are over at once, and layers when their time is."""
+class Event:
+    """Over when the clock says so."""
+
+    def __init__(self, due: float) -> None:
+        self.due = due
+
+    def synchronize(self) -> None:
+        time.sleep(max(0, self.due - time.perf_counter()))
+
+
+class Stream:
+    """Of a GPU that only takes its time: a layer takes its seconds, and a copy none but what it waits for."""
 
     device = torch.device("cpu")
 
     def __init__(self) -> None:
-        self._free = time.perf_counter()
+        self._free = 0.0
 
     def computes(self, seconds: float) -> None:
-        """A layer, of whose time the host has used some."""
-        now = time.perf_counter()
-        self._free = max(self._free + seconds, now)
-        time.sleep(self._free - now)
+        """Queue a layer; the host goes on."""
+        self._free = max(self._free, time.perf_counter()) + seconds
 
-    def record_event(self) -> "Clock":
-        return self
+    def record_event(self) -> Event:
+        return Event(self._free)
 
-    def wait_event(self, event: "Clock") -> None: ...
+    def wait_event(self, event: Event) -> None:
+        self._free = max(self._free, event.due)
 
-    def wait_stream(self, stream: "Clock") -> None: ...
+    def wait_stream(self, stream: "Stream") -> None:
+        self.wait_event(stream.record_event())
 
-    def synchronize(self) -> None: ...
+    def synchronize(self) -> None:
+        self.record_event().synchronize()
 
 
 @contextlib.contextmanager
-def clocked() -> Iterator[Clock]:
-    """Inside, rows of a CUDA device are the host's, and what is queued for it is done at once."""
-    clock, room_for = Clock(), transit.room_for
+def clocked() -> Iterator[Stream]:
+    """Inside, a clock is the CUDA device, and its memory is the host's; gives the stream that computes."""
+    computing, room_for = Stream(), transit.room_for
 
     def room(rows: Rows, before: Rows | None, device: Any, *, pinned: bool = False) -> Rows:
         return room_for(rows, before, torch.device("cpu"))
 
     with (
-        mock.patch.object(torch.cuda, "Stream", lambda device: clock),
-        mock.patch.object(torch.cuda, "current_stream", lambda device: clock),
+        mock.patch.object(torch.cuda, "Stream", lambda device: Stream()),
+        mock.patch.object(torch.cuda, "current_stream", lambda device: computing),
         mock.patch.object(torch.cuda, "stream", lambda stream: contextlib.nullcontext()),
         mock.patch.object(transit, "room_for", room),
     ):
-        yield clock
+        yield computing
 
 
-def step(shelf: Shelf, clock: Clock, number: int, pieces: list[Piece], rows: Rows, plain: float) -> None:
+def step(shelf: Shelf, gpu: Stream, number: int, pieces: list[Piece], rows: Rows, plain: float) -> None:
     """One locked step; raises ValueError where rows do not come back."""
     a_layer = plain / BRANCHES / (len(pieces) / 2)
     shelf.turn_to(number)
     for piece in pieces:
         rows.data[0, :2] = _mark(number, piece)
         shelf.put(piece, rows, BEFORE_ROPE)
-        if piece.tensor == "v":
-            clock.computes(a_layer)
+        if piece.tensor == "v":  # the attention and all else comes after them
+            gpu.computes(a_layer)
     shelf.seal()
     for piece in BRANCHES * pieces:
         found = shelf.get(piece).data[0, :2]
         if not torch.equal(found, _mark(number, piece)):
             raise ValueError(f"{piece} of step {number} came back as {found.tolist()}")
         if piece.tensor == "v":
-            clock.computes(a_layer)
+            gpu.computes(a_layer)
+    gpu.synchronize()
 
 
 def _mark(number: int, piece: Piece) -> torch.Tensor:
@@ -162,7 +174,7 @@ def measure(folder: Path, pace: Pace, steps: int, writes: str) -> tuple[list[flo
     seen, seconds = profile(activities=_profile.activities("cpu")), []
     with contextlib.ExitStack() as last_first:
         last_first.enter_context(torch.no_grad())
-        clock = last_first.enter_context(clocked())
+        gpu = last_first.enter_context(clocked())
         if writes == LEFT:
             last_first.enter_context(mock.patch.object(write_back, "background_bytes", lambda: math.inf))
         shelf = shelf_of(Store(place="disk", folder=folder))
@@ -174,7 +186,7 @@ def measure(folder: Path, pace: Pace, steps: int, writes: str) -> tuple[list[flo
                 seen.start()
                 last_first.callback(seen.stop)
             begun = time.perf_counter()
-            step(shelf, clock, number, pieces, rows, pace.plain)
+            step(shelf, gpu, number, pieces, rows, pace.plain)
             seconds.append(time.perf_counter() - begun)
     return seconds, _profile.host(seen, sum(seconds[1:]))
 

@@ -8,7 +8,7 @@ import functools
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from benchmarks import _edit_tables, _gpu_tables, accuracy
+from benchmarks import _edit_tables, _gpu_tables, accuracy, disk
 from benchmarks._gpu_tables import NOT_YET, markdown
 from benchmarks._harness import Row, read
 from benchmarks.offline import END, README
@@ -18,6 +18,7 @@ from benchmarks.roofline import RESULTS, micro_results
 H200 = RESULTS / "nvidia-h200.csv"
 CPU = RESULTS / "cpu-amd-epyc.csv"
 EDITS_ON_CPU = RESULTS / "edit-amd-epyc.csv"
+DISKS = RESULTS / "disk-amd-epyc.csv"
 ACCURACY = RESULTS / "accuracy-miniature.csv"
 ON_A_GPU: dict[str, Callable[[Path], str]] = {
     "cost": _edit_tables.cost, "operators": _gpu_tables.operators, "rates": _gpu_tables.rate_table,
@@ -34,6 +35,7 @@ COMMANDS = {  # what takes the rows of a table; the first has a column of them
     "larger places": EDITS.format("14b"), "misses": "python -m benchmarks --gpu",
     "unmeasured": "python -m benchmarks --gpu", "miniature": "python -m benchmarks.edit --out benchmarks/results",
     "cpu": f"pytest benchmarks --csv benchmarks/results/{CPU.name}",
+    "disks": "python -m benchmarks.disk FOLDER --gib 4 --out benchmarks/results",
     "accuracy": "python -m benchmarks.accuracy --out benchmarks/results",
 }  # fmt: skip
 
@@ -92,6 +94,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     **{name: functools.partial(block, name, table, H200) for name, table in ON_A_GPU.items()},
     "unmeasured": functools.partial(block, "unmeasured", _gpu_tables.unmeasured, *micro_results()),
     "miniature": functools.partial(block, "miniature", _edit_tables.miniature, EDITS_ON_CPU),
+    "disks": functools.partial(block, "disks", disk.table, DISKS),
     "cpu": functools.partial(block, "cpu", cpu, CPU),
     "accuracy": functools.partial(block, "accuracy", packed, ACCURACY),
 }

@@ -55,22 +55,25 @@ def test_steps_are_timed_with_the_early_beginning_and_without(
     assert [*place.iterdir()] == []
 
 
-def test_a_step_takes_as_long_as_its_layers_where_files_take_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = SimpleNamespace(now=0.0)
+def test_a_gpu_of_the_clock_computes_while_the_host_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(now=1.0)
     monkeypatch.setattr(disk, "time", SimpleNamespace(
         perf_counter=lambda: clock.now, sleep=lambda seconds: setattr(clock, "now", clock.now + seconds)
     ))  # fmt: skip
-    gpu = disk.Clock()
-    gpu.computes(2)
-    assert clock.now == 2
-    clock.now += 1.5  # of a layer's two seconds the host uses some
-    gpu.computes(2)
-    assert clock.now == 4
-    clock.now += 3  # more than a layer
-    gpu.computes(2)
-    assert clock.now == 7
-    gpu.computes(2)
-    assert clock.now == 9
+    computing, copies = disk.Stream(), disk.Stream()
+    computing.computes(2)
+    first = computing.record_event()
+    computing.computes(2)
+    assert clock.now == 1
+    copies.wait_event(first)
+    copies.synchronize()  # no longer than the first layer takes
+    assert clock.now == 3
+    clock.now = 9  # the host is late, and the device has been idle
+    computing.computes(2)
+    copies.wait_stream(computing)
+    copies.record_event().synchronize()
+    first.synchronize()
+    assert clock.now == 11
 
 
 @pytest.mark.parametrize("writes", [disk.LEFT, disk.EARLY])
@@ -81,14 +84,14 @@ def test_what_is_left_to_the_system_is_not_begun_with(tmp_path: Path, begun: moc
 
 def test_rows_that_do_not_come_back_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, pieces = disk.step, [Piece(0, "blocks", 0, tensor) for tensor in "kv"]
-    with disk.clocked() as clock:
+    with disk.clocked() as gpu:
         shelf = shelf_of(Store(place="disk", folder=tmp_path))
         assert shelf is not None
         shelf.serve(torch.device("cuda"), [pieces[0].layer])
-        real(shelf, clock, 0, pieces, Rows(torch.zeros(1, 8, dtype=torch.uint8)), 0)
+        real(shelf, gpu, 0, pieces, Rows(torch.zeros(1, 8, dtype=torch.uint8)), 0)
         monkeypatch.setattr(shelf, "get", lambda piece: Rows(torch.zeros(1, 8, dtype=torch.uint8)))
         with pytest.raises(ValueError, match=r"0\.blocks\.0\.k of step 1 came back as \[0, 0\]"):
-            real(shelf, clock, 1, pieces, Rows(torch.zeros(1, 8, dtype=torch.uint8)), 0)
+            real(shelf, gpu, 1, pieces, Rows(torch.zeros(1, 8, dtype=torch.uint8)), 0)
         shelf.close()
 
 
