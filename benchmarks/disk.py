@@ -16,6 +16,8 @@ import statistics
 import sys
 import tempfile
 import time
+import weakref
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -124,19 +126,33 @@ class Stream:
         self.record_event().synchronize()
 
 
+class Memory:
+    """Gives the memory of tensors that are no more to the next ones of their size, as torch does on a GPU."""
+
+    def __init__(self) -> None:
+        self._free: defaultdict[tuple[torch.Size, torch.dtype], list[torch.Tensor]] = defaultdict(list)
+
+    def empty_like(self, tensor: torch.Tensor) -> torch.Tensor:
+        free = self._free[tensor.shape, tensor.dtype]
+        memory = free.pop() if free else torch.empty_like(tensor)
+        given = memory.detach()
+        weakref.finalize(given, free.append, memory)
+        return given
+
+
 @contextlib.contextmanager
 def clocked() -> Iterator[Stream]:
     """Inside, a clock is the CUDA device, and its memory is the host's; gives the stream that computes."""
-    computing, room_for = Stream(), transit.room_for
+    computing, memory = Stream(), Memory()
 
-    def room(rows: Rows, before: Rows | None, device: Any, *, pinned: bool = False) -> Rows:
-        return room_for(rows, before, torch.device("cpu"))
+    def room_for(rows: Rows, before: Rows | None, device: Any, *, pinned: bool = False) -> Rows:
+        return before if before is not None and transit.fits(rows, before) else rows.each(memory.empty_like)
 
     with (
         mock.patch.object(torch.cuda, "Stream", lambda device: Stream()),
         mock.patch.object(torch.cuda, "current_stream", lambda device: computing),
         mock.patch.object(torch.cuda, "stream", lambda stream: contextlib.nullcontext()),
-        mock.patch.object(transit, "room_for", room),
+        mock.patch.object(transit, "room_for", room_for),
     ):
         yield computing
 

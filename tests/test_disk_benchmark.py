@@ -76,6 +76,16 @@ def test_a_gpu_of_the_clock_computes_while_the_host_goes_on(monkeypatch: pytest.
     assert clock.now == 11
 
 
+def test_memory_that_nobody_has_any_more_is_given_again() -> None:
+    memory = disk.Memory()
+    one, two = (memory.empty_like(torch.zeros(3)) for _ in range(2))
+    addresses = one.data_ptr(), two.data_ptr()
+    assert addresses[0] != addresses[1]
+    del one
+    assert memory.empty_like(torch.zeros(4)).data_ptr() not in addresses
+    assert memory.empty_like(torch.zeros(3)).data_ptr() == addresses[0]
+
+
 @pytest.mark.parametrize("writes", [disk.LEFT, disk.EARLY])
 def test_what_is_left_to_the_system_is_not_begun_with(tmp_path: Path, begun: mock.Mock, writes: str) -> None:
     disk.measure(tmp_path, TINY, 1, writes)
