@@ -252,17 +252,17 @@ def table(path: Path) -> str:
         return NOT_YET
     with path.open(newline="", encoding="utf-8") as file:
         rows = [DiskRow(**line) for line in csv.DictReader(file)]
-    latest = {(row.disk_mb_s, row.file_system, row.shape, row.gib, row.writes): row for row in rows}.values()
+    latest = {(float(row.gib), -float(row.disk_mb_s), row.file_system, row.shape, row.writes): row for row in rows}
     times = lambda text: f"{float(text):.2f}"
     lines = [
-        (f"{row.file_system}, {row.disk_mb_s} MB/s", row.shape, f"{row.gib} GiB", f"{float(row.may_wait_gib):.1f} GiB",
-         row.writes, times(row.first_ratio), f"{times(row.locked_ratio)} (at most {times(row.slowest_ratio)})",
-         times(row.edit_ratio), row.note)
-        for row in latest
+        (f"{row.file_system}, {row.disk_mb_s} MB/s", f"{row.gib} GiB", f"{float(row.may_wait_gib):.1f} GiB", row.writes,
+         times(row.first_ratio), times(row.locked_ratio), times(row.slowest_ratio), times(row.edit_ratio),
+         ", ".join(share for share in row.note.split(", ") if not share.endswith(" 0%")))
+        for _, row in sorted(latest.items(), key=lambda each: each[0][:-1])
     ]  # fmt: skip
-    header = ["disk", "pace", "rows of a step", "may wait", "their writing is", "the first step", "the others"]
+    header = ["disk", "rows of a step", "may wait", "their writing is", "the first step", "the others", "the slowest"]
     made = markdown([*header, "an edit over plain", "the host"], lines)
-    return f"{'; '.join(dict.fromkeys(row.gpu for row in latest))}; torch {rows[-1].torch}.\n\n{made}"
+    return f"{'; '.join(dict.fromkeys(row.gpu for row in rows))}; torch {rows[-1].torch}.\n\n{made}"
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -35,7 +35,7 @@ COMMANDS = {  # what takes the rows of a table; the first has a column of them
     "larger places": EDITS.format("14b"), "misses": "python -m benchmarks --gpu",
     "unmeasured": "python -m benchmarks --gpu", "miniature": "python -m benchmarks.edit --out benchmarks/results",
     "cpu": f"pytest benchmarks --csv benchmarks/results/{CPU.name}",
-    "disks": "python -m benchmarks.disk FOLDER --gib 4 --out benchmarks/results",
+    "disks": "python -m benchmarks.disk FOLDER --gib 3 --out benchmarks/results",
     "accuracy": "python -m benchmarks.accuracy --out benchmarks/results",
 }  # fmt: skip
 

@@ -61,7 +61,8 @@ class Line(NamedTuple):
 
 def micro_results() -> list[Path]:
     """The files with rows of operators on GPUs."""
-    return sorted(path for path in RESULTS.glob("*.csv") if not path.name.startswith(("edit-", "cpu", "accuracy-")))
+    others = "edit-", "cpu", "accuracy-", "disk-"
+    return sorted(path for path in RESULTS.glob("*.csv") if not path.name.startswith(others))
 
 
 def rates(path: Path) -> Rates:

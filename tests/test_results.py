@@ -74,7 +74,7 @@ def test_every_table_names_the_command_behind_its_rows(name: str) -> None:
     (command,) = re.findall(r"^Rows by `(.+)`\.$", report.BLOCKS[name](), flags=re.MULTILINE)
     program, *words = command.removeprefix("python -m ").split(" ")
     known = {"benchmarks": "--gpu --core --only", "benchmarks.edit": "--gpu --shape --out", "pytest": "--csv",
-             "benchmarks.accuracy": "--out"}  # fmt: skip
+             "benchmarks.accuracy": "--out", "benchmarks.disk": "--gib --out"}  # fmt: skip
     assert {word for word in words if word.startswith("--")} <= {*known[program].split()}
     if "--only" in words:
         assert any(words[words.index("--only") + 1] in case.label for case in runner.CASES)
