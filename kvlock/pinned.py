@@ -8,6 +8,7 @@ import weakref
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
 
@@ -33,7 +34,8 @@ class PinnedMemory:
         """
         if not tensor.nbytes:
             return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-        with torch.inference_mode(False):  # a later call may be outside, and has to write to it
+        # A later call may be outside of an inference mode, and has to write to it.
+        with torch.inference_mode(False), record_function("kvlock::pin_memory"):
             memory = torch.frombuffer(_pages(tensor.nbytes), dtype=torch.uint8)
             memory.zero_()  # by all threads: a page is found when it is first touched
             pin(memory)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import record_function
 
 from kvlock import transit, write_back
 from kvlock.pinned import PinnedMemory
@@ -111,7 +112,8 @@ class HostShelf(Shelf):
     def _put(self, piece: Piece, rows: Rows) -> None:
         stream = self._copy_stream
         if stream is None:
-            transit.copy(rows, self._room_for(piece, rows), non_blocking=False)
+            with record_function("kvlock::write_rows"):
+                transit.copy(rows, self._room_for(piece, rows), non_blocking=False)
             return
         stream.wait_event(torch.cuda.current_stream(stream.device).record_event())
         with torch.cuda.stream(stream):  # after what it still reads of the last step

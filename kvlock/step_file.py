@@ -93,8 +93,8 @@ class StepWriter:
             file.seek(0)
             file.write((HEADER_BYTES - 8).to_bytes(8, "little") + header.ljust(HEADER_BYTES - 8))
             file.flush()
-            # A longer file that was here is cut. Linux waits for a page that is partly filled, also to cut nothing off,
-            # until it is on the disk, and so for all that is on its way there before it.
+            # A longer file that was here is cut, and no other: even where nothing is cut off, Linux waits for a last
+            # page that is partly filled to reach the disk, and with it for what is queued before it.
             if os.fstat(file.fileno()).st_size > HEADER_BYTES + self._end:
                 file.truncate(HEADER_BYTES + self._end)
             file.close()

@@ -62,9 +62,9 @@ class Store:
             rows of at most as many wait there for their copies. A CUDA device sends rows to a disk by way of pinned
             memory of three layers, and gets them by way of that of two; torch takes a power of two of bytes for each
             tensor. What a step takes on the host or the disk serves the next, and is given back when the session ends.
-            Compiled transformers need the device. A trace of `torch.profiler` shows what the host is busy with or waits
-            for there: ``kvlock::read_rows``, ``write_rows``, ``close_file``, ``wait_for_write``, ``wait_for_copy`` and,
-            of a recording, ``wait_for_checksum``.
+            Compiled transformers need the device. Traces of `torch.profiler` have names for the host's part:
+            ``kvlock::read_rows``, ``write_rows``, ``close_file``, ``pin_memory``, ``wait_for_write``, ``wait_for_copy``
+            and, of a recording, ``wait_for_checksum``.
         folder: where a ``"disk"`` store makes its temporary files; None is the system's own place for such files, which
             may be memory. A process that is killed leaves a folder ``.kvlock-*`` there.
 

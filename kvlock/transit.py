@@ -67,8 +67,9 @@ class Courier:
         before = {} if taken is None else taken.rows
         rows = {name: room_for(part, before.get(name), self.device) for name, part in source.items()}
         if self.stream is None:
-            for name, part in source.items():
-                copy(part, rows[name], non_blocking=False)
+            with record_function("kvlock::read_rows"):
+                for name, part in source.items():
+                    copy(part, rows[name], non_blocking=False)
             self._slots.append(_Slot(layer, rows, {}, None))
             return
         stage = {} if taken is None else taken.stage
@@ -102,7 +103,7 @@ def fits(rows: Rows, room: Rows) -> bool:
 
 
 def wait_for(copied: Any) -> None:
-    """Until a copy is over, whose event this is."""
+    """Until the copy of this event is over."""
     with record_function("kvlock::wait_for_copy"):
         copied.synchronize()
 
