@@ -225,7 +225,7 @@ def test_every_edit_above_its_target_says_what_it_spent_its_time_on(path: Path) 
     without = [row for row in above if not (row["note"].startswith("target") and "%" in row["note"])]
     on_disk = [(row["model"], row["mode"], row["note"]) for row in without]
     if path == _edit_rows.beside(report.H200):
-        text("This row has no profile, which its run left out.")
+        text("This row has no profile, which its run left out, and is of commit 9da34b5")
         assert on_disk == [("wan-14b, random", "store on disk, hooks", "target 1.22; not profiled")]
     else:
         assert on_disk == []
