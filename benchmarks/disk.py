@@ -29,18 +29,16 @@ from benchmarks import _edit_rows, _profile
 from benchmarks._clock import Stream, clocked, ends
 from benchmarks._edit_model import BRANCHES, SIZES
 from benchmarks._edits import named
-from benchmarks._gpu_tables import NOT_YET, markdown
 from benchmarks._harness import Results
 from benchmarks._machine import Machine
 from benchmarks._modes import KAPPA, MODES
-from benchmarks.roofline import RESULTS
 from kvlock import Store, write_back
 from kvlock.locked_layers import BEFORE_ROPE
 from kvlock.places import Shelf, shelf_of
 from kvlock.step_file import Piece
 from kvlock.store import Rows
 
-PACE = RESULTS / "edit-nvidia-h200.csv"
+PACE = Path(__file__).with_name("results") / "edit-nvidia-h200.csv"
 MODE = "store on disk, hooks"
 TARGET = MODES[MODE].target
 EARLY, LEFT = "begun early", "left to the system"
@@ -182,27 +180,6 @@ def row_of(pace: Pace, seconds: list[float]) -> DiskRow:
     )  # fmt: skip
 
 
-def table(path: Path) -> str:
-    """A line for each disk, size of a step and way to write; of what was measured twice the last."""
-    if not path.exists():
-        return NOT_YET
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = [DiskRow(**line) for line in csv.DictReader(file)]
-    latest = [*{(row.gpu, row.disk, row.shape, row.gib, row.writes): row for row in rows}.values()]
-    times = lambda text: f"{float(text):.2f}"
-    lines = [
-        (row.disk, f"{row.gib} GiB", times(row.disk_ratio), row.writes, times(row.first_ratio),
-         times(row.locked_ratio), times(row.slowest_ratio), f"{float(row.edit_ratio):.3f}",
-         f"{TARGET:.2f}, {'met' if float(row.edit_ratio) <= TARGET else 'missed'}",
-         ", ".join(share for share in row.note.split(", ") if not share.endswith(" 0%")))
-        for row in latest
-    ]  # fmt: skip
-    header = ["disk", "rows of a step", "its rate over a step's", "writing", "the first step", "the others"]
-    made = markdown([*header, "the slowest", "an edit over plain", "target", "the host's time"], lines)
-    of = dict.fromkeys(f"{row.gpu}, {row.cores} cores; {row.system}; torch {row.torch}" for row in latest)
-    return f"{'; '.join(of)}.\n\n{made}"
-
-
 def above_zero(kind: Callable[[str], float]) -> Callable[[str], float]:
     """For an option that wants a number above 0, of an int or a float."""
 
@@ -231,39 +208,56 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     pace = Pace.of(options.shape)
     pace = pace._replace(gib=options.gib or pace.gib)
-    said = csv.writer(sys.stdout)
+    try:
+        _measured(options, pace)
+    except OSError as error:
+        parser.error(f"{error.filename or options.out or options.folder}: {error.strerror}")
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def _measured(options: argparse.Namespace, pace: Pace) -> None:
+    """Print a row of each way to write, and add it to a file where one is wanted."""
+    said, wanted = csv.writer(sys.stdout), max(PROBE, pace.gib * 2**30) + SPARE
     with contextlib.ExitStack() as last_first:
         last_first.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(1)  # each copy; files have threads of their own
-        machine, wanted = Machine(options.commit, "cpu"), max(PROBE, pace.gib * 2**30) + SPARE
-        try:
-            results = options.out and last_first.enter_context(
-                Results(options.out / f"disk-{machine.file}", DiskRow._fields)
-            )
-            free = shutil.disk_usage(options.folder).free
-            if free < wanted:
-                raise ValueError(f"{options.folder} has {free / 2**30:.2f} GiB free; wanted {wanted / 2**30:.2f}")
-            found = rate(options.folder)
-            about = {
-                "disk": options.disk or str(options.folder), "shape": options.shape, "disk_mb_s": f"{found / 1e6:.1f}",
-                "disk_ratio": f"{found / pace.rate:.3f}", "cores": str(os.cpu_count()),
-                "may_wait_gib": f"{write_back.background_bytes() / 2**30:.2f}",
-                "system": f"{platform.system()} {platform.release()}",
-            }  # fmt: skip
-            said.writerow(DiskRow._fields[:MEASURED])
-            for writes in (LEFT, EARLY):
-                if hasattr(os, "sync"):
-                    os.sync()  # of what was written before this nothing waits
-                seconds, note = measure(options.folder, pace, options.steps, writes)
-                row = row_of(pace, seconds)._replace(writes=writes, note=note, **about, **machine.now())
-                said.writerow(row[:MEASURED])
-                sys.stdout.flush()
-                if results:
-                    results.write(row)
-        except OSError as error:
-            parser.error(f"cannot write to {error.filename or options.folder}: {error.strerror}")
-        except ValueError as error:
-            parser.error(str(error))
+        machine = Machine(options.commit, "cpu")
+        results = options.out and last_first.enter_context(
+            Results(options.out / f"disk-{machine.file}", DiskRow._fields)
+        )
+        found = _rate(options.folder, wanted)
+        about = {
+            "disk": options.disk or str(options.folder), "shape": options.shape, "disk_mb_s": f"{found / 1e6:.1f}",
+            "disk_ratio": f"{found / pace.rate:.3f}", "cores": str(os.cpu_count()),
+            "may_wait_gib": f"{write_back.background_bytes() / 2**30:.2f}",
+            "system": f"{platform.system()} {platform.release()}",
+        }  # fmt: skip
+        said.writerow(DiskRow._fields[:MEASURED])
+        for writes in (LEFT, EARLY):
+            if hasattr(os, "sync"):
+                os.sync()  # of what was written before this nothing waits
+            seconds, note = measure(options.folder, pace, options.steps, writes)
+            row = row_of(pace, seconds)._replace(writes=writes, note=note, **about, **machine.now())
+            said.writerow(row[:MEASURED])
+            sys.stdout.flush()
+            if results:
+                results.write(row)
+
+
+def _rate(folder: Path, wanted: float) -> float:
+    """As `rate`, of a folder with so many bytes free.
+
+    Raises:
+        ValueError: it has fewer, or nothing can be written there.
+    """
+    try:
+        free = shutil.disk_usage(folder).free
+        if free < wanted:
+            raise ValueError(f"{folder} has {free / 2**30:.2f} GiB free; wanted {wanted / 2**30:.2f}")
+        return rate(folder)
+    except OSError as error:
+        raise ValueError(f"cannot write to {folder}: {error.strerror}") from error
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import functools
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from benchmarks import _edit_tables, _gpu_tables, accuracy, disk
+from benchmarks import _disk_table, _edit_tables, _gpu_tables, accuracy
 from benchmarks._gpu_tables import NOT_YET, markdown
 from benchmarks._harness import Row, read
 from benchmarks.offline import END, README
@@ -94,7 +94,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     **{name: functools.partial(block, name, table, H200) for name, table in ON_A_GPU.items()},
     "unmeasured": functools.partial(block, "unmeasured", _gpu_tables.unmeasured, *micro_results()),
     "miniature": functools.partial(block, "miniature", _edit_tables.miniature, EDITS_ON_CPU),
-    "disks": functools.partial(block, "disks", disk.table, DISKS),
+    "disks": functools.partial(block, "disks", _disk_table.table, DISKS),
     "cpu": functools.partial(block, "cpu", cpu, CPU),
     "accuracy": functools.partial(block, "accuracy", packed, ACCURACY),
 }

@@ -1,15 +1,20 @@
 """The benchmark of rows on a disk, at a pace at which its times mean nothing."""
 
 import csv
+import itertools
 import math
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 
-from benchmarks import _clock, disk
+from benchmarks import _clock, _disk_table, disk
 from benchmarks._machine import Machine
 from benchmarks._modes import KAPPA
 from kvlock import Store, transit, write_back
@@ -56,6 +61,70 @@ def test_steps_are_timed_with_the_early_beginning_and_without(
         written = TINY.gib * 2**30 / TINY.locked
         assert float(row.disk_ratio) == pytest.approx(1e6 * float(row.disk_mb_s) / written, rel=0.1)
     assert [*place.iterdir()] == []
+
+
+def test_a_step_writes_all_layers_and_reads_them_twice_while_each_computes() -> None:
+    pieces, calls = [Piece(0, "blocks", block, tensor) for block in range(2) for tensor in "kv"], []
+    rows, kept = Rows(torch.zeros(1, 8, dtype=torch.uint8)), {}
+    gpu = SimpleNamespace(
+        computes=lambda seconds: calls.append(seconds), synchronize=lambda: calls.append("over"),
+    )  # fmt: skip
+
+    def put(piece: Piece, rows: Rows, point: str) -> None:
+        calls.append(("put", piece))
+        kept[piece] = Rows(rows.data.clone())
+
+    def get(piece: Piece) -> Rows:
+        calls.append(("get", piece))
+        return kept[piece]
+
+    shelf = SimpleNamespace(
+        turn_to=lambda number: calls.append(number), put=put, seal=lambda: calls.append("sealed"), get=get
+    )
+    disk.step(shelf, gpu, 7, pieces, rows, 8.0)
+    layers = lambda name: [call for k, v in (pieces[:2], pieces[2:]) for call in ((name, k), (name, v), 2.0)]
+    assert calls == [7, *layers("put"), "sealed", *layers("get"), *layers("get"), "over"]
+    of = {piece: kept[piece].data.tolist() for piece in pieces}
+    disk.step(shelf, gpu, 8, pieces, rows, 8.0)
+    marks = [*of.values(), *(kept[piece].data.tolist() for piece in pieces)]
+    assert all(one != other for one, other in itertools.combinations(marks, 2))  # of each piece and step its own
+
+
+def test_rows_have_the_size_that_was_asked_for_and_cannot_be_made_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Rows] = []
+    monkeypatch.setattr(disk, "step", lambda shelf, gpu, number, pieces, rows, plain: seen.append(rows))
+    disk.measure(Path(), TINY._replace(gib=2**-10), 1, disk.LEFT)
+    assert seen[0].bytes_kept == 2**20 // 6 and seen[0].data.unique().numel() == 256
+
+
+def test_the_first_step_is_not_in_the_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = []
+
+    def host(seen: Any, seconds: float) -> str:
+        counts.extend(event.count for event in seen.key_averages() if event.key == "kvlock::close_file")
+        return ""
+
+    monkeypatch.setattr(disk._profile, "host", host)
+    disk.measure(tmp_path, TINY, 3, disk.LEFT)
+    assert counts == [3 * 4]  # files of a step
+
+
+def test_the_rate_of_a_disk_is_that_of_a_file_written_over_until_it_is_there(
+    tmp_path: Path, begun: mock.Mock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk, "PROBE", 2**23)
+    clock = itertools.count()
+    monkeypatch.setattr(disk, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    with mock.patch.object(disk.os, "fsync") as fsync:
+        assert disk.rate(tmp_path) == 2**23
+    assert fsync.call_count == 2
+    assert [call.args[1:] for call in begun.call_args_list] == 2 * [(0, 2**22), (2**22, 2**22)]
+
+
+@pytest.mark.parametrize("name", ["triton", "matplotlib"])
+def test_it_needs_nothing_of_a_gpu_and_draws_nothing(name: str) -> None:
+    code = f"import sys; sys.modules[{name!r}] = None; import benchmarks.disk"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(disk.__file__).parents[1])
 
 
 @pytest.mark.parametrize("writes", [disk.LEFT, disk.EARLY])
@@ -151,7 +220,24 @@ def test_a_folder_that_is_not_there_is_an_error_with_its_name(
 ) -> None:
     with pytest.raises(SystemExit):
         disk.main([str(tmp_path / "none")])
-    assert f"cannot write to {tmp_path / 'none'}: No such file or directory" in capsys.readouterr().err
+    assert f"error: cannot write to {tmp_path / 'none'}: No such file or directory" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        disk.main([str(tmp_path / "file")])
+    assert f"error: cannot write to {tmp_path / 'file'}: Not a directory" in capsys.readouterr().err
+
+
+def test_a_file_of_rows_that_cannot_be_written_is_an_error_with_its_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        disk.main([str(tmp_path), "--out", str(tmp_path / "file")])
+    assert f"error: {tmp_path / 'file'}: File exists" in capsys.readouterr().err
+    with mock.patch.object(disk.Results, "__exit__", side_effect=OSError(28, "No space left on device")):
+        with pytest.raises(SystemExit):
+            disk.main([str(tmp_path), "--steps", "1", "--out", str(tmp_path)])
+    assert f"error: {tmp_path}: No space left on device" in capsys.readouterr().err
 
 
 def test_the_pace_is_that_of_the_rows_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,8 +253,8 @@ def test_of_a_disk_that_was_measured_twice_the_last_row_counts(tmp_path: Path) -
     path = tmp_path / "disk.csv"
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([disk.DiskRow._fields, *rows])
-    lines = [line.split(" | ") for line in disk.table(path).splitlines() if line.startswith(("| one", "| two"))]
+    lines = [line.split(" | ") for line in _disk_table.table(path).splitlines() if line.startswith(("| one", "| two"))]
     assert [(line[0], line[5], *line[7:]) for line in lines] == [
         ("| one", "1.10", "1.260", "1.22, missed", "a 3% |"), ("| two", "1.00", "1.200", "1.22, met", "a 3% |"),
     ]  # fmt: skip
-    assert disk.table(tmp_path / "none.csv") == "not yet measured"
+    assert _disk_table.table(tmp_path / "none.csv") == "not yet measured"
