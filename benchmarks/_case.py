@@ -61,7 +61,7 @@ class Rates(NamedTuple):
     products: float  # FLOP a second: near what cuDNN publishes for attention
 
 
-# By torch's name for a GPU: the cards for PCIe have other memory and less power, and nothing is assumed of them.
+# By torch's name for a GPU. Of another, predictions assume what its own copy and product of matrices reach.
 RATES = {"NVIDIA H100 80GB HBM3": Rates(3.0e12, 6.5e14), "NVIDIA H200": Rates(4.3e12, 7e14)}
 TARGET_GPU = "NVIDIA H200"  # what predictions are for where no GPU is asked for
 

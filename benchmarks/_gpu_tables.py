@@ -1,11 +1,13 @@
 """Tables of the operators measured on a GPU, from one file of results; what it lacks is predicted and said so."""
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks import figures, roofline
 from benchmarks.__main__ import CASES
-from benchmarks._case import SHAPES, WAN_1_3B_480P, Case, Shape
+from benchmarks._case import SHAPES, Case, Shape
+from benchmarks._harness import Key
 from benchmarks._model import predict
 from benchmarks.attention import HEADS, LENGTHS, TOKENS, serving
 from benchmarks.lerp import LOCK
@@ -13,16 +15,8 @@ from benchmarks.roofline import BY_KEY, Line
 
 PASS = "qk_norm_rope_kv_lerp_"
 CUDNN = "SDPA cuDNN"
-TARGETS = (  # operator, how its rows are stored, setting, and what was asked of it
-    ("kv_lerp_", "bf16", LOCK, "at least 85 % of the copy"),
-    ("pack_kv", "int8", "share 0.8", "at least 85 % of the copy"),
-    ("windowed_variance_", "", "10 slots", "at least 80 % of the copy"),
-    ("guided_velocity", "", "guidance 5 and 1.5", "at least 70 % of the copy"),
-    (PASS, "bf16", LOCK, "at most 1.15 times the same pass without the lock, and faster than the compiled sequence of "
-     "diffusers"),
-)  # fmt: skip
 RATED = (CUDNN, "SDPA FLASH", "FlexAttention", "SageAttention", "kvlock sm_90")
-RATE_TARGETS = {4096: "1.08", 32760: "1.02"}
+RATE_TARGETS = {4096: 1.08, 32760: 1.02}  # locked attention over plain cuDNN, by tokens
 SHORT = "at 4096 tokens: the start of a launch, which no prediction counts"
 PADDED = "not profiled; heads are padded to a power of two"
 NARROW = "D below 128, which is predicted by the rate of 128"
@@ -63,11 +57,17 @@ class Measured:
     def __init__(self, path: Path) -> None:
         self.gpu = roofline.rates(path)
         self._all = roofline.measured(path)
+        gpu = next(line.row.gpu for line in self._all if line.row)
+        self.name = re.sub(r"^NVIDIA | \d+GB.*$", "", gpu)  # as short as one says it
         self.lines = roofline.latest(self._all)
         self._latest = {line[:5]: line for line in self.lines}
 
     def line(self, op: str, provider: str, shape: str, source: str, setting: str) -> Line | None:
         return self._latest.get((op, provider, shape, source, setting))
+
+    def own(self, case: Case) -> Line | None:
+        """By what serves the operator of this package."""
+        return self._latest.get((case.op, "kvlock", case.shape.name, case.source, case.setting))
 
     def beside(self, line: Line | None, op: str, provider: str, source: str, setting: str) -> Line | None:
         """Another row at the same shape and of the same run."""
@@ -92,19 +92,10 @@ def times(line: Line | None, other: Line | None, digits: int = 2) -> str:
 
 
 def milliseconds(line: Line | None) -> str:
-    return NOT_YET if line is None or line.measured is None else f"{line.measured / 1e3:.2f} ms"
-
-
-def operators(path: Path) -> str:
-    """Those with a target, at the headline shape."""
-    found, lines = Measured(path), []
-    for op, source, setting, target in TARGETS:
-        line = found.line(op, "kvlock", WAN_1_3B_480P.name, source, setting)
-        guess = found.predicted(BY_KEY[op, WAN_1_3B_480P.name, source, setting], "kvlock")
-        time = NOT_YET if line is None else f"{line.measured:.1f} us"
-        share = f"{100 * float(line.row.share_of_copy):.0f} %" if line is not None and line.row is not None else ""
-        lines.append((f"`{op}`", target, f"{guess:.1f} us", time, share))
-    return markdown(["operator", "target", "predicted", "measured", "share of the copy"], lines)
+    """With as many digits as make a ratio of two of them that of the table."""
+    if line is None or line.measured is None:
+        return NOT_YET
+    return f"{line.measured / 1e3:.{2 if line.measured >= 1e3 else 3}f} ms"
 
 
 def lengths(heads: int) -> dict[int, Shape]:
@@ -129,8 +120,8 @@ def _rates(found: Measured, shape: Shape) -> tuple[str, ...]:
         times(locked, other).replace(NOT_YET, f"{NOT_YET} (predicted {guess / found.predicted(plain, by):.2f})")
         for other, by in ((alone, serving(shape)), (cudnn, CUDNN))
     ]
-    rates_, target = (_rate(found, plain, provider) for provider in RATED), RATE_TARGETS.get(shape.tokens, "")
-    return str(shape.heads), str(shape.tokens), *rates_, *over, target
+    rates_, most = (_rate(found, plain, provider) for provider in RATED), RATE_TARGETS.get(shape.tokens)
+    return str(shape.heads), str(shape.tokens), *rates_, *over, f"{most:.2f}" if most else ""
 
 
 def _rate(found: Measured, case: Case, provider: str) -> str:
@@ -177,7 +168,7 @@ def misses(path: Path) -> str:
         ["operator", "by", "rows that miss", "measured over predicted", "farthest", "why"],
         (
             (
-                f"`{op}`", provider, f"{len(missed)} of {len(group)}", _range([1 + line.missed for line in missed]),
+                f"`{op}`", provider, f"{len(missed)} of {len(group)}", between([1 + line.missed for line in missed]),
                 _named(max(missed, key=lambda line: abs(line.missed))), _cause(missed),
             )
             for (op, provider), group in groups.items()
@@ -189,7 +180,7 @@ def misses(path: Path) -> str:
         if line.provider not in ours and line.predictable:
             others.setdefault(line.provider, []).append(line)
     ranges = ", ".join(
-        f"{name} {_range([1 + line.missed for line in group])}"
+        f"{name} {between([1 + line.missed for line in group])}"
         for name, group in others.items()
         if any(line.flagged for line in group)
     )
@@ -213,23 +204,24 @@ def _named(line: Line) -> str:
     return f"{what}: {line.measured:.1f} us for {line.prediction.us:.1f}"
 
 
-def _range(values: list[float]) -> str:
-    least, most = f"{min(values):.2f}", f"{max(values):.2f}"
+def between(values: list[float], form: str = ".2f") -> str:
+    """The least and the most of them."""
+    least, most = format(min(values), form), format(max(values), form)
     return least if least == most else f"{least} to {most}"
 
 
 def unmeasured(*paths: Path) -> str:
-    """What the runner lists and no row of these files has, by operator: shapes, rows, settings and providers."""
+    """What the runner lists and no row of these files has, by operator: shapes, settings and providers without any."""
     seen = {line[:5] for path in paths for line in roofline.measured(path)}
-    listed: dict[str, list[tuple[str, ...]]] = {}
+    listed: dict[str, list[Key]] = {}
     for case in CASES:
-        for provider in case.providers:
-            listed.setdefault(case.op, []).append(case.row_key(provider))
+        listed.setdefault(case.op, []).extend(map(case.row_key, case.providers))
     lines = []
     for op, keys in listed.items():
         done = [key for key in keys if key in seen]
         missing = [dict.fromkeys(key[part] for key in keys if key[part] not in {one[part] for one in done})
-                   for part in (2, 3, 4, 1)]  # fmt: skip
-        cells = [", ".join(names) for names in missing] if done else ["all"] * 4
-        lines.append((f"`{op}`", f"{len(done)} of {len(keys)}", *(cell.replace(", ratio", " ratio") for cell in cells)))
-    return markdown(["operator", "rows measured", "no row of: shapes", "rows in", "settings", "providers"], lines)
+                   for part in (2, 4, 1)]  # fmt: skip
+        cells = [", ".join(names).replace(", ratio", " ratio") for names in missing] if done else ["all"] * 3
+        if len(done) < len(keys):
+            lines.append((f"`{op}`", f"{len(done)} of {len(keys)}", *cells))
+    return markdown(["operator", "rows measured", "no row of: shapes", "settings", "providers"], lines)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Self
 
 import torch
 
-from benchmarks._case import RATES, Case, Check, Inputs, NotInstalled, Products, Provider, Traffic, normal
+from benchmarks._case import RATES, Case, Check, Inputs, NotInstalled, Products, Provider, Rates, Traffic, normal
 from benchmarks._machine import Machine, libraries
 from benchmarks._model import predict
 
@@ -244,9 +244,9 @@ def rows(cases: Iterable[Case], machine: Machine, ceilings: Ceilings, device: st
 
     One whose library is not installed has no row.
     """
-    assumed = RATES.get(machine.gpu)
+    assumed = RATES.get(machine.gpu, Rates(ceilings.copy, ceilings.matmul))
     planned = [(case, provider) for case in cases for provider in case.providers]
-    predicted = [f"{predict(case, provider.name, assumed).us:.2f}" if assumed else "" for case, provider in planned]
+    predicted = [f"{predict(case, provider.name, assumed).us:.2f}" for case, provider in planned]
     plain: dict[tuple[str, str], float] = {}  # times of plain attention, by shape and provider
     for (case, provider), prediction in zip(planned, predicted, strict=True):
         try:

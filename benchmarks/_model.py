@@ -40,9 +40,9 @@ def predict(case: Case, provider: str, gpu: Rates) -> Prediction:
 
 def _products(case: Case, work: Products, provider: str, gpu: Rates) -> Prediction:
     if provider in PUBLISHED:
-        return Prediction(1e6 * work.amount / PUBLISHED[provider], "FLOP at the published rate")
+        return Prediction(1e6 * work.amount / min(PUBLISHED[provider], gpu.products), "FLOP at the published rate")
     if provider in SIMPLE_LOOPS:
-        loop = 1e6 * work.amount / SIMPLE_LOOP
+        loop = 1e6 * work.amount / min(SIMPLE_LOOP, gpu.products)
         if provider == "in loop":
             return Prediction(loop * MIXING, "FLOP in a simple loop, and the cycles of mixing")
         return Prediction(loop, "FLOP in a simple loop")

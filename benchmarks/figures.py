@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from benchmarks import _edit_rows, growth, roofline
-from benchmarks._case import RATES, WAN_1_3B_480P, Rates
+from benchmarks._case import WAN_1_3B_480P, Rates
 from benchmarks._harness import read
 from benchmarks._model import predict
 from benchmarks.lerp import LOCK, is_usual
@@ -24,11 +24,13 @@ LINES = {  # of the figure of attention: colour and marker
 
 
 def draw(path: Path) -> list[Path]:
-    """Writes the pictures of one file of results; none for a GPU whose rates are unknown."""
-    gpu = next((row.gpu for row in read(path) if row.gpu in RATES), None)
-    if gpu is None:
-        return []
-    assumed = RATES[gpu]
+    """Writes the pictures of one file of results.
+
+    Raises:
+        ValueError: as `roofline.rates`.
+    """
+    assumed = roofline.rates(path)
+    gpu = read(path)[0].gpu
     measured = roofline.measured(path)
     lines = roofline.latest(measured)
     edits = [edited.row for edited in _edit_rows.latest(_edit_rows.beside(path))]
@@ -119,7 +121,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.figures", description=__doc__)
     parser.add_argument("csv", nargs="*", type=Path, help="results of python -m benchmarks --gpu; by default all")
     for path in parser.parse_args(arguments).csv or roofline.micro_results():
-        print(*draw(path), sep="\n")
+        try:
+            print(*draw(path), sep="\n")
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
     return 0
 
 

@@ -26,7 +26,7 @@ from kvlock_kernels import _cuda
 ARCHS = (80, 89, 90)
 SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}  # bytes a program may have
 OFFLINE = tuple(case for case in CASES if case.offline)
-README = Path(__file__).with_name("README.md")
+README = Path(__file__).with_name("compiled.md")
 BEGIN, END = "<!-- begin: python -m benchmarks.offline --write -->", "<!-- end -->"
 
 

@@ -8,28 +8,32 @@ import functools
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from benchmarks import _disk_table, _edit_tables, _gpu_tables, accuracy
+from benchmarks import _disk_table, _edit_tables, _gpu_tables, _targets, accuracy
 from benchmarks._gpu_tables import NOT_YET, markdown
 from benchmarks._harness import Row, read
-from benchmarks.offline import END, README
+from benchmarks.offline import END
 from benchmarks.packing import CPU_TARGETS
 from benchmarks.roofline import RESULTS, micro_results
 
+README = Path(__file__).with_name("README.md")
 H200 = RESULTS / "nvidia-h200.csv"
+H100 = RESULTS / "nvidia-h100-80gb-hbm3.csv"
 CPU = RESULTS / "cpu-amd-epyc.csv"
 EDITS_ON_CPU = RESULTS / "edit-amd-epyc.csv"
 DISKS = RESULTS / "disk-amd-epyc.csv"
 ACCURACY = RESULTS / "accuracy-miniature.csv"
 ON_A_GPU: dict[str, Callable[[Path], str]] = {
-    "cost": _edit_tables.cost, "operators": _gpu_tables.operators, "rates": _gpu_tables.rate_table,
-    "models": _gpu_tables.models, "edits": _edit_tables.edits, "places": _edit_tables.places,
+    "cost": _edit_tables.cost, "targets": _targets.by_length, "operators": _targets.at_the_headline,
+    "rates": _gpu_tables.rate_table, "models": _gpu_tables.models, "edits": _edit_tables.edits,
+    "places": _edit_tables.places,
     "larger": functools.partial(_edit_tables.edits, shape="14b"),
     "larger places": functools.partial(_edit_tables.places, shape="14b"),
     "misses": _gpu_tables.misses, "unmeasured": _gpu_tables.unmeasured,
 }  # fmt: skip
 EDITS = "python -m benchmarks.edit --gpu --shape {} --out benchmarks/results"
 COMMANDS = {  # what takes the rows of a table; the first has a column of them
-    "operators": "python -m benchmarks --gpu --core", "rates": "python -m benchmarks --gpu --only attention",
+    "operators": "python -m benchmarks --gpu --core", "targets": "python -m benchmarks --gpu",
+    "rates": "python -m benchmarks --gpu --only attention",
     "models": "python -m benchmarks --gpu --only attention", "edits": EDITS.format("1.3b"),
     "places": EDITS.format("1.3b"), "larger": EDITS.format("14b"),
     "larger places": EDITS.format("14b"), "misses": "python -m benchmarks --gpu",
@@ -92,6 +96,7 @@ def block(name: str, table: Callable[..., str], *paths: Path) -> str:
 
 BLOCKS: dict[str, Callable[[], str]] = {
     **{name: functools.partial(block, name, table, H200) for name, table in ON_A_GPU.items()},
+    **{name: functools.partial(block, name, ON_A_GPU[name], H200, H100) for name in ("targets", "operators")},
     "unmeasured": functools.partial(block, "unmeasured", _gpu_tables.unmeasured, *micro_results()),
     "miniature": functools.partial(block, "miniature", _edit_tables.miniature, EDITS_ON_CPU),
     "disks": functools.partial(block, "disks", _disk_table.table, DISKS),

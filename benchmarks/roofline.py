@@ -24,6 +24,7 @@ MISS = 0.2  # of the prediction, either way
 LAUNCH_US = 1.0  # a call that would need less is all launch, of which predictions know nothing
 BY_KEY = {case.key: case for case in CASES}
 MODELS = {named(shape): shape for shape in SHAPES}
+CEILINGS = ("copy", "matmul")  # operators whose rows are what a GPU reaches
 A_STEP, LOCKED_STEP = "a step", "a locked step"
 
 
@@ -66,25 +67,25 @@ def micro_results() -> list[Path]:
 
 
 def rates(path: Path) -> Rates:
-    """What predictions assume of the GPU of a file.
+    """What predictions assume of the GPU of a file: where `RATES` does not know it, what its last ceilings reach.
 
     Raises:
-        ValueError: nothing is known of it.
+        ValueError: nor has the file rows of both.
     """
-    assumed = next((found for row in read(path) if (found := RATES.get(row.gpu))), None)
-    if assumed is None:
-        raise ValueError(f"{path}: no rates are known of its GPU")
-    return assumed
+    rows = read(path)
+    known = next((RATES[row.gpu] for row in rows if row.gpu in RATES), None)
+    reached = {row.op: 1e6 * float(row.work) / float(row.p50) for row in rows if row.op in CEILINGS and row.p50}
+    if known is None and len(reached) < len(CEILINGS):
+        raise ValueError(f"{path}: no rates are known of its GPU, and it lacks rows of {' and '.join(CEILINGS)}")
+    return known or Rates(reached["copy"], reached["matmul"])
 
 
 def measured(path: Path) -> list[Line]:
     """The timed rows of a file that have not failed since, with predictions. A run begins with the row of the copy."""
-    found, runs = [], 0
+    found, runs, gpu = [], 0, rates(path)
     for row in not_failed_since(read(path)):
-        gpu = RATES.get(row.gpu)
         runs += row.op == "copy"
-        if gpu is not None:
-            found.append(Line(*key(row), _prediction(row, gpu), float(row.p50), row, (runs, row.commit)))
+        found.append(Line(*key(row), _prediction(row, gpu), float(row.p50), row, (runs, row.commit)))
     return found
 
 

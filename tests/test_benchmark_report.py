@@ -8,7 +8,8 @@ import pytest
 from benchmark_readme import H100
 
 from benchmarks import __main__ as runner
-from benchmarks import _edit_rows, _gpu_tables, report, roofline
+from benchmarks import _edit_rows, _gpu_tables, _targets, report, roofline
+from benchmarks._case import WAN_1_3B_480P
 from benchmarks._edit_rows import EditRow
 from benchmarks._harness import Results, Row, read
 from benchmarks._modes import MODES
@@ -116,10 +117,33 @@ def test_each_command_of_the_first_table_measures_its_rows_and_little_else() -> 
 def test_no_ratio_is_made_of_two_runs(tmp_path: Path, core: list[Row]) -> None:
     alone = [row for row in core if row.op in ("copy", "kv_lerp_attention_")]
     locked, plain, cudnn = _gpu_tables.Measured(written(tmp_path, [*ROWS, *alone], [])).locked_and_plain(
-        _gpu_tables.WAN_1_3B_480P
+        WAN_1_3B_480P
     )
     assert locked is not None and locked.row is not None and locked.row.commit == "1234567"
     assert (plain, cudnn, _gpu_tables.times(locked, plain)) == (None, None, _gpu_tables.NOT_YET)
+
+
+def test_one_steady_row_that_misses_a_target_is_enough(tmp_path: Path) -> None:
+    own = [row for row in ROWS if (row.op, row.shape, row.provider) == ("kv_lerp_", "small-h12", "kvlock")]
+    rows = [*{row.source: row for row in own}.values()]
+    good = [row._replace(share_of_copy="0.9") for row in rows]
+    bad = rows[0]._replace(share_of_copy="0.5")
+    unsteady = rows[1]._replace(share_of_copy="0.4", p80=f"{2 * float(rows[1].p20)}")
+    for found, cell in (([*good, bad], "**50 to 90 %**"), (good, "90 %"), ([*good[:1], unsteady], "90 %")):
+        lines = _targets.by_length(written(tmp_path, found, [])).splitlines()
+        assert f"| `kv_lerp_`: at least 85 % of the copy | H100 | {cell} |" in "\n".join(lines)
+
+
+def test_a_ratio_of_a_row_that_is_not_steady_is_none_of_a_target(tmp_path: Path) -> None:
+    copies, plain, locked = (
+        [row for row in ROWS if row.op == "copy"],
+        [row for row in ROWS if (row.shape, row.provider) == ("small-h12", "SDPA cuDNN")],
+        [row for row in ROWS if (row.op, row.shape, row.provider) == ("kv_lerp_attention_", "small-h12", "kvlock")],
+    )
+    unsteady = [row._replace(p80=f"{2 * float(row.p20)}") for row in locked]
+    for number, (rows, cell) in enumerate(((locked, "**1."), (unsteady, "not yet measured (predicted 1."))):
+        path = written(tmp_path / f"{number}", [copies[-1], *plain, *rows], [])
+        assert _targets.by_length(path).splitlines()[2].split(" | ")[2].startswith(cell)
 
 
 def test_a_miss_without_a_cause_is_not_profiled(tmp_path: Path) -> None:
@@ -154,13 +178,17 @@ def test_another_gpu_gets_the_same_tables_from_its_own_rows(
     path = written(tmp_path, rows, [])
     report.main([str(path)])
     out = capsys.readouterr().out
-    assert "What an edit takes on this GPU is not yet measured." in out and "| 56.2 us | 86.1 us |" in out
+    assert "What an edit takes on this GPU is not yet measured." in out and "| 56.2 us | **86.1 us** |" in out
     with pytest.raises(SystemExit):
         report.main([str(path), "--write"])
     path.write_text(path.read_text(encoding="utf-8").replace("NVIDIA H200", "NVIDIA GeForce"), encoding="utf-8")
     with pytest.raises(SystemExit):
         report.main([str(path)])
     assert "no rates are known of its GPU" in capsys.readouterr().err
+    others = [row._replace(gpu="NVIDIA GeForce RTX 5090") for row in ROWS if row.op in ("copy", "matmul", "kv_lerp_")]
+    report.main([str(written(tmp_path / "another", others, []))])
+    out = capsys.readouterr().out
+    assert "| GeForce RTX 5090 |" in out and "| GeForce RTX 5090: measured |" in out and "NVIDIA" not in out
 
 
 def test_attention_on_a_cpu_is_said_beside_plain_attention_once_that_is_measured(tmp_path: Path) -> None:

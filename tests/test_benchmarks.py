@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend
 
 from benchmarks import __main__ as runner
 from benchmarks import _case, _harness, _machine, _model, attention, plain_attention
-from benchmarks._case import RATES, SHAPES, TINY, Case, Provider, Shape, Traffic
+from benchmarks._case import RATES, SHAPES, TINY, Case, Provider, Rates, Shape, Traffic
 from benchmarks._harness import Ceilings, Results, Row
 from kvlock_kernels import reference
 from kvlock_kernels._triton import attend, plain
@@ -260,12 +260,23 @@ def test_errors_of_guidance_are_those_of_the_velocity_too() -> None:
     assert check.passed and check.error > 1e-4 < check.relative  # it is rounded to bf16
 
 
-def test_a_gpu_of_unknown_rates_gets_no_prediction() -> None:
-    case = TINY_CASES["pack_kv-int8-share-0.8"]
-    machine = NoMachine()
+def test_a_row_of_another_gpu_is_predicted_by_what_that_gpu_reached() -> None:
+    machine, reached = NoMachine(), _harness.Ceilings(2e12, 3e14)
     machine.gpu = "NVIDIA GeForce"
-    (row,) = _harness.rows([dataclasses.replace(case, providers=(spoiled(case),))], machine, CEILINGS, "cpu")
-    assert row.predicted_us == ""
+    for case in (TINY_CASES["pack_kv-int8-share-0.8"], TINY_CASES["attention-bf16-no-rows"]):
+        fails = Provider("kvlock", lambda _: 1 / 0)  # a row is predicted before it is measured
+        (row,) = _harness.rows([dataclasses.replace(case, providers=(fails,))], machine, reached, "cpu")
+        work = case.work(case.shape)
+        least = 1e6 * work.amount / (reached.copy if work.unit == "GB/s" else reached.matmul)
+        assert row.status == "error" and row.predicted_us == f"{least:.2f}"
+
+
+def test_no_library_is_predicted_to_multiply_faster_than_its_gpu() -> None:
+    case = next(case for case in runner.CASES if case.op == "attention")
+    names = ("SDPA FLASH", "SageAttention", "one launch", "in loop", "SDPA cuDNN")
+    slow = {name: _model.predict(case, name, Rates(1e12, 1e14)).us for name in names}
+    assert {name for name in names if slow[name] == slow["SDPA cuDNN"]} == {*names} - {"in loop"}
+    assert slow["in loop"] == pytest.approx(slow["one launch"] * _model.MIXING)
 
 
 def test_a_row_says_whose_kernel_it_is_and_how_full_the_memory_was() -> None:

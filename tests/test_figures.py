@@ -90,11 +90,7 @@ def test_growth_has_a_predicted_line_and_only_measured_points() -> None:
                 if str(line.get_label()).startswith("measured")}  # fmt: skip
     assert measured == {0.8, 30, 15, 0.4}
     over_layers = dict(points(layers, "predicted, store, hooks"))
-    text(
-        "Measured over tokens are five lengths, and over layers all 30 and the first half of them.",
-        "In the other panels it is one setting: a share of 0.8, a kappa of 0.4.",
-        f"takes {half[0][1]:.2f} times as long as the plain pipeline ({over_layers[15]:.2f} is predicted).",
-    )
+    text(f"takes {half[0][1]:.2f} times as long as the plain pipeline ({over_layers[15]:.2f} is predicted):")
     line = dict(points(kappa, "predicted, store, hooks"))
     assert line[0.4] == pytest.approx(1.204, abs=1e-3)
     assert line[0.2] == pytest.approx((1 + line[0.4]) / 2)
@@ -143,22 +139,37 @@ def test_edits_of_another_model_are_no_points_of_this_one(lines: list[roofline.L
 
 
 @pytest.mark.smoke
-def test_pictures_are_written_beside_the_results_and_none_for_an_unknown_gpu(tmp_path: Path) -> None:
-    for name, gpu in (("known", read(H100)[1]), ("unknown", read(H100)[1]._replace(gpu="NVIDIA GeForce"))):
-        with Results(tmp_path / f"{name}.csv", Row._fields) as results:
-            results.write(gpu)
-    assert figures.draw(tmp_path / "unknown.csv") == []
-    drawn = figures.draw(tmp_path / "known.csv")
-    assert [path.name for path in drawn] == ["known-limit.png", "known-attention.png", "known-growth.png"]
-    for path in drawn:
-        with Image.open(path) as image:
-            assert image.info["Rows"] == figures.rows_of(tmp_path / "known.csv")
+@pytest.mark.parametrize("gpu", ["NVIDIA H100 80GB HBM3", "NVIDIA GeForce"])
+def test_pictures_are_written_beside_the_results_of_any_gpu(tmp_path: Path, gpu: str) -> None:
+    path = tmp_path / "gpu.csv"
+    with Results(path, Row._fields) as results:
+        for row in (row for row in read(H100) if row.op in ("copy", "matmul", "kv_lerp_")):
+            results.write(row._replace(gpu=gpu))
+    drawn = figures.draw(path)
+    assert [picture.name for picture in drawn] == ["gpu-limit.png", "gpu-attention.png", "gpu-growth.png"]
+    for picture in drawn:
+        with Image.open(picture) as image:
+            assert image.info["Rows"] == figures.rows_of(path)
+
+
+def test_no_picture_is_drawn_where_nothing_says_what_the_gpu_reaches(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "gpu.csv"
+    with Results(path, Row._fields) as results:
+        results.write(next(row for row in read(H100) if row.op == "copy")._replace(gpu="NVIDIA GeForce"))
+    for file in (path, tmp_path / "gone.csv"):
+        with pytest.raises(SystemExit):
+            figures.main([str(file)])
+    lacks, gone = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert "gpu.csv: no rates are known of its GPU, and it lacks rows of copy and matmul" in lacks
+    assert "gone.csv" in gone and [file.name for file in tmp_path.iterdir()] == ["gpu.csv"]
 
 
 @pytest.mark.parametrize("path", roofline.micro_results(), ids=lambda path: path.stem)
 def test_the_pictures_are_drawn_from_the_rows_beside_them(path: Path) -> None:
     pictures = sorted(path.parent.glob(f"{path.stem}-*.png"))
-    assert len(pictures) == (3 if roofline.measured(path) else 0)  # none of a GPU of unknown rates
+    assert len(pictures) == 3
     for picture in pictures:
         with Image.open(picture) as image:
             assert image.info.get("Rows") == figures.rows_of(path), "python -m benchmarks.figures"

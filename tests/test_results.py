@@ -203,3 +203,14 @@ def test_the_first_page_quotes_rows() -> None:
         f"its keys and values is {float(mixing.p50) / 1000:.2f}."
     )
     assert quoted in " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+
+
+def test_the_first_page_quotes_the_quality_of_the_miniature() -> None:
+    card = (ROOT / "kvlock" / "mini" / "weights" / "README.md").read_text(encoding="utf-8")
+    cells = {line.split(" | ")[0]: line.split(" | ")[-1] for line in card.splitlines() if line.endswith("dB |")}
+    vae, plain, locked = (value.removesuffix(" |") for value in (
+        next(cells[name] for name in cells if name.startswith("| VAE alone")),
+        cells["| `plain` (VACE inpainting)"], cells["| `kv-lock`"],
+    ))  # fmt: skip
+    said = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"the background is at {locked} with `kv-lock`, {plain} plain and {vae} for its VAE alone" in said

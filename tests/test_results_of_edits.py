@@ -117,13 +117,19 @@ def test_what_the_text_says_of_the_larger_model_on_disk_is_what_the_rows_say() -
     missed = [name for name in edits if name in MODES and float(edits[name].row.edit_ratio) > MODES[name].target]
     assert missed == ["store on disk, hooks"]
     row, plain = edits[missed[0]]
-    text(f"Rows of Wan 14B in bf16 on disk, {float(row.source_gib):.1f} GiB a step, cost an edit "
-         f"{float(row.edit_ratio):.2f} times the plain pipeline's time, where the target is 1.22; in int8 it is "
-         "met.")  # fmt: skip
+    assert row.commit == "9da34b5"
+    earlier = _edit_tables.edits_of(H100)["store on disk, hooks"].row
+    text(f"It takes {float(row.edit_ratio):.2f} with Wan 14B on the H200 and {float(earlier.edit_ratio):.2f} with Wan "
+         f"1.3B on the H100;", f"this step writes {float(row.source_gib):.1f} GiB.")  # fmt: skip
     faster = 2 * float(row.locked_step_s) / (1 + float(row.spread))
     edit = (0.6 * float(row.step_s) + 0.4 * faster) / float(plain.step_s)
-    text(f"one of the two steps of the median takes {faster:.2f} s (an edit of such steps would take {edit:.2f} times "
-         f"the plain pipeline's time), the other {float(row.spread):.2f} times as long.")  # fmt: skip
+    text(
+        f"Rows in bf16 miss the target, by one of two steps: it takes {float(row.spread):.2f} times as long as the "
+        f"other, whose {faster:.2f} s alone would make the edit {edit:.2f}. The run, of commit {row.commit}, left all "
+        "writing to Linux"
+    )
+    predicted = _edit_tables.foretold(MODES[missed[0]], edits, "14b", GPU)[1]
+    text(f"An edit with that is not yet measured on a GPU (predicted at least {predicted.edit_ratio:.2f}).")
     assert "store int8 on disk, hooks" in edits
 
 
@@ -135,6 +141,20 @@ def test_what_the_text_says_of_the_first_locked_step_is_what_the_rows_say() -> N
     assert all(longer(name) < 0.2 for name in rows if "int8 on" in name or "fp8 on" in name)
     text(f"From a recording in bf16 it takes {longer('recording, hooks'):.1f} s longer")
     assert longer("store, fused") > 0.2 > abs(longer("store, hooks"))  # whose kernels were compiled before
+
+
+def test_the_readme_says_which_modes_miss_their_target_with_their_first_locked_step() -> None:
+    missed = {}
+    for shape in ("1.3b", "14b"):
+        for name, (row, plain) in _edit_tables.edits_of(report.H200, shape).items():
+            if name in MODES and row.first_locked_s:
+                steps = 30 * float(row.step_s) + 19 * float(row.locked_step_s) + float(row.first_locked_s)
+                if (ratio := steps / 50 / float(plain.step_s)) > MODES[name].target >= float(row.edit_ratio):
+                    missed[shape, name] = f"{float(row.edit_ratio):.2f}", ratio
+    assert {*missed} == {("1.3b", "store, backend"), ("1.3b", "recording, hooks")}
+    (before, backend), (as_median, recorded) = missed.values()
+    text(f"in mode `store, backend` {backend:.2f} instead of {before} on the H200 ({backend:.3f}, where kernels were "
+         f"compiled in it) and one from a recording in bf16 {recorded:.2f} instead of {as_median} ({recorded:.3f})")
 
 
 def test_the_edits_of_the_smaller_model_are_of_one_run_and_agree_with_those_of_the_h100() -> None:
@@ -225,7 +245,7 @@ def test_every_edit_above_its_target_says_what_it_spent_its_time_on(path: Path) 
     without = [row for row in above if not (row["note"].startswith("target") and "%" in row["note"])]
     on_disk = [(row["model"], row["mode"], row["note"]) for row in without]
     if path == _edit_rows.beside(report.H200):
-        text("This row has no profile, which its run left out, and is of commit 9da34b5")
+        text("of commit 9da34b5, left all writing to Linux, and left out its profile.")
         assert on_disk == [("wan-14b, random", "store on disk, hooks", "target 1.22; not profiled")]
     else:
         assert on_disk == []
