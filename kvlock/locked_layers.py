@@ -64,7 +64,6 @@ class LockState:
         self.shelf = shelf  # where rows wait that do not stay with their layers
         self.full = full  # whether every ratio of the session is 1, so that no layer has to look
         self.index = index  # [rows] int32, background rows of the token axis
-        self.rows = len(index)
         self.num_tokens = num_tokens
         self.source_row = torch.full((num_tokens,), -1, dtype=torch.int32, device=index.device)  # the inverse of index
         self.source_row[index.long()] = torch.arange(len(index), dtype=torch.int32, device=index.device)
@@ -72,6 +71,11 @@ class LockState:
         self.order = torch.cat([index, self.foreground])  # [N] int32, all tokens, background first
         self.ratio = torch.empty(0)  # [B] fp32, refilled in place between steps
         self.source_batch = 1  # samples at the front of a batch in BATCH mode
+
+    @property
+    def rows(self) -> int:
+        """How many tokens are background; a size, because a compiled block has one graph for each value of a number."""
+        return self.index.shape[0]
 
 
 class Holder:

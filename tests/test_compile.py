@@ -8,7 +8,7 @@ import torch
 from diffusers import WanPipeline
 from torch._dynamo.utils import counters
 
-from kvlock import KVLockConfig, preset
+from kvlock import KVLockConfig, Masks, Store, attach, preset
 
 LAYERS, STEPS = 12, 4
 STORE = KVLockConfig(kappa=2, window=3, tau=0.6)
@@ -89,6 +89,32 @@ def test_a_first_run_inside_the_block_needs_no_more_graphs(eager, config, most):
     after, latents = new_graphs(lambda: tiny.call(pipe, steps=STEPS))
     assert after <= 1
     assert torch.equal(latents, eager[0])
+
+
+@pytest.mark.parametrize(
+    ("kernel", "rows"), [("hooks", "model"), ("hooks", "int8"), ("fused", "model"), ("backend", "model")]
+)
+def test_masks_of_other_sizes_cost_graphs_once(kernel, rows):
+    pipe, eager = tiny.pipeline(WanPipeline), tiny.pipeline(WanPipeline)
+    pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
+    sizes, found = set(), []
+    for columns in (1, 3, 5):
+        pixels = tiny.pixel_mask()
+        pixels[:, :16, : 16 * columns] = True
+        masks = Masks.from_pixels(pixels, pipe)
+        sizes.add(masks.background_rows)
+
+        def edit(pipe, masks=masks):
+            options = {"config": STORE, "source_prompt_embeds": tiny.SOURCE_PROMPT, "store": Store(rows)}
+            with attach(pipe, tiny.source_latents(), masks, kernel=kernel, **options) as session:
+                latents = tiny.call(pipe, steps=STEPS)
+            tiny.assert_locked(session.trace.rows(), STORE)
+            return latents
+
+        more, latents = new_graphs(lambda edit=edit: edit(pipe))
+        torch.testing.assert_close(latents, edit(eager), rtol=1e-5, atol=1e-5)
+        found.append(more)
+    assert len(sizes) == 3 and found[0] > 0 and found[2] == 0, found
 
 
 def test_preset_plain_adds_no_graph(eager):

@@ -70,9 +70,10 @@ def _tapped_class(plain_class: type[nn.Module]) -> type[nn.Module]:
     """The same class under another identity.
 
     Compiled graphs are guarded on the types of modules but not on their hooks: a graph made before the hooks came would
-    go on without them. A module of this type makes it compile, and its plain type brings the old graph back.
+    go on without them. A module of this type makes it compile, and its plain type brings the old graph back. The type
+    is one of this package, because tensors found in a module of torch's own have one graph for each of their sizes.
     """
-    return type(plain_class.__name__, (plain_class,), {"__module__": plain_class.__module__})
+    return type(plain_class.__name__, (plain_class,), {"__module__": __name__})
 
 
 class Taps(LockedLayers):
