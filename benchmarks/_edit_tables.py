@@ -62,8 +62,9 @@ def _sentence(edits: dict[str, Edited]) -> str:
     fused, hooks = edits[SHORTEST], edits[USUAL]
     ratios = [f"{float(edited.row.edit_ratio):.2f}" for edited in (fused, hooks)]
     return (
-        f"**An edit takes {ratios[0]} (`fused`) to {ratios[1]} (`hooks`) times as long as the plain pipeline, and "
-        f"{_more(hooks):.1f} GiB more memory**, on one {hooks.row.gpu}."
+        f"**An edit takes {ratios[0]} (`fused`) to {ratios[1]} (`hooks`, the default) times as long as the plain\n"
+        f"pipeline, and {_more(hooks):.1f} GiB more memory**: the shape of Wan 1.3B at 832x480, 81 frames, 40 % of\n"
+        f"the steps locked, on one {hooks.row.gpu}."
     )
 
 

@@ -66,7 +66,7 @@ def test_a_second_run_takes_the_place_of_the_first_with_its_own_plain_row(tmp_pa
     said = "a whole edit: store, hooks | {:.2f} s a step | {:.2f} s, locked {:.2f} s | **1.50**".format(*seconds)
     assert said in after["cost"]
     assert f"locked {float(fused.locked_step_s):.2f} s | **{float(fused.edit_ratio):.2f}**" in after["cost"]
-    assert f"{float(fused.edit_ratio):.2f} (`fused`) to 1.50 (`hooks`)" in after["cost"]
+    assert f"{float(fused.edit_ratio):.2f} (`fused`) to 1.50 (`hooks`, the default)" in after["cost"]
     own, cudnn, locked = (row for row in (last("attention", "kvlock sm_90"), last("attention", "SDPA cuDNN"),
                                           last("kv_lerp_attention_", "kvlock", "int8")))  # fmt: skip
     assert (
