@@ -30,8 +30,8 @@ class Session:
         guide, finish_step                              around scheduler.step
 
     Nothing in this loop reads a device tensor on the host, nor copies one to the device, but source rows where they go
-    to the host or the disk; where there is a recording, once a run the conditions and the initial noise; and the first
-    timestep of a pipeline that does not hand over the scheduler's own.
+    to the host or the disk; where there is a recording, once a run some values of the weights, the conditions and the
+    initial noise; and the first timestep of a pipeline that does not hand over the scheduler's own.
 
     Attributes:
         config: the settings.
@@ -46,7 +46,7 @@ class Session:
         source: Source,
         *,
         rows: LockedLayers,
-        check_layers: Callable[[], None],
+        check_model: Callable[[], None],
         guidance_of: Callable[[int], float],
         begin_index_of: Callable[[], int | None],
         starts_from_video: bool,
@@ -58,7 +58,7 @@ class Session:
         self.in_source_pass = False
         self.source = source
         self._rows = rows
-        self._check_layers = check_layers
+        self._check_model = check_model  # against the layers of attach and what source rows belong to
         self._guidance_of = guidance_of
         self._begin_index_of = begin_index_of
         self._starts_from_video = starts_from_video
@@ -220,7 +220,7 @@ class Session:
         if self._flow is None:
             raise ValueError("the scheduler has set no timesteps since attach; was pipe.scheduler replaced?")
         flow = self._flow
-        self._check_layers()
+        self._check_model()
         if x.device != self._timesteps.device:
             self.source.move(x.device)
             self._rows.to(x.device)

@@ -14,6 +14,7 @@ from recordings import CONFIG, STEPS, edit, make
 
 import kvlock
 from kvlock import KVLockConfig, Recording, Store
+from kvlock.adapters import belongings
 from kvlock.manifest import hash_of
 
 
@@ -193,6 +194,45 @@ def test_a_model_changed_afterwards_is_another_one(recording, change):
     change(pipe.transformer)
     with pytest.raises(ValueError, match=r"recorded with weights "):
         edit(pipe, recording=recording)
+
+
+def halve_the_precision(transformer: Any) -> None:
+    transformer.bfloat16()
+
+
+@pytest.mark.parametrize(
+    ("change", "field"), [(scale_a_weight, "weights"), (scale_an_adapter, "weights"), (halve_the_precision, "dtypes")]
+)
+def test_a_model_changed_inside_the_block_is_another_one_at_the_next_call(recording, change, field):
+    pipe = tiny.pipeline(WanVACEPipeline)
+    with kvlock.attach(pipe, tiny.source_latents(), tiny.masks(pipe), config=CONFIG, recording=recording):
+        tiny.call(pipe, steps=STEPS)
+        change(pipe.transformer)
+        pipe.transformer.blocks[0].register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
+        with pytest.raises(ValueError, match=rf"recorded with {field} "):
+            tiny.call(pipe, steps=STEPS)
+
+
+def test_a_recording_belongs_to_the_model_that_made_it_and_not_to_the_one_before_the_call(tmp_path):
+    pipe, options = tiny.pipeline(WanPipeline), {"config": CONFIG, "source_prompt_embeds": tiny.SOURCE_PROMPT}
+    with kvlock.record(pipe, tmp_path / "a", tiny.source_latents(), tiny.masks(pipe), **options):
+        pipe.transformer.load_state_dict(tiny.transformer(seed=3).state_dict())
+        tiny.call(pipe, steps=STEPS)
+    found = Recording(tmp_path / "a")
+    assert torch.equal(edit(pipe, recording=found)[0], edit(pipe)[0])
+    with pytest.raises(ValueError, match=r"recorded with weights "):
+        edit(tiny.pipeline(WanPipeline), recording=found)
+
+
+def test_weights_are_looked_at_once_a_run(monkeypatch, pipe, recording):
+    looked: list[Any] = []
+    original = belongings.fingerprint
+    monkeypatch.setattr(belongings, "fingerprint", lambda module: looked.append(module) or original(module))
+    with kvlock.attach(pipe, tiny.source_latents(), tiny.masks(pipe), config=CONFIG, recording=recording):
+        assert len(looked) == 1
+        for run in range(2):
+            tiny.call(pipe, steps=STEPS)
+            assert len(looked) == 2 + run
 
 
 def test_a_transformer_of_other_settings_is_refused_by_the_one_that_differs(recording):

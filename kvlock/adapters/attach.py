@@ -74,7 +74,8 @@ def attach(
         ValueError: an argument is of another type or holds NaN or infinity; the pipeline, its transformer, its
             scheduler or a setting is not supported, or `pipe` is attached already; or the kernel does not fit it; or
             the recording belongs to another model, schedule, size, mask or source, or a file of it is not what was
-            recorded. Inside the block: the transformer was changed in a way that the lock would not follow.
+            recorded. Inside the block: the transformer was changed in a way that the lock would not follow, or is not
+            the recording's any more.
         RuntimeError: ``kernel="backend"``, and the dispatcher of this diffusers has no place for it.
     """
     config = KVLockConfig() if config is None else config
@@ -163,13 +164,21 @@ def on_pipeline(
     state = LockState(masks.index, masks.num_tokens, full=full, store=store, shelf=shelf)
     lock = Lock(kernel, state, experts, config)
     if ledger is not None:
-        agree_on_model(ledger, pipe, [module for _, module in experts], kernel, point_of(kernel), config)
+        ledger.agree(point=point_of(kernel), kernel=kernel)
+        if isinstance(ledger, Recording):  # one in the making belongs to the model that makes it
+            agree_on_model(ledger, pipe, [module for _, module in experts], kernel, config)
         agree_on_source(ledger, source_latents, masks, source_prompt_embeds)
+
+    def check_model() -> None:
+        lock.require_same()
+        if ledger is not None:  # again, for weights may have changed since
+            agree_on_model(ledger, pipe, [module for _, module in experts], kernel, config)
+
     session = session_type(
         config,
         Source(masks, source_latents, source_prompt_embeds),
         rows=lock.layers,
-        check_layers=lock.require_same,
+        check_model=check_model,
         guidance_of=lambda expert: _guidance(pipe, expert, config),
         begin_index_of=lambda: getattr(pipe.scheduler, "begin_index", None),
         starts_from_video=is_one_of(pipe, STARTS_FROM_VIDEO),

@@ -27,10 +27,9 @@ def agree_on_model(
     pipe: Any,
     transformers: Sequence[nn.Module],
     kernel: str,
-    point: str,
     config: KVLockConfig,
 ) -> None:
-    """Transformers, layers, where in them rows are taken and by which kernel, and the scheduler.
+    """Transformers, the layers that are locked, and the scheduler; waits for a few values of all weights.
 
     A layer that the fused pass serves rounds otherwise than one it does not, also while the source runs: its layers are
     all the recorded ones, where other kernels may lock fewer.
@@ -43,11 +42,9 @@ def agree_on_model(
     ledger.agree(
         transformers=[type(module).__name__ for module in modules],
         dtypes=[str(module.dtype) for module in modules],
-        point=point,
     )
     keys = [(i, key) for i, module in enumerate(transformers) for key, _ in locked_attentions(module, config)]
     layers = [f"{i}.{key.stack}.{key.block}" for i, key in keys]
-    ledger.agree(kernel=kernel)
     if kernel == "fused":
         ledger.agree(layers=layers)
     else:

@@ -35,7 +35,8 @@ def record(
 
     The call is made as an edit would be, with the same conditions, size and steps; its transformer runs on the source
     in the steps that the config locks and not at all otherwise, and what it returns means nothing. The recording
-    appears at `path` when the block is left without an error, and not at all otherwise. Its noise is that of the call.
+    appears at `path` when the block is left without an error, and not at all otherwise. Its noise is that of the call,
+    and it belongs to the model as that was in the call.
 
     Args:
         path: a folder that is not there yet.
