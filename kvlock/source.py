@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,7 +12,7 @@ from kvlock.masks import Masks
 
 
 class Source:
-    """The source of an edit.
+    """The source of an edit: copies, for callers may go on with tensors of their own.
 
     Attributes:
         masks: what of it is locked.
@@ -18,9 +20,9 @@ class Source:
     """
 
     def __init__(self, masks: Masks, latents: Tensor, prompt_embeds: Tensor | None) -> None:
-        self.masks = masks
-        self.latents = latents
-        self._embeds = prompt_embeds
+        self.masks = copy.deepcopy(masks)
+        self.latents = latents.detach().to(torch.float32, copy=True)
+        self._embeds = None if prompt_embeds is None else prompt_embeds.detach().clone()
         self._device: torch.device | None = None  # where they all are
         self._padded: Tensor | None = None  # the prompt, as that of the latest call is: dtype and length
 
@@ -28,7 +30,7 @@ class Source:
         """Go to the device of a run, which waits for the copies."""
         if device == self._device:
             return
-        self.masks, self.latents = self.masks.to(device), self.latents.to(device, torch.float32)
+        self.masks, self.latents = self.masks.to(device), self.latents.to(device)
         if self._embeds is not None:
             self._embeds, self._padded = self._embeds.to(device), None
         self._device = device

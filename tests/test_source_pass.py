@@ -62,6 +62,18 @@ def counted(pipe: Any, session: Any) -> Iterator[dict[str, Counter[int]]]:
         yield ran
 
 
+@pytest.mark.parametrize("changed", ["latents", "prompt", "masks"])
+def test_what_the_caller_does_to_its_own_tensors_inside_the_block_changes_no_edit(changed):
+    pipe, config = tiny.pipeline(WanPipeline), KVLockConfig(**WINDOW, background_guidance=1.0, composite="latent")
+    expected, _ = edited(pipe, config)
+    latents, prompt, masks = tiny.source_latents(), tiny.SOURCE_PROMPT.clone(), tiny.masks(pipe)
+    own = {"latents": [latents], "prompt": [prompt], "masks": [masks.latent, masks.weight, masks.index]}
+    with kvlock.attach(pipe, latents, masks, config=config, source_prompt_embeds=prompt):
+        for tensor in own[changed]:
+            tensor.zero_()
+        assert torch.equal(tiny.call(pipe, steps=STEPS), expected)
+
+
 @pytest.fixture
 def to_the_end(monkeypatch):
     """Lets the source's forward run every block."""

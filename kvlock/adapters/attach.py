@@ -161,7 +161,8 @@ def on_pipeline(
     joint = family.joint_branches
     layout = Layout.of(masks.latent if family.token_grid else None)
     full = config.fusion == "full" and (config.branches == "both" or not joint)  # for each sample of a call
-    state = LockState(masks.index, masks.num_tokens, full=full, store=store, shelf=shelf)
+    source = Source(masks, source_latents, source_prompt_embeds)
+    state = LockState(source.masks.index, masks.num_tokens, full=full, store=store, shelf=shelf)
     lock = Lock(kernel, state, experts, config)
     if ledger is not None:
         ledger.agree(point=point_of(kernel), kernel=kernel)
@@ -176,7 +177,7 @@ def on_pipeline(
 
     session = session_type(
         config,
-        Source(masks, source_latents, source_prompt_embeds),
+        source,
         rows=lock.layers,
         check_model=check_model,
         guidance_of=lambda expert: _guidance(pipe, expert, config),
