@@ -255,6 +255,11 @@ REFUSALS = {
         {},
         r"WanTransformer3DModel.compile\(\) in place",
     ),
+    "double-precision": (
+        lambda pipe: pipe.transformer.double(),
+        {},
+        "transformer WanTransformer3DModel has dtype torch.float64; wanted torch.float32, torch.bfloat16 or torch.flo",
+    ),
     "a-layer-that-is-not-there": (
         None,
         {"config": KVLockConfig(layers=(0, 2))},

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from kvlock.config import KVLockConfig
@@ -131,6 +132,9 @@ def family_of(transformer: nn.Module) -> Family:
     name = type(module).__name__
     if name not in FAMILIES:
         raise ValueError(f"transformer {name} is not supported; supported transformers: {', '.join(FAMILIES)}")
+    if module.dtype == torch.float64:  # what it computes in: parts may be stored or kept in others
+        wanted = "torch.float32, torch.bfloat16 or torch.float16, which the operators take"
+        raise ValueError(f"transformer {name} has dtype {module.dtype}; wanted {wanted}")
     if getattr(transformer, "_compiled_call_impl", None) is not None:
         raise ValueError(
             f"{name}.compile() in place also compiles the hook that runs the source; "
