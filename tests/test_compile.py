@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import tiny
 import torch
 from diffusers import WanPipeline
 from torch._dynamo.utils import counters
 
+import kvlock
 from kvlock import KVLockConfig, Masks, Store, attach, preset
 
 LAYERS, STEPS = 12, 4
@@ -136,3 +139,41 @@ def test_a_transformer_compiled_as_a_whole_gives_the_same_latents():
         torch.testing.assert_close(latents, expected, rtol=1e-5, atol=1e-5)
     assert not counters["graph_break"], dict(counters["graph_break"])
     assert tiny.leftovers(pipe) == []
+
+
+def compile_whole(pipe: Any) -> None:
+    pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+
+
+def compile_in_place(pipe: Any) -> None:
+    pipe.transformer.compile(backend="eager")
+
+
+def put_another(pipe: Any) -> None:
+    pipe.transformer = tiny.transformer(seed=3)
+
+
+INSIDE = {
+    compile_whole: r"pipe.transformer has been replaced by OptimizedModule since attach; wanted the one that",
+    compile_in_place: r"WanTransformer3DModel.compile\(\) in place also compiles .*torch.compile.* before attach",
+    put_another: r"pipe.transformer has been replaced by WanTransformer3DModel since attach; wanted the one that",
+}
+
+
+@pytest.mark.parametrize("change", INSIDE)
+def test_a_transformer_that_the_lock_cannot_follow_is_refused_before_it_runs(change):
+    pipe = tiny.pipeline(WanPipeline)
+    attached = pipe.transformer
+    attached.blocks[0].register_forward_pre_hook(lambda *_: pytest.fail("the transformer ran"))
+    with kvlock.attach(pipe, tiny.source_latents(), tiny.masks(pipe), source_prompt_embeds=tiny.SOURCE_PROMPT):
+        change(pipe)
+        with pytest.raises(ValueError, match=INSIDE[change]):
+            tiny.call(pipe, steps=STEPS)
+    pipe.transformer = attached
+
+
+def test_blocks_compiled_inside_the_block_give_the_same_latents(eager):
+    pipe = tiny.pipeline(WanPipeline, layers=LAYERS)
+    with tiny.attached(pipe, STORE):
+        pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
+        torch.testing.assert_close(tiny.call(pipe, steps=STEPS), eager[1], rtol=1e-5, atol=1e-5)

@@ -145,8 +145,8 @@ def on_pipeline(
             f"masks were made with dilate_tokens={masks.dilate_tokens}, the config has {config.dilate_tokens}; "
             "wanted them alike"
         )
-    experts = [(0, pipe.transformer), (1, getattr(pipe, "transformer_2", None))]
-    experts = [(i, module) for i, module in experts if module is not None]
+    attached = {part: getattr(pipe, part, None) for part in ("transformer", "transformer_2")}
+    experts = [(i, module) for i, module in enumerate(attached.values()) if module is not None]
     if not experts:
         raise ValueError(f"{type(pipe).__name__} has no transformer; wanted one to lock")
     if len(experts) == 2 and experts[0][1] is experts[1][1]:
@@ -170,6 +170,14 @@ def on_pipeline(
             agree_on_model(ledger, pipe, [module for _, module in experts], kernel, config)
         agree_on_source(ledger, source_latents, masks, source_prompt_embeds)
 
+    def check_transformers() -> None:
+        for part, module in attached.items():
+            if (found := getattr(pipe, part, None)) is not module:
+                raise ValueError(
+                    f"pipe.{part} has been replaced by {type(found).__name__} since attach; wanted the one that was "
+                    "attached: leave the block, change or compile the model, then attach"
+                )
+
     def check_model() -> None:
         lock.require_same()
         if ledger is not None:  # again, for weights may have changed since
@@ -179,6 +187,7 @@ def on_pipeline(
         config,
         source,
         rows=lock.layers,
+        check_transformers=check_transformers,
         check_model=check_model,
         guidance_of=lambda expert: _guidance(pipe, expert, config),
         begin_index_of=lambda: getattr(pipe.scheduler, "begin_index", None),

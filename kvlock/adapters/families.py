@@ -137,8 +137,8 @@ def family_of(transformer: nn.Module) -> Family:
         raise ValueError(f"transformer {name} has dtype {module.dtype}; wanted {wanted}")
     if getattr(transformer, "_compiled_call_impl", None) is not None:
         raise ValueError(
-            f"{name}.compile() in place also compiles the hook that runs the source; "
-            "use pipe.transformer = torch.compile(pipe.transformer) or compile_repeated_blocks() instead"
+            f"{name}.compile() in place also compiles the hook that runs the source; use compile_repeated_blocks() "
+            "instead, or pipe.transformer = torch.compile(pipe.transformer) before attach"
         )
     if getattr(module, "is_cache_enabled", False) or _has_cache_hook(module):
         raise ValueError(f"{name} has a block cache enabled, which skips the blocks to lock; disable the cache first")
