@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -117,6 +118,10 @@ class KVLockPipeline:
         edited = result.float().cpu().movedim(1, -1).clamp(0, 1)
         if config.composite == "pixel":
             edited = torch.where(job.inside[..., None], edited, job.pixels)
+            session.trace.composite = "pixel"
+        if session.trace.composite != config.composite:
+            stopped = f"the run was stopped after {len(session.trace)} steps, before its last one"
+            warnings.warn(f'composite="{config.composite}" was not applied: {stopped}', stacklevel=3)
         return KVLockOutput(edited, session.trace, job.masks)
 
     @torch.no_grad()

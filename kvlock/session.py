@@ -203,7 +203,10 @@ class Session:
             warnings.warn(f"nothing was locked: {self._why_not(run)}", stacklevel=2)
         self.release()
         self._flow = self._run = None  # the next run sets its own timesteps, or its scheduler is not the one attached
-        return run.composite(latents) if self.config.composite == "latent" else latents
+        if self.config.composite != "latent":
+            return latents
+        self.trace.composite = "latent"
+        return run.composite(latents)
 
     def use_rows(self, rows: LockedLayers) -> None:
         """From the next call of the transformer on these rows are recorded and lerped, and the source runs for them."""

@@ -32,10 +32,16 @@ TENSORS = StepRecord._fields[StepRecord._fields.index("variance_masked") :]
 
 
 class Trace:
-    """The record of every step of the latest run, read only when asked for."""
+    """The record of every step of the latest run, read only when asked for.
+
+    Attributes:
+        config: the settings.
+        composite: the composite that was applied; "none" where the run was stopped before its last step.
+    """
 
     def __init__(self, config: KVLockConfig) -> None:
         self.config = config
+        self.composite = "none"
         self._records: list[StepRecord] = []
 
     def __len__(self) -> int:
@@ -46,6 +52,7 @@ class Trace:
 
     def clear(self) -> None:
         self._records.clear()
+        self.composite = "none"
 
     def rows(self) -> list[dict[str, Any]]:
         """Every step as plain Python values; per-sample quantities are lists of length B. One copy from the device."""
@@ -67,6 +74,7 @@ class Trace:
             "locked_steps": sum(row["locked"] for row in rows),
             "forwards": sum(row["forwards"] for row in rows),
             "peak_source_bytes": max((row["source_bytes"] for row in rows), default=0),
+            "composite": self.composite,
         }
         return {"version": 1, "config": self.config.to_dict(), "steps": rows, "summary": summary}
 

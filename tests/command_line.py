@@ -102,7 +102,7 @@ def no_denoising(monkeypatch):
         source, settings = task.source, task.settings | {"guidance_scale": args.guidance_scale}
         call = {"pipe": pipe, "config": config, "source": source, "seed": args.seed, "settings": settings}
         calls.append(SimpleNamespace(**call, kernel=kernel, store=store, recording=task.recording))
-        summary = {"forwards": 0, "steps": 9, "locked_steps": 4}
+        summary = {"forwards": 0, "steps": 9, "locked_steps": 4, "composite": config.composite}
         trace = SimpleNamespace(
             to_dict=lambda: {"version": 1, "config": config.to_dict(), "steps": [], "summary": summary}
         )

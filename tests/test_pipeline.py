@@ -95,7 +95,8 @@ def test_a_pixel_composite_is_the_source_outside_the_mask_bit_for_bit(pipe):
     out = edit(pipe, "fixed-0.5", composite="pixel")
     assert torch.equal(out.frames[~MASK], VIDEO[~MASK])
     assert not torch.equal(out.frames[MASK], VIDEO[MASK])
-    assert out.trace.to_dict()["config"]["composite"] == "pixel"
+    trace = out.trace.to_dict()
+    assert trace["config"]["composite"] == trace["summary"]["composite"] == "pixel"
 
 
 def test_a_latent_composite_changes_the_background_only_towards_the_source(pipe):
@@ -103,6 +104,21 @@ def test_a_latent_composite_changes_the_background_only_towards_the_source(pipe)
     round_trip = decode(pipe, encode(pipe, VIDEO.movedim(-1, 1) * 2 - 1)).movedim(1, -1) / 2 + 0.5
     far = lambda frames: (frames - round_trip)[~MASK].square().mean()
     assert far(pasted) < far(free)
+
+
+def test_a_run_that_is_stopped_has_no_latent_composite_and_says_so(pipe):
+    def stop(pipe, step, timestep, tensors):
+        pipe._interrupt = step == 3
+        return tensors
+
+    whole = edit(pipe, "fixed-0.5", composite="latent")
+    assert whole.trace.to_dict()["summary"]["composite"] == "latent"
+    message = 'composite="latent" was not applied: the run was stopped after 4 steps, before its last one'
+    with pytest.warns(UserWarning, match=message):
+        stopped = edit(pipe, "fixed-0.5", composite="latent", callback_on_step_end=stop)
+    assert torch.equal(stopped.frames, edit(pipe, "fixed-0.5", callback_on_step_end=stop).frames)
+    summary = stopped.trace.to_dict()["summary"]
+    assert (summary["steps"], summary["composite"]) == (4, "none")
 
 
 def test_reference_images_take_their_place_in_front_and_leave_the_video_length_alone(pipe):

@@ -115,6 +115,18 @@ def test_a_latent_composite_ends_on_the_source_outside_the_mask_bit_for_bit(wan,
     assert not torch.equal(free[~inside], tiny.source_latents()[~inside])
 
 
+def test_the_trace_says_a_composite_only_of_the_run_that_had_it(wan):
+    def stop(pipe, step, timestep, tensors):
+        pipe._interrupt = step == 3
+        return tensors
+
+    with tiny.attached(wan, KVLockConfig(kappa=3, tau=0.6, composite="latent")) as session:
+        tiny.call(wan, steps=STEPS)
+        assert session.trace.to_dict()["summary"]["composite"] == "latent"
+        tiny.call(wan, steps=STEPS, callback_on_step_end=stop)
+        assert session.trace.to_dict()["summary"]["composite"] == "none"
+
+
 class Syncs(TorchDispatchMode):
     """Counts the operators that make the host wait for a device, per step of the run."""
 

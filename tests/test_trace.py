@@ -55,12 +55,13 @@ def test_the_dictionary_is_json_with_settings_steps_and_totals(trace):
     assert found["version"] == 1
     assert found["config"] == KVLockConfig(kappa=3).to_dict()
     assert found["steps"] == trace.rows()
-    assert found["summary"] == {"steps": 3, "locked_steps": 2, "forwards": 9, "peak_source_bytes": 200}
+    totals = {"steps": 3, "locked_steps": 2, "forwards": 9, "peak_source_bytes": 200, "composite": "none"}
+    assert found["summary"] == totals
 
 
 def test_the_dictionary_of_an_empty_trace_has_zero_totals():
     summary = Trace(KVLockConfig()).to_dict()["summary"]
-    assert summary == {"steps": 0, "locked_steps": 0, "forwards": 0, "peak_source_bytes": 0}
+    assert summary == {"steps": 0, "locked_steps": 0, "forwards": 0, "peak_source_bytes": 0, "composite": "none"}
 
 
 def test_appending_reads_no_value_and_reading_stacks_before_it_copies(trace):

@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
 
         edits["plain"] = runs.denoise(pipe, preset("plain"), task, args)
     measures = measure(pipe, source, {name: edit.frames for name, edit in edits.items()})
-    trace = _trace_dict(args, config, edits[args.preset], measures, task, seconds)
+    trace = _trace_dict(args, edits[args.preset], measures, task, seconds)
     with outputs.staged(args.out.parent) as folder:
         _write(folder, args, config, source, edits, measures, trace)
     _print_summary(args, trace, measures)
@@ -91,7 +91,6 @@ def measure(pipe: Any, source: inputs.Source, edits: dict[str, Tensor]) -> dict[
 
 def _trace_dict(
     args: argparse.Namespace,
-    config: KVLockConfig,
     edit: KVLockOutput,
     measures: dict[str, BackgroundReport],
     task: runs.Task,
@@ -100,7 +99,6 @@ def _trace_dict(
     frames, height, width, _ = task.source.frames.shape
     trace = edit.trace.to_dict()
     trace["summary"] |= {
-        "composite": config.composite,
         "background": {name: report.to_dict() for name, report in measures.items()},
         "tokens": edit.masks.num_tokens,
         "background_rows": edit.masks.background_rows,
