@@ -53,7 +53,7 @@ class Cost(NamedTuple):
     tokens: int
     background_rows: int  # tokens whose K and V are locked
     steps: int  # that run
-    locked_steps: int  # steps on which the source runs as well
+    locked_steps: int  # steps on which the source runs as well, at most
     forwards_plain: int  # rows through the transformer without KV-Lock
     forwards: int  # the same with the source
     source_blocks: int  # main blocks that a forward of the source runs, all if offloaded; 0 without one
@@ -92,8 +92,9 @@ def estimate(
         forwards = 2 K + 2 L           source="batch": the source runs beside each branch and is never stored;
                                        once a step, 2 K + L, where a call of the transformer has both branches
 
-    A stored source runs up to the last main block that locks, and counts as a whole forward all the same. The rows of a
-    step take::
+    Where a second transformer takes over inside the window, its first two steps are among the L although they are not
+    locked with ``fusion="variance"``: the run has less of everything that counts them. A stored source runs up to the
+    last main block that locks, and counts as a whole forward all the same. The rows of a step take::
 
         bytes    = layers * 2 * rows * heads * head_dim * bytes_per_value, in 8 bits (head_dim + 4) for the last two
 

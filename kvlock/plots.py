@@ -182,10 +182,10 @@ def _series(trace: Mapping[str, Any], name: str) -> np.ndarray:
 
 def _shade_window(axes: Axes, trace: Mapping[str, Any]) -> Sequence[int]:
     """Shade the steps of the window; returns the step numbers."""
-    locked = [row["step"] for row in trace["steps"] if row["locked"]]
-    if locked:
-        label = f"the last {len(locked)} steps (κ)"
-        axes.axvspan(locked[0] - 0.5, locked[-1] + 0.5, color=SAND, linewidth=0, zorder=0, label=label)
+    window = [row["step"] for row in trace["steps"] if row["in_window"]]
+    if window:
+        label = f"the last {len(window)} steps (κ)"
+        axes.axvspan(window[0] - 0.5, window[-1] + 0.5, color=SAND, linewidth=0, zorder=0, label=label)
     return [row["step"] for row in trace["steps"]]
 
 

@@ -79,7 +79,7 @@ class Run:
         self.fusion_ratio = torch.full((batch,), fixed, device=device)
 
     @property
-    def locked(self) -> bool:
+    def in_window(self) -> bool:
         """Whether this step is inside the window in which the lock and a boosted guidance act."""
         return self.step in self.window
 
@@ -101,14 +101,14 @@ class Run:
     @property
     def guidance_scale(self) -> Tensor:
         """omega of this step inside the mask, [B] fp32."""
-        return self._boosted if self.locked and self.config.dynamic_guidance else self._base_guidance
+        return self._boosted if self.in_window and self.config.dynamic_guidance else self._base_guidance
 
     @property
     def keeps_pipeline_velocity(self) -> bool:
         """Whether the pipeline's own combination of the branches stands at this step."""
         config = self.config
         changed = config.optimized_scale or config.background_guidance is not None or config.guidance_scale is not None
-        changed = changed or (config.dynamic_guidance and self.locked)
+        changed = changed or (config.dynamic_guidance and self.in_window)
         return not self._zeroed and (not changed or len(self.outputs) < 2)
 
     @property
@@ -139,7 +139,7 @@ class Run:
                 f"{samples} videos in a call of the transformer that has both guidance branches; wanted one video"
             )
         self.branches = ("uncond", "cond") if branches == 2 else (("cond", "uncond")[len(self.outputs)],)
-        self.mixes = self.locked and self.has_ratio and any(map(self._locks, self.branches))
+        self.mixes = self.in_window and self.has_ratio and any(map(self._locks, self.branches))
         self.forwards += branches * samples
         self.extra_rows = 0
 

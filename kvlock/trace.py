@@ -16,7 +16,8 @@ class StepRecord(NamedTuple):
     step: int  # 0-based, of the run
     timestep: float
     sigma: float  # noise share
-    locked: bool  # inside the window in which the lock and a boosted guidance act
+    in_window: bool  # inside the window in which the lock and a boosted guidance act
+    locked: bool  # the source's rows were mixed into the edit's
     forwards: int  # samples the transformer was run on, source included
     source_bytes: int  # keys and values kept for this step
     variance_masked: Tensor  # of the configured clean prediction, inside the mask, after this step

@@ -8,7 +8,13 @@ from unittest import mock
 import pytest
 import tiny
 import torch
-from diffusers import WanTransformer3DModel, WanVACEPipeline, WanVACETransformer3DModel, WanVideoToVideoPipeline
+from diffusers import (
+    WanPipeline,
+    WanTransformer3DModel,
+    WanVACEPipeline,
+    WanVACETransformer3DModel,
+    WanVideoToVideoPipeline,
+)
 from matplotlib.figure import Figure
 
 from kvlock import cli, video
@@ -16,15 +22,12 @@ from kvlock.cli import runs
 from kvlock.mini import models, scenes
 
 
-def save_model(path, pipeline, transformer, **changes):
-    """A random pipeline on disk, with the miniature's words."""
+def save_model(path, pipeline, transformer, *, boundary=None, **changes):
+    """A random pipeline on disk, with the miniature's words; with a `boundary` a second transformer below it."""
     torch.manual_seed(0)
-    pipe = pipeline(
-        tokenizer=models.build_tokenizer(),
-        text_encoder=models.build_text_encoder(),
-        vae=tiny.vae(),
-        scheduler=models.build_scheduler(),
-        transformer=transformer(
+
+    def build():
+        return transformer(
             num_attention_heads=2,
             attention_head_dim=12,
             text_dim=models.TEXT_DIM,
@@ -32,7 +35,15 @@ def save_model(path, pipeline, transformer, **changes):
             num_layers=3,
             rope_max_seq_len=32,
             **changes,
-        ),
+        )
+
+    pipe = pipeline(
+        tokenizer=models.build_tokenizer(),
+        text_encoder=models.build_text_encoder(),
+        vae=tiny.vae(),
+        scheduler=models.build_scheduler(),
+        transformer=build(),
+        **({} if boundary is None else {"transformer_2": build(), "boundary_ratio": boundary}),
     )
     pipe.save_pretrained(path)
     return str(path)
@@ -49,6 +60,12 @@ def model(tmp_path_factory):
 def v2v_model(tmp_path_factory):
     """A tiny video-to-video model."""
     return save_model(tmp_path_factory.mktemp("v2v") / "tiny", WanVideoToVideoPipeline, WanTransformer3DModel)
+
+
+@pytest.fixture(scope="session")
+def two_experts(tmp_path_factory):
+    """A tiny model of two transformers; of 20 steps the second runs the last five."""
+    return save_model(tmp_path_factory.mktemp("two") / "tiny", WanPipeline, WanTransformer3DModel, boundary=0.55)
 
 
 @pytest.fixture

@@ -26,10 +26,12 @@ def test_percentiles_come_from_the_variances_of_the_plain_edit(kvlock, here, cli
     assert code == 0 and not any("error" in line for line in err)
     assert written(here) == []
     assert kvlock("edit", *where, *prompts, "--preset", "plain")[0] == 0
-    rows = json.loads((here / "kvlock-out/trace.json").read_text())["steps"]
-    locked = [row["step"] for row in rows if row["locked"]]
-    assert out[0] == f"steps       {len(rows)} without a lock; it would act in the last {len(locked)}"
-    steering = torch.tensor([rows[step - 1]["variance_masked"][0] for step in locked])
+    trace = json.loads((here / "kvlock-out/trace.json").read_text())
+    assert trace["summary"]["locked_steps"] == 0
+    rows = trace["steps"]
+    window = [row["step"] for row in rows if row["in_window"]]
+    assert out[0] == f"steps       {len(rows)} without a lock; it would act in the last {len(window)}"
+    steering = torch.tensor([rows[step - 1]["variance_masked"][0] for step in window])
     assert len(out) == 7
     for line, percentile in zip(out[2:], (10, 25, 50, 75, 90), strict=True):
         tau = float(torch.quantile(steering.double(), percentile / 100))

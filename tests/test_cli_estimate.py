@@ -64,6 +64,23 @@ def test_an_estimate_foretells_the_share_of_the_steps_that_video_to_video_runs(
     assert len(runs[0]._guided_history) == runs[0].config.window_steps(steps)
 
 
+@pytest.mark.parametrize("preset, unlocked", [("kv-lock", 2), ("fixed-0.5", 0)])
+def test_an_estimate_of_two_transformers_says_that_the_second_starts_without_a_lock(
+    kvlock, here, two_experts, clip, preset, unlocked
+):
+    video = ("--video", clip.video, "--mask", clip.mask)
+    where = (*video, "--model", two_experts, "--preset", preset, "--steps", 20)
+    printed = "\n".join(kvlock("estimate", *where)[1])
+    code, out, _ = kvlock("edit", *where, "--prompt", "a red circle", "--source-prompt", "a star")
+    assert code == 0
+    summary = traced(here)["summary"]
+    assert (summary["locked_steps"], summary["forwards"]) == (8 - unlocked, 48 - unlocked)
+    assert f"lock        locked {8 - unlocked} of 20 steps" in out
+    but = ", but not in the 2 after a change of transformer" if unlocked else ""
+    assert f"steps      20, the lock acts in the last 8{but} (preset {preset})" in printed
+    assert f"           {'up to ' if unlocked else ''}48 with it (1.20x), the source runs once a step" in printed
+
+
 @pytest.mark.parametrize("command", ["edit", "estimate", "calibrate"])
 def test_video_to_video_with_no_step_to_run_is_one_line(kvlock, here, v2v_model, clip, command):
     where = ["--video", clip.video, "--mask", clip.mask, "--model", v2v_model, "--steps", 1]

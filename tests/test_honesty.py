@@ -58,6 +58,7 @@ def test_locking_an_unconditional_branch_that_is_not_there_is_no_lock_and_says_s
     latents, rows, notices = run(wan, preset("full-lock", branches="uncond"), guidance_scale=1.0)
     assert torch.equal(latents, tiny.call(wan, steps=STEPS, guidance_scale=1.0))
     assert all(row["fusion_ratio"] == [0.0] and row["forwards"] == 1 for row in rows)
+    assert any(row["in_window"] for row in rows) and not any(row["locked"] for row in rows)
     assert notices == ['nothing was locked: branches="uncond", and this run has no unconditional branch']
 
 
@@ -128,8 +129,12 @@ def test_a_second_expert_keeps_no_rows_of_the_first_and_waits_for_two_prediction
     pipe.register_to_config(boundary_ratio=0.8)
     _, rows, _ = run(pipe, KVLockConfig(kappa=1.0, window=3, tau=1.0, alpha_min=0.3), steps=7)
     assert len({row["source_bytes"] for row in rows if row["fusion_ratio"][0] > 0}) == 1
-    after = [row["fusion_ratio"][0] for row in rows if row["timestep"] < 800]
-    assert after[:2] == [0.0, 0.0] and all(ratio >= 0.3 - 1e-6 for ratio in after[2:])
+    after = [row for row in rows if row["timestep"] < 800]
+    ratios = [row["fusion_ratio"][0] for row in after]
+    assert ratios[:2] == [0.0, 0.0] and all(ratio >= 0.3 - 1e-6 for ratio in ratios[2:])
+    assert all(row["in_window"] for row in after)
+    assert [row["locked"] for row in after] == [False, False] + [True] * (len(after) - 2)
+    assert all(row["forwards"] == 2 + row["locked"] for row in rows)
 
 
 def test_an_expert_too_short_for_a_variance_runs_no_source_and_says_so():

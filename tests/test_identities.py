@@ -53,7 +53,8 @@ def test_preset_plain_is_the_pipeline_bit_for_bit_and_is_traced(pipe_of, plain_o
     assert [row["variance_masked"][0] > 0 for row in trace] == [False] + [True] * (len(trace) - 1)
     for row in trace:
         assert (row["fusion_ratio"], row["guidance_scale"], row["s_star"]) == ([0.0], [5.0], [1.0])
-        assert (row["forwards"], row["source_bytes"]) == (2, 0)
+        assert (row["forwards"], row["source_bytes"], row["locked"]) == (2, 0, False)
+    assert any(row["in_window"] for row in trace)
 
 
 @pytest.mark.parametrize("source", ["store", "batch"])

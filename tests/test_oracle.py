@@ -102,7 +102,7 @@ def control_of(pipe, **extra) -> dict:
 
 def assert_agree(result: Result, latents: torch.Tensor, trace: list[dict]) -> None:
     torch.testing.assert_close(latents, result.latents, rtol=1e-5, atol=1e-5)
-    assert [row["locked"] for row in trace] == result.locked
+    assert [row["in_window"] for row in trace] == result.locked
     locked = torch.tensor(result.locked)[:, None]
     wanted = {
         "fusion_ratio": torch.stack(result.alpha) * locked,

@@ -16,7 +16,7 @@ def trace(num_steps=10, samples=1, **changes):
     steps = [
         {
             "step": k,
-            "locked": k in window,
+            "in_window": k in window,
             "variance_masked": [0.04 / (k or float("inf"))] * samples,
             "variance_global": [0.01 / (k or float("inf"))] * samples,
             "fusion_ratio": [0.5 if k in window else 0.0] * samples,
@@ -84,11 +84,11 @@ def test_the_bytes_plot_averages_over_the_steps_that_keep_something(tmp_path, dr
         trace(0),
         trace(1),
         trace(samples=2),
-        trace(locked=False, source_bytes=0),
+        trace(in_window=False, source_bytes=0),
         trace(variance_masked=[0.0], variance_global=[0.0]),
         trace(s_star=[None], fusion_ratio=[float("nan")]),
     ],
-    ids=["no-steps", "one-step", "two-samples", "never-locked", "no-variance", "gaps"],
+    ids=["no-steps", "one-step", "two-samples", "no-window", "no-variance", "gaps"],
 )
 def test_every_run_can_be_drawn(tmp_path, draw, run, recwarn):
     draw(run, tmp_path / "a.png")

@@ -73,6 +73,7 @@ def test_the_source_pass_runs_before_the_branches_on_the_noised_source_with_its_
         assert torch.equal(uncond["encoder_hidden_states"], tiny.PROMPT["negative_prompt_embeds"])
     assert next(found, None) is None
     assert [row["locked"] for row in trace] == [False, False, True, True, True]
+    assert [row["in_window"] for row in trace] == [row["locked"] for row in trace]
 
 
 def test_video_to_video_takes_the_noise_out_of_its_first_latents(v2v):

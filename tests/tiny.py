@@ -154,7 +154,7 @@ def assert_locked(trace: list[dict[str, Any]], config: KVLockConfig) -> None:
 
     A config that fixes alpha at 0 or 1, or switches the lock off, leaves no such step; every step then has that alpha.
     """
-    ratios = {ratio for row in trace if row["locked"] for ratio in row["fusion_ratio"]}
+    ratios = {ratio for row in trace if row["in_window"] for ratio in row["fusion_ratio"]}
     fixed = {"full": 1.0, "off": 0.0}.get(str(config.fusion), config.fusion)
     if fixed in (0.0, 1.0):
         assert ratios == {fixed}

@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
 
 def steering_variances(rows: list[dict[str, Any]]) -> list[float]:
     """The variance that each step of the window would be steered by: the masked one after the step before it."""
-    return [rows[row["step"] - 1]["variance_masked"][0] for row in rows if row["locked"]]
+    return [rows[row["step"] - 1]["variance_masked"][0] for row in rows if row["in_window"]]
 
 
 def proposals(variances: list[float]) -> list[tuple[int, float, float]]:

@@ -177,8 +177,7 @@ def _print_summary(args: argparse.Namespace, trace: dict[str, Any], measures: di
     for name, report in measures.items():
         label = "VAE alone" if name == "vae_round_trip" else name
         print(f"background  {_decibels(report)} ({label})")
-    locked = summary["locked_steps"] if trace["config"]["fusion"] != "off" else 0
-    print(f"lock        locked {locked} of {summary['steps']} steps")
+    print(f"lock        locked {summary['locked_steps']} of {summary['steps']} steps")
     print(f"composite   {summary['composite']}")
     rows = f"{summary['forwards']} rows through the transformer"
     print(f"time        {summary['seconds']:.1f} s for this edit, text encoder and VAE included: {rows}")

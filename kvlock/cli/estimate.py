@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ValueError: bad input.
     """
-    from kvlock.config import preset
+    from kvlock.config import MIN_HISTORY, preset
     from kvlock.cost import estimate
     from kvlock.store import PLACES, Store
 
@@ -76,6 +76,9 @@ def run(args: argparse.Namespace) -> None:
     )
     print(f"video      {video.frames} frames of {video.width}x{video.height}: {tokens} tokens, {rows} of them locked")
     acts = f"the lock acts in the last {stored.locked_steps}" if stored.locked_steps else "no lock"
+    most = ""
+    if stored.locked_steps and model.experts == 2 and config.fusion == "variance":
+        acts, most = f"{acts}, but not in the {MIN_HISTORY} after a change of transformer", "up to "
     part = f" of {args.steps} (strength {model.strength:g})" if start else ""
     print(f"steps      {stored.steps}{part}, {acts} (preset {args.preset})")
     print(f"forwards   {stored.forwards_plain} without KV-Lock")
@@ -87,7 +90,7 @@ def run(args: argparse.Namespace) -> None:
         return
     calls = "both branches" if model.sizes.joint_branches else "each branch"
     for cost, how in ((stored, "the source runs once a step"), (beside, f"source='batch': it runs beside {calls}")):
-        print(f"           {cost.forwards} with it ({cost.forwards / cost.forwards_plain:.2f}x), {how}")
+        print(f"           {most}{cost.forwards} with it ({cost.forwards / cost.forwards_plain:.2f}x), {how}")
     print(f"memory     {_bytes(stored.bytes_background)} of source K and V at a time, background rows in {dtype}")
     for rows_in in ("model", "int8"):
         if rows_in != "model":

@@ -24,6 +24,7 @@ class Model(NamedTuple):
     sizes: ModelSizes
     has_vace: bool
     frame_rate: float | None  # of a pipeline that is told of the video's: its default
+    experts: int  # transformers that share a run's steps: 1 or 2
     strength: float  # the share of its steps that the pipeline runs, the last ones: 1, or less from video to video
 
     def first_step(self, num_steps: int) -> int:
@@ -54,7 +55,8 @@ def describe(model: str | None) -> Model:
     from kvlock.cost import ModelSizes
     from kvlock.geometry import Geometry
 
-    pipeline = _read_json(_find(model, "model_index.json")).get("_class_name")
+    index = _read_json(_find(model, "model_index.json"))
+    pipeline = index.get("_class_name")
     if pipeline not in PIPELINES:
         raise ValueError(f"pipeline {pipeline} is not supported; supported pipelines: {', '.join(PIPELINES)}")
     transformer, vae = (_read_config(model, part) for part in ("transformer", "vae"))
@@ -70,6 +72,7 @@ def describe(model: str | None) -> Model:
         sizes=ModelSizes.of(transformer)._replace(joint_branches=FAMILIES[name].joint_branches),
         has_vace=getattr(transformer, "vace_layers", None) is not None,
         frame_rate=parameters["frame_rate"].default if "frame_rate" in parameters else None,
+        experts=1 if index.get("transformer_2") in (None, [None, None]) else 2,  # [null, null] is a part left out
         # What it takes where it is told none, as it is here.
         strength=parameters["strength"].default if pipeline in STARTS_FROM_VIDEO else 1.0,
     )
