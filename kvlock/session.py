@@ -182,6 +182,7 @@ class Session:
                 step=run.step - run.flow.start,
                 timestep=run.flow.timesteps[run.step],
                 sigma=run.flow.sigmas[run.step],
+                expert=run.expert,
                 in_window=run.in_window,
                 locked=run.mixed,
                 forwards=run.forwards,

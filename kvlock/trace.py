@@ -16,6 +16,7 @@ class StepRecord(NamedTuple):
     step: int  # 0-based, of the run
     timestep: float
     sigma: float  # noise share
+    expert: int  # which transformer ran: 0, or 1 for a pipeline's second one
     in_window: bool  # inside the window in which the lock and a boosted guidance act
     locked: bool  # the source's rows were mixed into the edit's
     forwards: int  # samples the transformer was run on, source included

@@ -40,6 +40,23 @@ def test_percentiles_come_from_the_variances_of_the_plain_edit(kvlock, here, cli
         assert (name, printed, label, full) == ("tau", float(f"{tau:.3g}"), percentile, f"{share:.0%}")
 
 
+def test_with_two_transformers_the_variances_are_those_of_the_steps_that_an_edit_locks(kvlock, here, clip, two_experts):
+    where = ("--video", clip.video, "--mask", clip.mask, "--model", two_experts, "--steps", 20, "--seed", 3)
+    prompts = ("--prompt", "a red circle", "--source-prompt", "a star")
+    code, out, _ = kvlock("calibrate", *where, *prompts)
+    assert code == 0
+    assert out[0] == "steps       20 without a lock; it would act in 6 of the last 8"
+    rows = {}
+    for name in ("plain", "kv-lock"):
+        assert kvlock("edit", *where, *prompts, "--preset", name, "--out", f"{name}/out.mp4")[0] == 0
+        rows[name] = json.loads((here / name / "trace.json").read_text())["steps"]
+    assert [row["expert"] for row in rows["plain"]] == [0] * 15 + [1] * 5
+    locked = [row["step"] for row in rows["kv-lock"] if row["locked"]]
+    steering = [rows["plain"][step - 1]["variance_masked"][0] for step in locked]
+    assert out[1].startswith(f"variance    {min(steering):.3g} to {max(steering):.3g} inside the mask")
+    assert [words(line)[1] for line in out[2:]] == [float(f"{tau:.3g}") for _, tau, _ in calibrate.proposals(steering)]
+
+
 def test_a_full_lock_is_that_of_the_schedule():
     torch.manual_seed(0)
     variances = torch.rand(20) / 100 + 1e-3
@@ -58,7 +75,7 @@ def test_a_run_too_short_for_a_window_is_one_line(kvlock, here, model, clip):
     where = ("--video", clip.video, "--mask", clip.mask, "--model", model, "--steps", 2, "--prompt", "a star")
     code, out, err = kvlock("calibrate", *where)
     assert (code, out) == (2, [])
-    assert err[-1] == "kvlock: error: none of the 2 steps lies in the lock's window; wanted more --steps"
+    assert err[-1] == "kvlock: error: the lock would act in none of the 2 steps; wanted more --steps"
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from kvlock.trace import TENSORS, StepRecord
 def record(step: int, batch: int = 2, **changes) -> StepRecord:
     values = {name: torch.arange(batch) + 10.0 * i + step for i, name in enumerate(TENSORS)}
     plain = {"step": step, "timestep": 900.0 - step, "sigma": 0.9, "in_window": True, "locked": step > 0}
-    plain["forwards"] = 2 + step
+    plain |= {"expert": 0, "forwards": 2 + step}
     return StepRecord(**(plain | {"source_bytes": 100 * step} | values | changes))
 
 

@@ -29,17 +29,25 @@ def run(args: argparse.Namespace) -> None:
     rows = runs.denoise(pipe, config, task, args).trace.rows()
     variances = steering_variances(rows)
     if not variances:
-        raise ValueError(f"none of the {len(rows)} steps lies in the lock's window; wanted more --steps")
-    count = len(variances)
-    print(f"steps       {len(rows)} without a lock; it would act in the last {count}")
+        raise ValueError(f"the lock would act in none of the {len(rows)} steps; wanted more --steps")
+    window, count = sum(row["in_window"] for row in rows), len(variances)
+    acts = f"the last {window}" if count == window else f"{count} of the last {window}"
+    print(f"steps       {len(rows)} without a lock; it would act in {acts}")
     print(f"variance    {min(variances):.3g} to {max(variances):.3g} inside the mask, before these steps")
     for percentile, tau, share in proposals(variances):
         print(f"tau         {tau:.3g} (percentile {percentile}): full lock in {share:.0%} of them")
 
 
 def steering_variances(rows: list[dict[str, Any]]) -> list[float]:
-    """The variance that each step of the window would be steered by: the masked one after the step before it."""
-    return [rows[row["step"] - 1]["variance_masked"][0] for row in rows if row["in_window"]]
+    """The variance that each step of the window would be steered by: the masked one after the step before it.
+
+    Steps before which their transformer made fewer than two predictions have none, and would not be locked.
+    """
+    return [
+        last["variance_masked"][0]
+        for before, last, row in zip(rows, rows[1:], rows[2:], strict=False)
+        if row["in_window"] and before["expert"] == last["expert"] == row["expert"]
+    ]
 
 
 def proposals(variances: list[float]) -> list[tuple[int, float, float]]:
