@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -75,6 +76,9 @@ def prepare(
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"num_inference_steps={steps!r} is not allowed; wanted an int >= 1")
     arguments = _accepted(pipe, pipeline_arguments, given) | _conditions(pipe, pixels, inside, references)
+    if "strength" in _parameters(pipe) and arguments.get("timesteps") is None:
+        strength = arguments.get("strength", _parameters(pipe)["strength"].default)
+        first_step(steps, strength, f"num_inference_steps={steps} at {strength=}")
     masks = Masks.from_pixels(
         inside, pipe, reference_frames=len(references), dilate_tokens=dilate_tokens
     )
@@ -112,6 +116,26 @@ def _pixels(video: Tensor) -> Tensor:
     if not (low >= 0 and high <= 1):
         raise ValueError(f"video has values from {low:g} to {high:g}; wanted floating point in [0, 1]")
     return video.cpu().float()
+
+
+def first_step(num_steps: int, strength: float, named: str) -> int:
+    """Index at which a pipeline that runs the last `strength` of `num_steps` enters them, counted as it does.
+
+    Args:
+        named: the settings, for the message.
+
+    Raises:
+        ValueError: no step is left.
+    """
+    if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 < strength < math.inf:
+        raise ValueError(f"strength={strength!r} is not allowed; wanted a number > 0")
+    first = num_steps - min(int(num_steps * strength), num_steps)
+    if first == num_steps:
+        raise ValueError(
+            f"{named} leaves none to a pipeline that runs the last {strength:g} of them; "
+            f"wanted {math.ceil(1 / strength)} or more"
+        )
+    return first
 
 
 def as_list(images: Any) -> list[Any]:

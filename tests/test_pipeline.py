@@ -129,8 +129,8 @@ def test_reference_images_take_their_place_in_front_and_leave_the_video_length_a
     assert int(out.masks.index.min()) >= out.masks.tokens[0].numel()
 
 
-@pytest.mark.parametrize("kind", [WanPipeline, WanVideoToVideoPipeline])
-def test_pipelines_without_a_mask_argument_edit_too(kind):
+def without_masks(kind):
+    """A pipeline that takes no mask, with the miniature's words."""
     mini = tiny.miniature()
     pipe = kind(
         tokenizer=mini.tokenizer,
@@ -140,6 +140,12 @@ def test_pipelines_without_a_mask_argument_edit_too(kind):
         transformer=tiny.transformer(text_dim=64),
     )
     pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("kind", [WanPipeline, WanVideoToVideoPipeline])
+def test_pipelines_without_a_mask_argument_edit_too(kind):
+    pipe = without_masks(kind)
     out = edit(pipe, "fixed-0.5")
     assert out.frames.shape == VIDEO.shape
     assert not torch.equal(out.frames, edit(pipe, "plain").frames)
@@ -283,3 +289,21 @@ def test_references_are_refused_where_the_pipeline_takes_none():
     image = PIL.Image.new("RGB", (32, 32))
     with pytest.raises(ValueError, match="takes no reference_images"):
         edit(pipe, "plain", reference_images=[image])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_inference_steps": 1}, "num_inference_steps=1 at strength=0.8 leaves none to .*; wanted 2 or more"),
+        ({"strength": 0.1}, "num_inference_steps=5 at strength=0.1 leaves none to .*; wanted 10 or more"),
+        ({"strength": 0}, "strength=0 is not allowed; wanted a number > 0"),
+        ({"strength": -0.5}, "strength=-0.5 is not allowed; wanted a number > 0"),
+        ({"strength": "all"}, "strength='all' is not allowed; wanted a number > 0"),
+    ],
+    ids=str,
+)
+def test_video_to_video_with_no_step_to_run_is_refused(settings, message):
+    pipe = without_masks(WanVideoToVideoPipeline)
+    with pytest.raises(ValueError, match=message):
+        edit(pipe, "plain", **settings)
+    assert edit(pipe, "plain", num_inference_steps=2).frames.shape == VIDEO.shape

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import math
 import re
 import warnings
 from pathlib import Path
@@ -28,18 +27,10 @@ class Model(NamedTuple):
     strength: float  # the share of its steps that the pipeline runs, the last ones: 1, or less from video to video
 
     def first_step(self, num_steps: int) -> int:
-        """Index at which the pipeline enters the scheduler's table of `num_steps`, counted as it does.
+        """Index at which the pipeline enters a table of `num_steps`; ValueError if no step is left."""
+        from kvlock.job import first_step
 
-        Raises:
-            ValueError: no step is left.
-        """
-        first = num_steps - min(int(num_steps * self.strength), num_steps)
-        if first == num_steps:
-            raise ValueError(
-                f"--steps {num_steps} leaves none to a pipeline that runs the last {self.strength:g} of them; "
-                f"wanted {math.ceil(1 / self.strength)} or more"
-            )
-        return first
+        return first_step(num_steps, self.strength, f"--steps {num_steps}")
 
 
 def describe(model: str | None) -> Model:
