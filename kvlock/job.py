@@ -8,12 +8,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from kvlock.adapters.families import PIPELINES
 from kvlock.adapters.vae import encode
 from kvlock.geometry import Geometry, latent_frames, legal_frames
 from kvlock.masks import Masks, binarize
+from kvlock.pictures import laid_on
 
 # Of the pipeline's call: they follow from the video and from what KVLockPipeline returns.
 OWN_ARGUMENTS = {"height", "width", "num_frames", "num_videos_per_prompt", "output_type", "return_dict"}
@@ -65,7 +67,7 @@ def prepare(
     for name, text in (("prompt", given["prompt"]), ("source_prompt", source_prompt)):
         if not isinstance(text, str):
             raise ValueError(f"{name} is a {type(text).__name__}; wanted one str")
-    references = as_list(reference_images)
+    references = references_of(reference_images)
     guidance_scale, generator, steps = (
         given[name] for name in ("guidance_scale", "generator", "num_inference_steps")
     )
@@ -138,10 +140,23 @@ def first_step(num_steps: int, strength: float, named: str) -> int:
     return first
 
 
-def as_list(images: Any) -> list[Any]:
-    if images is None:
-        return []
-    return list(images) if isinstance(images, list | tuple) else [images]
+def references_of(images: Any) -> list[Image.Image]:
+    """The reference images of one video, RGB: of one, of a list, or of a list in a list, as diffusers takes them.
+
+    A cut-out goes on white, with which the pipeline also surrounds a reference that does not fill the picture.
+
+    Raises:
+        ValueError: there is something else in them, or they are for several videos.
+    """
+    found = [] if images is None else list(images) if isinstance(images, list | tuple) else [images]
+    if found and all(isinstance(item, list | tuple) for item in found):
+        if len(found) > 1:
+            raise ValueError(f"reference_images has lists for {len(found)} videos; wanted one")
+        found = list(found[0])
+    for image in found:
+        if not isinstance(image, Image.Image):
+            raise ValueError(f"reference_images holds a {type(image).__name__}; wanted PIL images")
+    return [laid_on("white", image).convert("RGB") for image in found]
 
 
 def _parameters(pipe: Any) -> Mapping[str, inspect.Parameter]:

@@ -35,10 +35,13 @@ def read_picture(path: str | os.PathLike[str], *, background: str | None = None)
         raise ValueError(f"{path} is an animation of {count} pictures; wanted one, a folder of them or a video")
     if is_deep:
         raise ValueError(f"{path} has more than 8 bits a channel; wanted an 8-bit picture")
-    upright = upright.convert("RGBA")
-    if background is not None:
-        upright = Image.alpha_composite(Image.new("RGBA", upright.size, background), upright)
-    pixels = torch.from_numpy(np.array(upright))
+    opaque = upright.convert("RGBA") if background is None else laid_on(background, upright)
+    pixels = torch.from_numpy(np.array(opaque))
     if bool((pixels[..., 3] < 255).any()):
         raise ValueError(f"{path} is transparent in parts; wanted an opaque picture (a mask is white on black)")
     return pixels[..., :3].contiguous()
+
+
+def laid_on(colour: str, image: Image.Image) -> Image.Image:
+    """The picture with a colour behind its transparent parts, RGBA."""
+    return Image.alpha_composite(Image.new("RGBA", image.size, colour), image.convert("RGBA"))

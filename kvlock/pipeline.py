@@ -19,7 +19,7 @@ from kvlock.adapters.prompts import encode_prompt, notice_empty_prompt
 from kvlock.adapters.record import check_recordable, record
 from kvlock.adapters.vae import repair_stride
 from kvlock.config import KVLockConfig
-from kvlock.job import Job, as_list, prepare, sequence_length
+from kvlock.job import Job, prepare, references_of, sequence_length
 from kvlock.manifest import hash_of, short
 from kvlock.masks import Masks
 from kvlock.recorder import check_path
@@ -84,7 +84,7 @@ class KVLockPipeline:
             prompt: what the edited video shows.
             source_prompt: what the source shows; "" works and is noticed, a description locks better.
             negative_prompt: what to steer away from; None is the pipeline's own default.
-            reference_images: PIL images for VACE.
+            reference_images: PIL images for VACE; what is transparent in them goes on white.
             num_inference_steps: denoising steps, >= 1.
             guidance_scale: the pipeline's; above 1 it runs an unconditional branch, and the config's own
                 `guidance_scale`, where set, then takes its place.
@@ -186,8 +186,8 @@ class KVLockPipeline:
 
 
 def pictures(images: Any) -> list[Tensor]:
-    """The pixels of PIL images, [h, w, 3] uint8."""
-    return [torch.from_numpy(np.array(image.convert("RGB"))) for image in as_list(images)]
+    """The pixels of reference images, [h, w, 3] uint8."""
+    return [torch.from_numpy(np.array(image)) for image in references_of(images)]
 
 
 def hashes(job: Job, reference_images: Any) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from kvlock.mini.models import build_vae
 
 VIDEO = torch.rand(FRAMES, SIZE, SIZE, 3, generator=torch.Generator().manual_seed(0))
 MASK = tiny.pixel_mask()
+RED = PIL.Image.new("RGB", (32, 48), "red")
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +128,38 @@ def test_reference_images_take_their_place_in_front_and_leave_the_video_length_a
     assert out.frames.shape == VIDEO.shape
     assert out.masks.reference_frames == 1
     assert int(out.masks.index.min()) >= out.masks.tokens[0].numel()
+
+
+def test_a_cut_out_reference_is_laid_on_white(pipe, tmp_path):
+    cut_out, on_white = PIL.Image.new("RGBA", (48, 64), (200, 30, 30, 255)), PIL.Image.new("RGB", (48, 64), "white")
+    cut_out.paste((0, 0, 0, 0), (0, 0, 24, 64))
+    on_white.paste((200, 30, 30), (24, 0, 48, 64))
+    found, expected = (edit(pipe, "plain", reference_images=[image]).frames for image in (cut_out, on_white))
+    assert torch.equal(found, expected)
+    arguments = {"reference_images": [[cut_out]], "num_inference_steps": 3, "source_prompt": "a star"}
+    recording = kvlock.KVLockPipeline(pipe).record(tmp_path / "source", VIDEO, MASK, **arguments)
+    assert torch.equal(recording.inputs["reference_0"], torch.from_numpy(np.array(on_white)))
+
+
+def test_references_in_a_list_for_their_one_video_are_that_list(pipe):
+    flat, nested = (edit(pipe, "plain", reference_images=images) for images in ([RED, RED], [[RED, RED]]))
+    assert flat.masks.reference_frames == nested.masks.reference_frames == 2
+    assert torch.equal(nested.frames, flat.frames)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ([[RED], [RED]], "reference_images has lists for 2 videos; wanted one"),
+        ([RED, [RED]], "reference_images holds a list; wanted PIL images"),
+        ([[RED, np.array(RED)]], "reference_images holds a ndarray; wanted PIL images"),
+        ("red.png", "reference_images holds a str; wanted PIL images"),
+    ],
+    ids=["two-videos", "half-nested", "array", "path"],
+)
+def test_references_of_another_form_are_refused_by_name(pipe, images, message):
+    with pytest.raises(ValueError, match=message):
+        edit(pipe, "plain", reference_images=images)
 
 
 def without_masks(kind):

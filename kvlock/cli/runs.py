@@ -168,7 +168,7 @@ def read_references(args: argparse.Namespace) -> list[Any]:
 
     from kvlock.pictures import read_picture
 
-    # A cut-out goes on white, with which the pipeline also surrounds a reference that does not fill the picture.
+    # A cut-out goes on white, where KVLockPipeline lays it too.
     return [Image.fromarray(read_picture(path, background="white").numpy()) for path in args.reference or ()]
 
 
