@@ -221,9 +221,9 @@ class DiskShelf(FileShelf):
         super().__init__()
         try:
             self._folder = Path(tempfile.mkdtemp(prefix=".kvlock-", dir=folder)).absolute()
-        except OSError as error:
-            where = folder or tempfile.gettempdir()
-            raise ValueError(f"cannot write source rows to {where}: {error.strerror}") from error
+        except (OSError, ValueError) as error:  # a path with a null byte is no OSError
+            where, why = folder or tempfile.gettempdir(), getattr(error, "strerror", None) or error
+            raise ValueError(f"cannot write source rows to {where}: {why}") from error
         self._writers: dict[str, StepWriter] = {}  # by the name of the file
         self._step_bytes: float = math.inf  # of the last step; the first one may have any number
         self._outbox = Outbox()

@@ -88,6 +88,8 @@ class Store:
             raise ValueError(f"place={self.place!r} is not known; wanted one of {', '.join(map(repr, PLACES))}")
         if self.folder is not None and not isinstance(self.folder, str | Path):
             raise ValueError(f"folder={self.folder!r} is not allowed; wanted a path or None")
+        if self.folder == "":  # which would be the current folder, and is a variable that was not set
+            raise ValueError("folder='' names nothing; wanted a path or None")
         if self.folder is not None and self.place != "disk":
             raise ValueError(f"folder={str(self.folder)!r} has no effect with place={self.place!r}; leave it out")
 

@@ -215,11 +215,17 @@ def test_a_folder_that_is_not_there_is_named(pipes, tmp_path):
     assert tiny.leftovers(pipe) == []
 
 
+def test_a_folder_that_cannot_be_a_name_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"cannot write source rows to .*a\x00b: embedded null (byte|character)"):
+        places.shelf_of(Store(place="disk", folder=tmp_path / "a\0b"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"place": "gpu"}, "place='gpu' is not known; wanted one of 'device', 'host', 'disk'"),
         ({"place": "disk", "folder": 3}, "folder=3 is not allowed; wanted a path or None"),
+        ({"place": "disk", "folder": ""}, "folder='' names nothing; wanted a path or None"),
         ({"place": "host", "folder": "x"}, "folder='x' has no effect with place='host'; leave it out"),
     ],
 )
