@@ -223,14 +223,8 @@ def _read_folder(folder: Path) -> Tensor:
 
 def _decode(path: Path) -> Video:
     name = os.path.abspath(path)  # ffmpeg takes what stands before a colon in "12:30.mp4" for a protocol
-    try:
-        with_header = imageio_ffmpeg.read_frames(name)
-        meta = next(with_header)
-        with_header.close()
-    except Exception as error:  # the reader raises whatever its parsing of the header ran into
-        raise ValueError(f"cannot read {path} as a video") from error
-    width, height = meta["size"]
-    strict = ["-xerror", "-err_detect", "explode", "-i", name, "-map", "0:v:0"]
+    width, height, fps = _stated(path, name)
+    strict = ["-xerror", "-err_detect", "explode", "-i", name]
     # Passthrough: by default frames of a variable-rate video are dropped or repeated to make the rate constant.
     raw = ["-fps_mode", "passthrough", "-sws_flags", _ACCURATE, "-f", "rawvideo", "-pix_fmt", "rgb24", "pipe:1"]
     # Frames of another size would be resampled to that of the first. The crop is made anew for each size: it takes the
@@ -246,7 +240,24 @@ def _decode(path: Path) -> Video:
     if not decoded or len(decoded) % (width * height * 3):
         raise ValueError(f"cannot read {path} as a video: it has no frames of its stated size {width}x{height}")
     frames = torch.frombuffer(bytearray(decoded), dtype=torch.uint8).reshape(-1, height, width, 3)
-    return Video(frames, float(meta["fps"]) or DEFAULT_FPS)
+    return Video(frames, fps)
+
+
+def _stated(path: Path, name: str) -> tuple[int, int, float]:
+    """Width and height of a frame and the rate, as ffmpeg's log of the first frame states them.
+
+    Of several video streams it chooses what a player shows: the one that is marked as the default, a cover last.
+    """
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-hide_banner", "-nostats", "-i", name, "-frames:v", "1"]
+    done = subprocess.run([*command, "-f", "rawvideo", "pipe:1"], capture_output=True)
+    log = done.stderr.decode(errors="replace")
+    chosen = re.search(r"^ *Stream #0:(\d+) -> #0:0 ", log, re.M)
+    size = chosen and re.search(r"^ *Stream #0:0.* Video: .* (\d+)x(\d+)[, ]", log[chosen.end() :], re.M)
+    if not chosen or not size:
+        raise ValueError(f"cannot read {path} as a video")
+    rate = re.search(rf"^ *Stream #0:{chosen[1]}\D.* ([\d.]+)(k?) fps", log[: chosen.start()], re.M)
+    fps = float(rate[1]) * (1000 if rate[2] else 1) if rate else DEFAULT_FPS
+    return int(size[1]), int(size[2]), fps
 
 
 def _run_ffmpeg(arguments: list[str], path: Path, data: bytes | None = None) -> bytes:

@@ -22,6 +22,10 @@ def save(path, pixels):
     Image.fromarray(np.asarray(pixels, dtype=np.uint8)).save(path)
 
 
+def ffmpeg(*arguments):
+    subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-loglevel", "error", *arguments], check=True)
+
+
 @pytest.mark.parametrize("height, width", [(32, 48), (31, 48), (32, 47), (18, 94)])
 @pytest.mark.parametrize("num_frames", [1, 6])
 def test_a_written_video_has_the_same_frames_height_and_width(tmp_path, num_frames, height, width):
@@ -32,6 +36,29 @@ def test_a_written_video_has_the_same_frames_height_and_width(tmp_path, num_fram
     assert read.shape == frames.shape
     assert fps == 12.5
     assert (read.float() / 255 - frames).abs().mean() < 0.01
+
+
+@pytest.mark.parametrize("rate", [0.5, 29.97, 999, 1000, 1500, 100_000])
+def test_the_rate_comes_back(tmp_path, rate):  # ffmpeg writes 1000 as 1k
+    video.write_video(tmp_path / "a.mp4", smooth(), rate)
+    assert video.read_video(tmp_path / "a.mp4").fps == rate
+
+
+def test_a_video_without_a_rate_has_that_of_pictures(tmp_path):
+    save(tmp_path / "a.png", np.zeros((4, 6, 3)))
+    ffmpeg("-i", tmp_path / "a.png", "-c", "copy", "-disposition:v:0", "attached_pic", tmp_path / "a.m4v")
+    frames, fps = video.read_video(tmp_path / "a.m4v")
+    assert frames.shape == (1, 4, 6, 3) and fps == video.DEFAULT_FPS
+
+
+def test_of_several_streams_the_one_that_players_show_is_read(tmp_path):
+    video.write_video(tmp_path / "a.mp4", smooth(6, 32, 48), 12)
+    save(tmp_path / "cover.png", np.zeros((64, 96, 3)))
+    inputs = ["-i", tmp_path / "cover.png", "-i", tmp_path / "a.mp4", "-f", "lavfi", "-t", "1", "-i", "sine"]
+    options = ["-map", "0", "-map", "1", "-map", "2", "-c:v", "copy", "-disposition:v:1", "default"]
+    ffmpeg(*inputs, *options, tmp_path / "both.mkv")
+    frames, fps = video.read_video(tmp_path / "both.mkv")
+    assert torch.equal(frames, video.read_video(tmp_path / "a.mp4").frames) and fps == 12
 
 
 def test_colours_survive_within_two_levels(tmp_path):
@@ -126,8 +153,7 @@ def test_a_damaged_video_is_refused_rather_than_read_in_part(tmp_path):
 def stream(tmp_path, height, width):
     """The bytes of a raw H.264 stream, which can be put after one another."""
     video.write_video(tmp_path / "part.mp4", smooth(6, height, width), 8)
-    copy = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-loglevel", "error", "-i", tmp_path / "part.mp4", "-c", "copy"]
-    subprocess.run([*copy, tmp_path / "part.h264"], check=True)
+    ffmpeg("-i", tmp_path / "part.mp4", "-c", "copy", tmp_path / "part.h264")
     return (tmp_path / "part.h264").read_bytes()
 
 
