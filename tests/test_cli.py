@@ -42,6 +42,24 @@ def test_the_example_needs_no_file_and_writes_everything(kvlock, here, model, wr
     assert out[0].split() == ["wrote", "kvlock-out/out.mp4"]
 
 
+def test_files_of_an_earlier_example_are_kept_and_told_from_the_edit(kvlock, here, model, clip, no_denoising):
+    files = ("--video", clip.video, "--mask", clip.mask, "--model", model)
+    ours = ("edit", *files, "--prompt", "a star", "--source-prompt", "a circle")
+    (here / "kvlock-out").mkdir()
+    (here / "kvlock-out/mask.mp4").write_text("the user's own")
+    notices = [line for line in kvlock(*ours)[2] if "--example" in line]
+    assert notices == [] and (here / "kvlock-out/mask.mp4").read_text() == "the user's own"
+    assert not any("--example" in line for line in kvlock("edit", "--example", "--model", model)[2])
+    before = {path: path.read_bytes() for path in (here / "kvlock-out").iterdir() if path.name in edit.BESIDE_EXAMPLE}
+    code, _, err = kvlock(*ours)
+    assert code == 0 and err[-1] == (
+        "kvlock: source.mp4, mask.mp4, plain.mp4, comparison.png in kvlock-out are of an earlier edit --example, "
+        "not of this edit"
+    )
+    assert {path: path.read_bytes() for path in before} == before and len(before) == 4
+    assert not any("--example" in line for line in kvlock("mask", *files)[2])
+
+
 def test_the_estimate_foretells_the_run(kvlock, here, model, clip, written):
     where = ("--video", clip.video, "--mask", clip.mask, "--model", model, "--steps", 5)
     code, out, err = kvlock("estimate", *where)
