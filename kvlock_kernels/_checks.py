@@ -59,9 +59,22 @@ def check_broadcast(name: str, value: Tensor, shape: Shape) -> None:
 
 
 def check_writable(name: str, value: Tensor) -> None:
-    """Wants every element in its own place in memory."""
-    if any(stride == 0 and size > 1 for stride, size in zip(value.stride(), value.shape, strict=True)):
-        raise refuse(name, f"an expanded tensor with strides {list(value.stride())}", "one that can be written")
+    """Wants every element in its own place in memory: each step beyond all that the smaller ones reach together.
+
+    Slices, permutations and splits of such a tensor are such too. Strides that interleave without meeting, which only
+    `as_strided` makes, are refused as well.
+    """
+    if value.is_contiguous():
+        return
+    axes = [(stride, stride * (size - 1)) for stride, size in zip(value.stride(), value.shape, strict=True) if size > 1]
+    for stride, own in axes:  # each with all, because the compiler does not sort symbolic strides
+        reach = -own
+        for other, length in axes:
+            if other <= stride:
+                reach += length
+        if stride <= reach:
+            layout = f"shape {list(value.shape)} with strides {list(value.stride())}"
+            raise refuse(name, f"an expanded or overlapping tensor of {layout}", "one that can be written")
 
 
 def check_per_sample(name: str, value: Tensor, samples: int, like: Tensor) -> None:

@@ -63,7 +63,7 @@ class PackedRows(NamedTuple):
 
 
 def kv_lerp_(
-    x: Tensor,  # [B, N, H, D] or [B, N, C] floating, any strides, changed in place
+    x: Tensor,  # [B, N, H, D] or [B, N, C] floating, any strides that do not overlap, changed in place
     source: Tensor,  # [Bs, rows, H, D] or [Bs, rows, C] floating, float8_e4m3fn or int8; Bs is 1 or B
     index: Tensor,  # [rows] int32, no row twice
     ratio: Tensor,  # [B] fp32

@@ -1,5 +1,6 @@
 """kv_lerp_: source rows mixed into one tensor in place."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -189,6 +190,47 @@ def test_strided_tensors_give_the_bits_of_contiguous_ones(dtype: torch.dtype) ->
     x = heads_first.transpose(1, 2)
     expected = kv_lerp_(x.contiguous(), source, index, ratio)
     assert_bit_identical(kv_lerp_(x, source, index, ratio), expected)
+
+
+@pytest.mark.parametrize(
+    "shape, strides",
+    [
+        ((1, 4, 2, 4), (0, 2, 4, 1)),
+        ((2, 4, 2, 4), (24, 8, 4, 1)),
+        ((2, 4, 2, 4), (32, 8, 3, 1)),
+        ((2, 4, 2, 4), (32, 8, 4, 0)),
+        ((1, 4, 8), (0, 4, 1)),
+        ((2, 4, 8), (1, 8, 1)),
+    ],
+)
+def test_a_tensor_that_overlaps_itself_is_refused(shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
+    x = torch.zeros(64).as_strided(shape, strides)
+    with pytest.raises(ValueError, match="x: found an expanded or overlapping tensor"):
+        kv_lerp_(x, torch.ones(1, 4, *shape[2:]), int32(0, 1, 2, 3), torch.ones(shape[0]))
+    assert not x.any()
+
+
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {  # of [4, 6, 8, 10]
+    "permuted": lambda x: x.permute(3, 1, 0, 2),
+    "sliced": lambda x: x[::3, 1::2, ::2, 2:9:3],
+    "split": lambda x: x.unflatten(3, (2, 5))[:, 2].transpose(1, 3),
+    "diagonal": lambda x: x.diagonal(0, 1, 3).unflatten(2, (2, 3)),
+    "unfolded": lambda x: x[:, 2].unfold(2, 3, 3),
+    "one-of-an-axis": lambda x: x[:, :, :1].expand(4, 6, 1, 10).transpose(0, 3),
+    "empty": lambda x: x[:, :0].expand(4, 0, 8, 10),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+@pytest.mark.parametrize("compiles", [False, True], ids=["eager", "compiled"])
+def test_every_view_whose_elements_have_places_of_their_own_changes(
+    view: Callable[[Tensor], Tensor], compiles: bool
+) -> None:
+    torch.compiler.reset()
+    lerp = torch.compile(kv_lerp_, fullgraph=True, dynamic=True, backend="aot_eager") if compiles else kv_lerp_
+    x = view(normal(4, 6, 8, 10))
+    index, source = int32(*range(x.shape[1])), normal(*x.shape, seed=1)
+    assert_bit_identical(lerp(x, source, index, torch.ones(x.shape[0])), source)
 
 
 @each_layout
