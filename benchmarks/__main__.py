@@ -24,6 +24,7 @@ from benchmarks._harness import (
 from benchmarks._machine import lacking
 from benchmarks._model import predict
 from benchmarks.plain_attention import FORCED
+from kvlock.cli.signals import ends_when_unread
 
 CASES = (*lerp.CASES, *packing.CASES, *norm_rope.CASES, *variance.CASES, *guidance.CASES, *attention.CASES)
 
@@ -135,4 +136,5 @@ def measure(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with ends_when_unread():
+        sys.exit(main())

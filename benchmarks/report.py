@@ -14,6 +14,7 @@ from benchmarks._harness import Row, read
 from benchmarks.offline import END
 from benchmarks.packing import CPU_TARGETS
 from benchmarks.roofline import RESULTS, micro_results
+from kvlock.cli.signals import ends_when_unread
 
 README = Path(__file__).with_name("README.md")
 H200 = RESULTS / "nvidia-h200.csv"
@@ -139,4 +140,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with ends_when_unread():
+        main()

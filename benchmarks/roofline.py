@@ -18,6 +18,7 @@ from benchmarks._harness import Key, Row, is_steady, key, not_failed_since, read
 from benchmarks._model import Prediction, predict
 from benchmarks._modes import MODES
 from benchmarks.lerp import SHARE
+from kvlock.cli.signals import ends_when_unread
 
 RESULTS = Path(__file__).with_name("results")
 MISS = 0.2  # of the prediction, either way
@@ -196,4 +197,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with ends_when_unread():
+        sys.exit(main())

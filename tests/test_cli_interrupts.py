@@ -15,6 +15,8 @@ from kvlock.cli import edit, outputs
 
 pytest_plugins = ["command_line"]
 
+ROOT = Path(__file__).parent.parent
+
 
 def python(source):
     """Run a program in a fresh process, without the warnings that its libraries give."""
@@ -49,6 +51,18 @@ def test_ctrl_c_while_options_are_read_is_one_line(kvlock, monkeypatch):
 
     monkeypatch.setattr(cli, "build_parser", interrupt)
     assert kvlock("edit") == (130, [], ["kvlock: error: interrupted"])
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])
+@pytest.mark.parametrize("line", ["kvlock --version", "benchmarks", "benchmarks.report", "benchmarks.roofline"])
+def test_output_that_nobody_reads_ends_a_command_in_silence(line, unbuffered):
+    read, write = os.pipe()
+    os.close(read)  # as head does behind a pipe
+    command = [sys.executable, "-W", "ignore", "-m", *line.split()]
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    with open(write, "wb") as nobody:
+        done = subprocess.run(command, stdout=nobody, stderr=subprocess.PIPE, cwd=ROOT, env=environment, timeout=120)
+    assert (done.stderr, done.returncode) == (b"", 141)
 
 
 def now(number):

@@ -50,10 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0, or with one line on stderr 2 for bad input, 1 for too little memory, 130 for Ctrl-C, 143 for
-        SIGTERM.
+        SIGTERM. Where nobody reads on what it prints, 141 without a line.
     """
     try:
-        with signals.termination_raises(), warnings.catch_warnings():
+        with signals.ends_when_unread(), signals.termination_raises(), warnings.catch_warnings():
             warnings.showwarning = _show_warning
             arguments = build_parser().parse_args(argv)
             arguments.run(arguments)

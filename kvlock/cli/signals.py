@@ -1,9 +1,14 @@
-"""Ctrl-C and SIGTERM: both end a command by an exception, which waits while files are made, moved or removed."""
+"""Ctrl-C and SIGTERM: both end a command by an exception, which waits while files are made, moved or removed.
+
+A reader of its output that leaves, as `head` does, ends it as well.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any, NoReturn
@@ -33,6 +38,25 @@ def termination_raises() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def ends_when_unread() -> Iterator[None]:
+    """A command in the block whose output nobody reads any more, as behind ``| head``, ends in silence.
+
+    The signal itself, SIGPIPE, stays ignored: it would also end a process that feeds ffmpeg, when that fails.
+
+    Raises:
+        SystemExit: with what a shell reports for a program ended by SIGPIPE.
+    """
+    try:
+        try:
+            yield
+        finally:
+            print(end="", flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+        raise SystemExit(128 + signal.SIGPIPE) from None
 
 
 class Interrupts:
