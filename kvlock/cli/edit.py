@@ -66,6 +66,7 @@ def run(args: argparse.Namespace) -> None:
     with outputs.staged(args.out.parent) as folder:
         _write(folder, args, config, source, edits, measures, trace)
     _print_summary(args, trace, measures)
+    _tell_of_an_example(args)
 
 
 def _settings(args: argparse.Namespace) -> KVLockConfig:
@@ -181,3 +182,13 @@ def _print_summary(args: argparse.Namespace, trace: dict[str, Any], measures: di
     print(f"composite   {summary['composite']}")
     rows = f"{summary['forwards']} rows through the transformer"
     print(f"time        {summary['seconds']:.1f} s for this edit, text encoder and VAE included: {rows}")
+
+
+def _tell_of_an_example(args: argparse.Namespace) -> None:
+    """Says which files beside the edit are not its own, where all of an earlier example's are.
+
+    They stay: a name does not tell whose a file is.
+    """
+    folder, old = args.out.parent, [name for name in BESIDE_EXAMPLE if name != args.out.name]
+    if args.example is None and all((folder / name).exists() for name in old):
+        inputs.notice(f"{', '.join(old)} in {folder} are of an earlier edit --example, not of this edit")

@@ -54,8 +54,7 @@ def check(out: Path, beside: Sequence[str], inputs: Sequence[Path]) -> None:
 def staged(folder: Path) -> Iterator[Path]:
     """A temporary folder whose files move to `folder` when the block ends well, and vanish with it when it does not.
 
-    A signal that comes during the moves raises its exception after the last of them. What else is in `folder` stays: a
-    name does not tell whose a file is. Where it looks like a part of the results, a line says that it is none.
+    A signal that comes during the moves raises its exception after the last of them. What else is in `folder` stays.
 
     Raises:
         ValueError: something could not be written; the message names `folder`, not the temporary one.
@@ -65,21 +64,10 @@ def staged(folder: Path) -> Iterator[Path]:
             yield temporary
             interrupts.held = True
             folder.mkdir(parents=True, exist_ok=True)
-            written = sorted(temporary.iterdir())
-            for file in written:
+            for file in sorted(temporary.iterdir()):
                 os.replace(file, folder / file.name)
     except (ValueError, OSError) as error:
         raise ValueError(f"cannot write the results to {folder}: {error}") from error
-    _tell_of_an_example(folder, {file.name for file in written})
-
-
-def _tell_of_an_example(folder: Path, written: set[str]) -> None:
-    """Says which files beside those of an edit are not its own, where all of an example's are there."""
-    from kvlock.cli import edit, inputs
-
-    old = [name for name in edit.BESIDE_EXAMPLE if name not in written]
-    if old and written.issuperset(edit.BESIDE) and all((folder / name).exists() for name in old):
-        inputs.notice(f"{', '.join(old)} in {folder} are of an earlier edit --example, not of this edit")
 
 
 @contextlib.contextmanager
