@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tiny
 import torch
 from diffusers import WanPipeline, WanVACEPipeline
+from diffusers.hooks import HookRegistry
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import nn
 from torch._dynamo.utils import counters
@@ -227,7 +227,7 @@ def test_an_unknown_kernel_is_refused_with_the_known_ones(pipes):
         (lambda attn: setattr(attn, "norm_q", nn.RMSNorm(24, elementwise_affine=False)), "norm_q is RMSNorm"),
         (lambda attn: setattr(attn.norm_q, "eps", None), "eps None"),
         (lambda attn: setattr(attn.norm_k, "eps", 1e-3), "eps 1e-06 and 0.001"),
-        (lambda attn: setattr(attn.norm_k, "_diffusers_hook", SimpleNamespace(hooks={})), "norm_k has hooks"),
+        (lambda attn: HookRegistry.check_if_exists_or_initialize(attn.norm_k), "norm_k has hooks"),
         (lambda attn: attn.norm_q.register_forward_hook(print), "norm_q has hooks"),
         (lambda attn: setattr(attn.processor, "_parallel_config", object()), "split over several devices"),
     ],
