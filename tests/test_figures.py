@@ -138,8 +138,7 @@ def test_edits_of_another_model_are_no_points_of_this_one(lines: list[roofline.L
     assert drawn[0] == drawn[1]
 
 
-@pytest.mark.smoke
-@pytest.mark.parametrize("gpu", ["NVIDIA H100 80GB HBM3", "NVIDIA GeForce"])
+@pytest.mark.parametrize("gpu", [pytest.param("NVIDIA H100 80GB HBM3", marks=pytest.mark.smoke), "NVIDIA GeForce"])
 def test_pictures_are_written_beside_the_results_of_any_gpu(tmp_path: Path, gpu: str) -> None:
     path = tmp_path / "gpu.csv"
     with Results(path, Row._fields) as results:

@@ -160,7 +160,7 @@ def test_the_readme_says_which_modes_miss_their_target_with_their_first_locked_s
     assert {*missed} == {("1.3b", "store, backend"), ("1.3b", "recording, hooks")}
     (before, backend), (as_median, recorded) = missed.values()
     text(f"in mode `store, backend` {backend:.2f} instead of {before} on the H200 ({backend:.3f}, where kernels were "
-         f"compiled in it) and one from a recording in bf16 {recorded:.2f} instead of {as_median} ({recorded:.3f})")
+         f"compiled in it) and one from a recording in bf16 {recorded:.2f} instead of {as_median} ({recorded:.3f}, where")
 
 
 def test_the_edits_of_the_smaller_model_are_of_one_run_and_agree_with_those_of_the_h100() -> None:

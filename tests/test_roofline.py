@@ -103,11 +103,20 @@ def test_the_report_marks_what_misses_by_a_fifth(tmp_path: Path, capsys: pytest.
     name, first, second, third, last = capsys.readouterr().out.splitlines()
     assert name == "gpu.csv" and last == "2 of 3 rows miss by more than 20 %"
     assert "misses" not in first and second.endswith("misses by 21 %") and third.endswith("misses by 21 %")
+
+
+def test_what_was_not_measured_is_predicted_where_it_is_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case, path = find("kv_lerp_", "int8"), tmp_path / "gpu.csv"
+    names = case.op, "kvlock", case.shape.name, case.dtype, case.source, case.setting
+    with Results(path) as results:
+        results.write(Row(*names, "ok", p50="90", gpu="NVIDIA H100 80GB HBM3"))
     assert roofline.main([str(path), "--all"]) == 0
     lines = capsys.readouterr().out.splitlines()
     edits = lines.index("edit-gpu.csv")
-    assert edits == 5 + sum(len(case.providers) for case in runner.CASES) - 1
-    assert sum("not yet measured" in line for line in lines[:edits]) == edits - 5
+    assert edits == 3 + sum(len(case.providers) for case in runner.CASES) - 1
+    assert sum("not yet measured" in line for line in lines[:edits]) == edits - 3
     assert lines[-1] == "0 of 0 rows miss by more than 20 %"
     steps = len(lines[edits + 1 : -1])  # of two models; the pipeline and preset plain have none that is locked
     assert steps == 2 * 2 * len(_modes.MODES)
