@@ -41,9 +41,9 @@ SHARES = (
 def by_length(*paths: Path) -> str:
     """What steady rows reach of each target, of all heads and dtypes at the usual setting; misses in bold."""
     found = [Measured(path) for path in paths]
-    most = " and ".join(f"{limit:.2f} at {tokens}" for tokens, limit in RATE_TARGETS.items())
+    limits = " and ".join(f"{limit:.2f} at {tokens}" for tokens, limit in RATE_TARGETS.items())
     cells: dict[str, Callable[[Measured, list[Shape]], str]] = {
-        f"locked attention, D = 128, over plain cuDNN: at most {most}": _attention,
+        f"locked attention, D = 128, over plain cuDNN: at most {limits}": _attention,
         f"`{PASS}`, rows in bf16, over the pass without the lock: at most {PASS_MOST}": _pass,
         **{f"`{share.op}`: {share.target}": functools.partial(_share, share) for share in SHARES},
     }
@@ -90,8 +90,8 @@ def _over(gpu: Measured, cases: list[Case], plain: tuple[str, str, str, str], mo
     for case in cases:
         line = gpu.own(case)
         other = gpu.beside(line, *plain)
-        if line and other and line.steady:
-            ratios.append((line.measured or 0) / (other.measured or 1))
+        if line and other and line.measured and other.measured and line.steady and other.steady:
+            ratios.append(line.measured / other.measured)
         beside = BY_KEY[op, case.shape.name, source, setting]
         predicted.append(gpu.predicted(case, "kvlock") / gpu.predicted(beside, provider))
     if not ratios:
@@ -102,13 +102,12 @@ def _over(gpu: Measured, cases: list[Case], plain: tuple[str, str, str, str], mo
 def at_the_headline(*paths: Path) -> str:
     """Operators with a target at the shape of Wan 1.3B; in bold what misses its prediction by more than 20 %."""
     found, lines = [Measured(path) for path in paths], []
-    held = [(share.op, share.headline, share.setting, share.target) for share in SHARES]
-    held.append((PASS, "bf16", LOCK, f"at most {PASS_MOST} times the pass without the lock"))
-    for op, source, setting, target in held:
+    held = [(share.op, share.headline, share.setting) for share in SHARES]
+    for op, source, setting in (*held, (PASS, "bf16", LOCK)):
         cells = [cell for gpu in found for cell in _headline(gpu, BY_KEY[op, WAN_1_3B_480P.name, source, setting])]
-        lines.append((f"`{op}`", target, *cells))
+        lines.append((f"`{op}`", *cells))
     columns = [f"{gpu.name}: {what}" for gpu in found for what in ("predicted", "measured", "of the copy")]
-    return markdown(["operator", "target", *columns], lines)
+    return markdown(["operator", *columns], lines)
 
 
 def _headline(gpu: Measured, case: Case) -> tuple[str, str, str]:

@@ -1,6 +1,6 @@
 """Compiles the kernels for GPUs that are not there, with the arguments the launchers pass, and reads the machine code.
 
-The table goes to benchmarks/README.md with `python -m benchmarks.offline --write`.
+The table goes to benchmarks/compiled.md with `python -m benchmarks.offline --write`.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from kvlock_kernels import _cuda
 ARCHS = (80, 89, 90)
 SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}  # bytes a program may have
 OFFLINE = tuple(case for case in CASES if case.offline)
-README = Path(__file__).with_name("compiled.md")
+PAGE = Path(__file__).with_name("compiled.md")
 BEGIN, END = "<!-- begin: python -m benchmarks.offline --write -->", "<!-- end -->"
 
 
@@ -165,7 +165,7 @@ def table(kernels: list[Compiled], triton_version: str) -> str:
 
 
 def section(text: str, begin: str = BEGIN) -> str:
-    """What stands in the README between a mark and the next end."""
+    """What stands in a page between a mark and the next end."""
     return text.split(begin)[1].split(END)[0].strip()
 
 
@@ -193,7 +193,7 @@ def read_before_the_wait(kernel: Any) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.offline", description="Compile for sm_80, 89 and 90.")
-    parser.add_argument("--write", action="store_true", help=f"put the table into {README.name}")
+    parser.add_argument("--write", action="store_true", help=f"put the table into {PAGE.name}")
     parser.add_argument("--json", action="store_true", help="print the numbers and the table as JSON")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
@@ -203,8 +203,8 @@ def main(arguments: list[str] | None = None) -> None:
     compiled = [kernel for _, kernel in compile_cases(OFFLINE)]
     text = table(compiled, triton.__version__)
     if options.write:
-        readme = README.read_text(encoding="utf-8")
-        README.write_text(readme.replace(section(readme), text), encoding="utf-8")
+        page = PAGE.read_text(encoding="utf-8")
+        PAGE.write_text(page.replace(section(page), text), encoding="utf-8")
     if options.json:
         print(json.dumps({"kernels": [kernel._asdict() for kernel in compiled], "table": text}))
     else:

@@ -76,8 +76,11 @@ def rates(path: Path) -> Rates:
     rows = read(path)
     known = next((RATES[row.gpu] for row in rows if row.gpu in RATES), None)
     reached = {row.op: 1e6 * float(row.work) / float(row.p50) for row in rows if row.op in CEILINGS and row.p50}
-    if known is None and len(reached) < len(CEILINGS):
-        raise ValueError(f"{path}: no rates are known of its GPU, and it lacks rows of {' and '.join(CEILINGS)}")
+    lacking = [op for op in CEILINGS if op not in reached]
+    if known is None and lacking:
+        gpu = f"{rows[0].gpu!r}" if rows else "its GPU"
+        ask = "wanted a run of python -m benchmarks --gpu"
+        raise ValueError(f"{path}: no rates are known of {gpu}, and there is no row of {' and '.join(lacking)}; {ask}")
     return known or Rates(reached["copy"], reached["matmul"])
 
 

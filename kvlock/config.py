@@ -150,6 +150,8 @@ class KVLockConfig:
     def locked_steps(self, num_steps: int, sigmas: Sequence[float] | None = None, *, start: int = 0) -> range:
         """Steps of the window in which alpha and a boosted omega act, as indices into the scheduler's full table.
 
+        In some of them a run may mix no row, as a trace tells: after a change of transformer, or with fusion "off".
+
         The window is counted from the end of the table, so that a video-to-video run that starts part-way (`start` > 0)
         is locked at the same noise levels as a full one. It always reaches the last step::
 

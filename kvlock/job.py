@@ -78,9 +78,13 @@ def prepare(
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"num_inference_steps={steps!r} is not allowed; wanted an int >= 1")
     arguments = _accepted(pipe, pipeline_arguments, given) | _conditions(pipe, pixels, inside, references)
-    if "strength" in _parameters(pipe) and arguments.get("timesteps") is None:
+    if "strength" in _parameters(pipe):
         strength = arguments.get("strength", _parameters(pipe)["strength"].default)
-        first_step(steps, strength, f"num_inference_steps={steps} at {strength=}")
+        count, named = steps, f"num_inference_steps={steps}"
+        if arguments.get("timesteps") is not None:
+            count = len(arguments["timesteps"])
+            named = f"timesteps of length {count}"
+        first_step(count, strength, f"{named} at {strength=}")
     masks = Masks.from_pixels(
         inside, pipe, reference_frames=len(references), dilate_tokens=dilate_tokens
     )

@@ -19,7 +19,7 @@ UNFINISHED = ".kvlock-"  # begins the name of a folder whose recording is not wh
 KINDS = {  # of the fields that reading depends on
     "files": "files with bytes and sha256",
     "recorded_steps": "a list of numbers",
-    "locked_steps": "a list of numbers",
+    "locked_steps": "a list of numbers",  # the window, of which not every step has to be recorded
     "layers": "a list of names",
     "steps": "a number",
     "rows": "an object",

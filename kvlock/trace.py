@@ -38,7 +38,8 @@ class Trace:
 
     Attributes:
         config: the settings.
-        composite: the composite that was applied; "none" where the run was stopped before its last step.
+        composite: the composite that was applied. One in latent space is not, where a run was stopped before its last
+            step.
     """
 
     def __init__(self, config: KVLockConfig) -> None:

@@ -184,7 +184,7 @@ def test_another_gpu_gets_the_same_tables_from_its_own_rows(
     path.write_text(path.read_text(encoding="utf-8").replace("NVIDIA H200", "NVIDIA GeForce"), encoding="utf-8")
     with pytest.raises(SystemExit):
         report.main([str(path)])
-    assert "no rates are known of its GPU" in capsys.readouterr().err
+    assert "no rates are known of 'NVIDIA GeForce', and there is no row of matmul" in capsys.readouterr().err
     others = [row._replace(gpu="NVIDIA GeForce RTX 5090") for row in ROWS if row.op in ("copy", "matmul", "kv_lerp_")]
     report.main([str(written(tmp_path / "another", others, []))])
     out = capsys.readouterr().out

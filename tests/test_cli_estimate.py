@@ -78,6 +78,8 @@ def test_an_estimate_of_two_transformers_says_that_the_second_starts_without_a_l
     assert f"lock        locked {8 - unlocked} of 20 steps" in out
     but = ", but not in the 2 after a change of transformer" if unlocked else ""
     assert f"steps      20, the lock acts in the last 8{but} (preset {preset})" in printed
+    recorded = [line.split("record   ")[1] for line in printed.splitlines() if "kvlock record" in line]
+    assert recorded and all(line.startswith("up to ") == bool(unlocked) for line in recorded)
     assert f"           {'up to ' if unlocked else ''}48 with it (1.20x), the source runs once a step" in printed
 
 

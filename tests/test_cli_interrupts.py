@@ -65,6 +65,23 @@ def test_output_that_nobody_reads_ends_a_command_in_silence(line, unbuffered):
     assert (done.stderr, done.returncode) == (b"", 141)
 
 
+def test_an_error_is_told_also_where_nobody_reads_the_output():
+    read, write = os.pipe()
+    os.close(read)
+    code = (
+        "from kvlock.cli import signals\n"
+        "with signals.ends_when_unread():\n"
+        "    print('some output')\n"
+        "    raise ValueError('the reason')\n"
+    )
+    with open(write, "wb") as nobody:
+        done = subprocess.run(
+            [sys.executable, "-c", code], stdout=nobody, stderr=subprocess.PIPE, cwd=ROOT, timeout=60,
+            env=os.environ | {"PYTHONUNBUFFERED": ""},
+        )  # fmt: skip
+    assert done.returncode == 1 and done.stderr.endswith(b"ValueError: the reason\n"), done.stderr
+
+
 def now(number):
     """Send a signal to this process and wait until Python has seen it."""
     os.kill(os.getpid(), number)

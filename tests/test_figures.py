@@ -161,7 +161,7 @@ def test_no_picture_is_drawn_where_nothing_says_what_the_gpu_reaches(
         with pytest.raises(SystemExit):
             figures.main([str(file)])
     lacks, gone = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
-    assert "gpu.csv: no rates are known of its GPU, and it lacks rows of copy and matmul" in lacks
+    assert "gpu.csv: no rates are known of 'NVIDIA GeForce', and there is no row of matmul; wanted a run of" in lacks
     assert "gone.csv" in gone and [file.name for file in tmp_path.iterdir()] == ["gpu.csv"]
 
 

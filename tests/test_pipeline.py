@@ -120,6 +120,8 @@ def test_a_run_that_is_stopped_has_no_latent_composite_and_says_so(pipe):
     assert torch.equal(stopped.frames, edit(pipe, "fixed-0.5", callback_on_step_end=stop).frames)
     summary = stopped.trace.to_dict()["summary"]
     assert (summary["steps"], summary["composite"]) == (4, "none")
+    pasted = edit(pipe, "fixed-0.5", composite="pixel", callback_on_step_end=stop)
+    assert torch.equal(pasted.frames[~MASK], VIDEO[~MASK]) and pasted.trace.composite == "pixel"
 
 
 def test_reference_images_take_their_place_in_front_and_leave_the_video_length_alone(pipe):
@@ -332,6 +334,10 @@ def test_references_are_refused_where_the_pipeline_takes_none():
         ({"strength": 0}, "strength=0 is not allowed; wanted a number > 0"),
         ({"strength": -0.5}, "strength=-0.5 is not allowed; wanted a number > 0"),
         ({"strength": "all"}, "strength='all' is not allowed; wanted a number > 0"),
+        (
+            {"timesteps": [900, 500, 100], "strength": 0.1},
+            "timesteps of length 3 at strength=0.1 leaves none to .*; wanted 10 or more",
+        ),
     ],
     ids=str,
 )

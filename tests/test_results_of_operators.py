@@ -22,7 +22,7 @@ def test_every_operator_of_the_table_has_its_prediction_and_its_row_on_both_gpus
     lines = table("operator")
     assert [line[0].strip("`") for line in lines] == [*(share.op for share in SHARES), _gpu_tables.PASS]
     above = []
-    for op, _, *cells in lines:
+    for op, *cells in lines:
         source, shape = STORED.get(op.strip("`"), ""), WAN_1_3B_480P
         case = next(c for c in runner.CASES if c.core and (c.op, c.shape, c.source) == (op.strip("`"), shape, source))
         for gpu, rows, (predicted, time, share) in zip(GPUS, (ROWS, EARLIER), (cells[:3], cells[3:]), strict=True):

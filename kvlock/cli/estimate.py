@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> None:
         for place in PLACES:
             print(f"             --place {place:<7} {_where(cost_of(Store(rows_in, place=place)))}")
         cost = cost_of(Store(rows_in))
-        recorded = f"{_bytes(cost.bytes_recording)} on disk, {_bytes(cost.bytes_moved_replay)} moved in a step"
+        recorded = f"{most}{_bytes(cost.bytes_recording)} on disk, {_bytes(cost.bytes_moved_replay)} moved in a step"
         print(f"             kvlock record   {recorded}")
     print(f"           {_bytes(stored.bytes_full)} if every row were kept; none with source='batch'")
     print(predictions)

@@ -49,14 +49,31 @@ def ends_when_unread() -> Iterator[None]:
     Raises:
         SystemExit: with what a shell reports for a program ended by SIGPIPE.
     """
+    unread = SystemExit(128 + signal.SIGPIPE)
     try:
-        try:
-            yield
-        finally:
-            print(end="", flush=True)
+        yield
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
-        raise SystemExit(128 + signal.SIGPIPE) from None
+        _all_read()
+        raise unread from None
+    except SystemExit:
+        if not _all_read():
+            raise unread from None
+        raise
+    except BaseException:  # which is to be told, read or not
+        _all_read()
+        raise
+    if not _all_read():
+        raise unread
+
+
+def _all_read() -> bool:
+    """Sends what is left of the output. Where nobody reads it, what Python flushes at its end goes nowhere."""
+    try:
+        print(end="", flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+    return True
 
 
 class Interrupts:

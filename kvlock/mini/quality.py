@@ -74,8 +74,8 @@ def round_trip(vae: Any, count: int) -> RoundTrip:
 
 
 def measure(pipe: Any, config: kvlock.KVLockConfig, count: int, steps: int, guidance_scale: float) -> dict[str, Any]:
-    """Edit `count` held-out scenes; shares of requested colours and shapes, of runs with alpha = 1 in the
-    whole window, and PSNR in dB of what is not masked.
+    """Edit `count` held-out scenes; shares of requested colours and shapes, of runs with alpha = 1 on every locked
+    step, and PSNR in dB of what is not masked.
     """
     edit = kvlock.KVLockPipeline(pipe, config)
     colours = shapes = saturated = 0

@@ -197,7 +197,7 @@ def test_attention_multiplies_on_the_tensor_cores(kernels: list[dict[str, Any]],
 
 
 def test_the_table_in_the_readme_is_what_the_command_prints(report: dict[str, Any]) -> None:
-    stated, printed = offline.section(offline.README.read_text(encoding="utf-8")), report["table"]
+    stated, printed = offline.section(offline.PAGE.read_text(encoding="utf-8")), report["table"]
     version = lambda table: table.split(";")[0]
     if version(stated) != version(printed):
         pytest.skip(f"the table was made with {version(stated)}, this is {version(printed)}")
