@@ -24,6 +24,7 @@ from benchmarks._machine import checkout
 from kvlock import Store
 from kvlock.adapters.families import locked_attentions
 from kvlock.cli.models import load_pipeline
+from kvlock.cli.signals import ends_when_unread
 from kvlock.locked_layers import LERP
 from kvlock.mini import quality, scenes
 from kvlock.report import background_report
@@ -251,4 +252,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with ends_when_unread():
+        main()

@@ -33,6 +33,7 @@ from benchmarks._harness import Results
 from benchmarks._machine import Machine
 from benchmarks._modes import KAPPA, MODES
 from kvlock import Store, write_back
+from kvlock.cli.signals import ends_when_unread
 from kvlock.locked_layers import BEFORE_ROPE
 from kvlock.places import Shelf, shelf_of
 from kvlock.step_file import Piece
@@ -261,4 +262,5 @@ def _rate(folder: Path, wanted: float) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    with ends_when_unread():
+        main()

@@ -32,6 +32,7 @@ from benchmarks._host_memory import HostMemory
 from benchmarks._machine import Machine, lacking
 from benchmarks._modes import KAPPA, LOCKED_STEPS, MODES, STEPS, USUAL, Mode
 from benchmarks._moving import counted
+from kvlock.cli.signals import ends_when_unread
 
 ROUNDS = {"cpu": 5, "cuda": 1}  # a CPU's clock drifts more than what is to be told apart
 CLOCKS = {"cpu": time.process_time, "cuda": time.perf_counter}  # what other programs take of a core does not count
@@ -255,4 +256,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with ends_when_unread():
+        sys.exit(main())

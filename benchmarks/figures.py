@@ -13,6 +13,7 @@ from benchmarks._harness import read
 from benchmarks._model import predict
 from benchmarks.lerp import LOCK, is_usual
 from benchmarks.roofline import Line
+from kvlock.cli.signals import ends_when_unread
 from kvlock.plots import BLUE, DARK_RED, GREEN, GREY, ORANGE
 
 OURS = ("kvlock", "kvlock sm_90", "in loop", "one launch", "kvlock in loop, no rows", "one launch, no rows")
@@ -129,4 +130,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with ends_when_unread():
+        sys.exit(main())

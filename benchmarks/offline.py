@@ -21,6 +21,7 @@ import torch
 from benchmarks.__main__ import CASES
 from benchmarks._case import Case
 from benchmarks._machine_code import Instruction, disassembled, output_of, product_loop
+from kvlock.cli.signals import ends_when_unread
 from kvlock_kernels import _cuda
 
 ARCHS = (80, 89, 90)
@@ -212,4 +213,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with ends_when_unread():
+        main()

@@ -1,5 +1,6 @@
 """Tests of the command line under Ctrl-C and SIGTERM: one line, the shell's exit code, and nothing left behind."""
 
+import itertools
 import os
 import shutil
 import signal
@@ -53,8 +54,11 @@ def test_ctrl_c_while_options_are_read_is_one_line(kvlock, monkeypatch):
     assert kvlock("edit") == (130, [], ["kvlock: error: interrupted"])
 
 
-@pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])
-@pytest.mark.parametrize("line", ["kvlock --version", "benchmarks", "benchmarks.report", "benchmarks.roofline"])
+PRINTING = ["kvlock --version", "benchmarks", "benchmarks.report", "benchmarks.roofline"]
+RUNNING = [f"benchmarks.{name} --help" for name in ("accuracy", "disk", "edit", "figures", "offline")]
+
+
+@pytest.mark.parametrize(("line", "unbuffered"), [*itertools.product(PRINTING, ["", "1"]), *((x, "") for x in RUNNING)])
 def test_output_that_nobody_reads_ends_a_command_in_silence(line, unbuffered):
     read, write = os.pipe()
     os.close(read)  # as head does behind a pipe
