@@ -174,9 +174,6 @@ class BackendLayers(LockedLayers):
         self._default = backend_registry.default_backend()
         self._layers: list[BackendLayer] = []
 
-    def __len__(self) -> int:
-        return len(self._layers)
-
     def install(self, parts: Iterable[tuple[LayerKey, Any]]) -> None:
         for key, attention in parts:
             check_fit(key, attention)

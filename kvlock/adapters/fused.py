@@ -128,9 +128,6 @@ class FusedLayers(LockedLayers):
         super().__init__(shared)
         self._layers: list[tuple[Any, FusedWanProcessor]] = []  # attention modules and their fused processors
 
-    def __len__(self) -> int:
-        return len(self._layers)
-
     def install(self, parts: Iterable[tuple[LayerKey, Any]]) -> None:
         for key, attention in parts:
             check_fit(key, attention)

@@ -86,9 +86,6 @@ class Taps(LockedLayers):
         self._modules: list[Any] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
-    def __len__(self) -> int:
-        return len(self._modules)
-
     def install(self, parts: Iterable[tuple[LayerKey, Any]]) -> None:
         for key, module in parts:
             if hasattr(module, "kvlock_tap"):
