@@ -11,13 +11,11 @@ from torch import Tensor
 
 
 class Coefficients(NamedTuple):
-    """The numbers of every step as fp32 tensors [K] on one device; entry k is a 0-dim tensor, read without a copy.
+    """Those of the clean prediction, fp32 tensors [K] on one device; entry k is a 0-dim tensor, read without a copy.
 
-    ``noisy = a * z0 + b * eps`` and ``x0 = x_scale * x - v_scale * model_output``, as in `Flow`.
+    ``x0 = x_scale * x - v_scale * model_output``, as in `Flow`.
     """
 
-    a: Tensor
-    b: Tensor
     x_scale: Tensor
     v_scale: Tensor
 
@@ -53,34 +51,27 @@ class Flow:
     begin_index: int | None = None
 
     @classmethod
-    def from_scheduler(cls, scheduler: Any, *, start: int | None = None) -> Flow:
+    def from_scheduler(cls, scheduler: Any) -> Flow:
         """Read the schedule of `scheduler` after its ``set_timesteps``; copies it to the host once.
 
         Args:
             scheduler: a diffusers scheduler of a class named in `SCHEDULERS`, or of a subclass.
-            start: index of the first step of the run; None takes ``scheduler.begin_index``.
 
         Raises:
             ValueError: the class, its prediction type or one of its options is not supported (the message says what
-                is), ``set_timesteps`` has not been called, or `start` lies outside the table.
+                is), ``set_timesteps`` has not been called, or its ``begin_index`` lies outside the table.
         """
         read = _reader(scheduler)
         if getattr(scheduler, "num_inference_steps", None) is None:
             raise ValueError(f"{type(scheduler).__name__} has no schedule yet; call its set_timesteps first")
         flow = read(scheduler)
-        if start is None:
-            start = getattr(scheduler, "begin_index", None)
+        start = getattr(scheduler, "begin_index", None)
         return flow if start is None else flow.starting_at(start)
 
     @property
     def start(self) -> int:
         """Index of the first step of the run (0 where the run has not said otherwise)."""
         return self.begin_index or 0
-
-    @property
-    def num_steps(self) -> int:
-        """Number of steps of the run: the table's length minus `start`."""
-        return len(self.timesteps) - self.start
 
     def starting_at(self, step: int) -> Flow:
         """The same schedule for a run that begins at `step` of the full table, as video-to-video runs do.
@@ -145,8 +136,8 @@ class Flow:
         return (x.float() - self.a[step] * z0.float()) / self.b[step]
 
     def coefficients(self, device: torch.device | str = "cpu") -> Coefficients:
-        """The coefficients of every step as fp32 tensors [K] on `device`; make them once per run."""
-        rows = (self.a, self.b, self.x_scale, self.v_scale)
+        """Those of every step's clean prediction on `device`; make them once per run."""
+        rows = (self.x_scale, self.v_scale)
         return Coefficients(*torch.tensor(rows, dtype=torch.float32).to(device).unbind(0))
 
     def _check_step(self, step: int) -> None:

@@ -204,7 +204,7 @@ class Run:
             optimized_scale=self.config.optimized_scale,
             x_scale=c.x_scale[k],
         )
-        x0_cond = out.x0 if uncond is None else c.x_scale[k] * sample.float() - c.v_scale[k] * cond.float()
+        x0_cond = out.x0 if uncond is None else self.flow.x0(sample, cond, k)
         velocity = torch.zeros_like(out.velocity) if self._zeroed else out.velocity
         return Guided(velocity, out.s_star, out.x0, x0_cond)
 
