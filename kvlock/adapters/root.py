@@ -77,14 +77,12 @@ def _before(
     x = session.begin_call(expert, samples, call["timestep"], _conditions(call, family), branches=branches)
     if x is None:  # nothing of the source is needed for this call
         return None
-    source = call | _source_rows(call, layout.of_model(x), family, session)
+    rows = _source_rows(call, layout.of_model(x), family, session)
     if session.config.source == "store":
         with session.source_pass(), _up_to_the_last_lock(module, family, session.config):
-            module(**source)
+            module(**(call | rows))
         return None
-    names = tuple(name for name in ("hidden_states", "timestep", "encoder_hidden_states", family.prompt_mask) if name)
-    given = [name for name in (*names, *family.batched) if call.get(name) is not None]
-    both = {name: torch.cat([_expand(source[name], len(x)), _expand(call[name], len(edit))]) for name in given}
+    both = {name: torch.cat([_expand(row, len(x)), _expand(call[name], len(edit))]) for name, row in rows.items()}
     return (), call | both
 
 
