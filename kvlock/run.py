@@ -183,7 +183,8 @@ class Run:
     def noise_from(self, x: Tensor) -> Tensor:
         """The initial noise of each sample, which the source shares: from the first x [B, C, T, h, w] that asks."""
         if self._eps is None:
-            self._eps, self.noise_dtype = self._initial_noise(x), x.dtype
+            self._eps = self.flow.eps_from(x, self._source, self.step) if self._starts_from_video else x.float()
+            self.noise_dtype = x.dtype
         return self._eps
 
     def guided_velocity(self, sample: Tensor) -> Guided:
@@ -249,9 +250,6 @@ class Run:
     def composite(self, latents: Tensor) -> Tensor:
         """The edit inside the latent mask, the source outside it."""
         return torch.where(self._masks.latent > 0, latents, self._source.to(latents.dtype))
-
-    def _initial_noise(self, x: Tensor) -> Tensor:
-        return self.flow.eps_from(x, self._source, self.step) if self._starts_from_video else x.float()
 
 
 def _base(config: KVLockConfig, guidance: float) -> float:
