@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -29,6 +30,7 @@ class Job(NamedTuple):
     source: Tensor  # latents, those of the references first
     pixels: Tensor  # [F, H, W, 3] fp32
     inside: Tensor  # [F, H, W] bool
+    references: list[Tensor]  # [h, w, 3] uint8
 
 
 def prepare(
@@ -92,7 +94,8 @@ def prepare(
     source = encode_source(pipe, pixels)
     if references:
         source = torch.cat([*_reference_latents(pipe, references, height, width), source], dim=2)
-    return Job(arguments | {"height": height, "width": width} | given, masks, source, pixels, inside)
+    pictures = [torch.from_numpy(np.array(image)) for image in references]
+    return Job(arguments | {"height": height, "width": width} | given, masks, source, pixels, inside, pictures)
 
 
 def encode_source(pipe: Any, video: Tensor) -> Tensor:

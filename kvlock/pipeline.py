@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +18,7 @@ from kvlock.adapters.prompts import encode_prompt, notice_empty_prompt
 from kvlock.adapters.record import check_recordable, record
 from kvlock.adapters.vae import repair_stride
 from kvlock.config import KVLockConfig
-from kvlock.job import Job, prepare, references_of, sequence_length
+from kvlock.job import Job, prepare, sequence_length
 from kvlock.manifest import hash_of, short
 from kvlock.masks import Masks
 from kvlock.recorder import check_path
@@ -106,7 +105,7 @@ class KVLockPipeline:
         asked = (video, mask, source_prompt, reference_images, trim, given, pipeline_arguments)
         job = prepare(self.pipe, *asked, dilate_tokens=config.dilate_tokens)
         if recording is not None and config.locks:
-            agree_on_inputs(recording, source_prompt, job, reference_images)
+            agree_on_inputs(recording, source_prompt, job)
         embeds = self._source_prompt(source_prompt, pipeline_arguments) if config.locks and recording is None else None
 
         attached = dataclasses.replace(config, composite="none" if config.composite == "pixel" else config.composite)
@@ -166,9 +165,9 @@ class KVLockPipeline:
         job = prepare(self.pipe, *asked, dilate_tokens=self.config.dilate_tokens)
         embeds = self._source_prompt(source_prompt, pipeline_arguments)
         inputs = {"frames": video[: len(job.inside)], "mask": job.inside}
-        inputs |= {f"reference_{i}": pixels for i, pixels in enumerate(pictures(reference_images))}
+        inputs |= {f"reference_{i}": pixels for i, pixels in enumerate(job.references)}
         seed = generator.initial_seed() if isinstance(generator, torch.Generator) else None
-        own = {"source_prompt": source_prompt, "seed": seed, "kernel": self.kernel, **hashes(job, reference_images)}
+        own = {"source_prompt": source_prompt, "seed": seed, "kernel": self.kernel, **hashes(job)}
 
         config = dataclasses.replace(self.config, composite="none")
         options: dict[str, Any] = {"config": config, "kernel": self.kernel, "store": self.store}
@@ -185,20 +184,15 @@ class KVLockPipeline:
         return encode_prompt(self.pipe, text, **length)
 
 
-def pictures(images: Any) -> list[Tensor]:
-    """The pixels of reference images, [h, w, 3] uint8."""
-    return [torch.from_numpy(np.array(image)) for image in references_of(images)]
-
-
-def hashes(job: Job, reference_images: Any) -> dict[str, Any]:
+def hashes(job: Job) -> dict[str, Any]:
     """Of video, mask and references, before anything rounds them."""
-    references = [hash_of(pixels) for pixels in pictures(reference_images)]
+    references = [hash_of(pixels) for pixels in job.references]
     return {"video": hash_of(job.pixels), "mask": hash_of(job.inside), "references": references}
 
 
-def agree_on_inputs(recording: Recording, source_prompt: str, job: Job, reference_images: Any) -> None:
+def agree_on_inputs(recording: Recording, source_prompt: str, job: Job) -> None:
     """An edit's video, mask, references and, where it has one, source prompt are the recorded ones; or ValueError."""
-    found = hashes(job, reference_images) | ({"source_prompt": source_prompt} if source_prompt else {})
+    found = hashes(job) | ({"source_prompt": source_prompt} if source_prompt else {})
     for name, value in found.items():
         recorded = recording.about.get(name, value)  # a recording by `kvlock.record` knows latents only
         if recorded != value:
