@@ -37,12 +37,12 @@ def prepare(
     pipe: Any,
     video: Tensor,
     mask: Tensor,
-    source_prompt: str,
-    reference_images: Sequence[Any] | None,
-    trim: bool,
     given: dict[str, Any],
     pipeline_arguments: dict[str, Any],
     *,
+    source_prompt: str,
+    reference_images: Sequence[Any] | None,
+    trim: bool,
     dilate_tokens: int,
 ) -> Job:
     """Check everything that a call takes, and encode the source.
@@ -66,30 +66,12 @@ def prepare(
         keep = legal_frames(len(pixels), stride)
         pixels, inside = pixels[:keep], inside[:keep]
     latent_frames(len(pixels), stride)
-    for name, text in (("prompt", given["prompt"]), ("source_prompt", source_prompt)):
-        if not isinstance(text, str):
-            raise ValueError(f"{name} is a {type(text).__name__}; wanted one str")
+    _check_given(given, source_prompt)
     references = references_of(reference_images)
-    guidance_scale, generator, steps = (
-        given[name] for name in ("guidance_scale", "generator", "num_inference_steps")
-    )
-    if isinstance(guidance_scale, bool) or not isinstance(guidance_scale, int | float):
-        raise ValueError(f"guidance_scale={guidance_scale!r} is not allowed; wanted a finite number")
-    if generator is not None and not isinstance(generator, torch.Generator | list | tuple):
-        raise ValueError(f"generator is a {type(generator).__name__}; wanted a torch.Generator")
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"num_inference_steps={steps!r} is not allowed; wanted an int >= 1")
     arguments = _accepted(pipe, pipeline_arguments, given) | _conditions(pipe, pixels, inside, references)
     if "strength" in _parameters(pipe):
-        strength = arguments.get("strength", _parameters(pipe)["strength"].default)
-        count, named = steps, f"num_inference_steps={steps}"
-        if arguments.get("timesteps") is not None:
-            count = len(arguments["timesteps"])
-            named = f"timesteps of length {count}"
-        first_step(count, strength, f"{named} at {strength=}")
-    masks = Masks.from_pixels(
-        inside, pipe, reference_frames=len(references), dilate_tokens=dilate_tokens
-    )
+        _check_strength(pipe, arguments, given["num_inference_steps"])
+    masks = Masks.from_pixels(inside, pipe, reference_frames=len(references), dilate_tokens=dilate_tokens)
     _, height, width = inside.shape
     source = encode_source(pipe, pixels)
     if references:
@@ -125,6 +107,30 @@ def _pixels(video: Tensor) -> Tensor:
     if not (low >= 0 and high <= 1):
         raise ValueError(f"video has values from {low:g} to {high:g}; wanted floating point in [0, 1]")
     return video.cpu().float()
+
+
+def _check_given(given: dict[str, Any], source_prompt: Any) -> None:
+    """Refuse values that the pipeline would not name, or would take for something else."""
+    for name, text in (("prompt", given["prompt"]), ("source_prompt", source_prompt)):
+        if not isinstance(text, str):
+            raise ValueError(f"{name} is a {type(text).__name__}; wanted one str")
+    guidance_scale, generator, steps = (given[name] for name in ("guidance_scale", "generator", "num_inference_steps"))
+    if isinstance(guidance_scale, bool) or not isinstance(guidance_scale, int | float):
+        raise ValueError(f"guidance_scale={guidance_scale!r} is not allowed; wanted a finite number")
+    if generator is not None and not isinstance(generator, torch.Generator | list | tuple):
+        raise ValueError(f"generator is a {type(generator).__name__}; wanted a torch.Generator")
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"num_inference_steps={steps!r} is not allowed; wanted an int >= 1")
+
+
+def _check_strength(pipe: Any, arguments: dict[str, Any], steps: int) -> None:
+    """Wants a pipeline that runs a share of its steps to have one left; raises ValueError as `first_step`."""
+    strength = arguments.get("strength", _parameters(pipe)["strength"].default)
+    count, named = steps, f"num_inference_steps={steps}"
+    if arguments.get("timesteps") is not None:
+        count = len(arguments["timesteps"])
+        named = f"timesteps of length {count}"
+    first_step(count, strength, f"{named} at {strength=}")
 
 
 def first_step(num_steps: int, strength: float, named: str) -> int:

@@ -100,18 +100,40 @@ class KVLockPipeline:
         """
         config = self.config if composite is None else dataclasses.replace(self.config, composite=composite)
         check_recording(recording, config, self.store)
-        given: dict[str, Any] = {"prompt": prompt, "negative_prompt": negative_prompt, "guidance_scale": guidance_scale}
-        given |= {"generator": generator, "num_inference_steps": num_inference_steps, "output_type": "pt"}
-        asked = (video, mask, source_prompt, reference_images, trim, given, pipeline_arguments)
-        job = prepare(self.pipe, *asked, dilate_tokens=config.dilate_tokens)
+        given = {
+            "prompt": prompt,
+            "negative_prompt": negative_prompt,
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "generator": generator,
+            "output_type": "pt",
+        }
+        job = prepare(
+            self.pipe,
+            video,
+            mask,
+            given,
+            pipeline_arguments,
+            source_prompt=source_prompt,
+            reference_images=reference_images,
+            trim=trim,
+            dilate_tokens=config.dilate_tokens,
+        )
         if recording is not None and config.locks:
             agree_on_inputs(recording, source_prompt, job)
         embeds = self._source_prompt(source_prompt, pipeline_arguments) if config.locks and recording is None else None
 
         attached = dataclasses.replace(config, composite="none" if config.composite == "pixel" else config.composite)
-        options: dict[str, Any] = {"config": attached, "kernel": self.kernel, "store": self.store}
-        options |= {"source_prompt_embeds": embeds, "recording": recording}
-        with attach(self.pipe, job.source, job.masks, **options) as session:
+        with attach(
+            self.pipe,
+            job.source,
+            job.masks,
+            config=attached,
+            source_prompt_embeds=embeds,
+            kernel=self.kernel,
+            store=self.store,
+            recording=recording,
+        ) as session:
             result = self.pipe(**_reporting(job.arguments, progress, session.trace)).frames[0]
         session.trace.config = config
         edited = result.float().cpu().movedim(1, -1).clamp(0, 1)
@@ -158,11 +180,24 @@ class KVLockPipeline:
         path = Path(path)
         check_path(path)
         target = path.absolute()  # the current folder may be another one when the recording is whole
-        given: dict[str, Any] = {"prompt": source_prompt, "generator": generator}
-        given |= {"num_inference_steps": num_inference_steps, "output_type": "latent"}
-        given["guidance_scale"] = 5.0  # above 1, so that both branches are asked for
-        asked = (video, mask, source_prompt, reference_images, trim, given, pipeline_arguments)
-        job = prepare(self.pipe, *asked, dilate_tokens=self.config.dilate_tokens)
+        given = {
+            "prompt": source_prompt,
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": 5.0,  # above 1, so that both branches are asked for
+            "generator": generator,
+            "output_type": "latent",
+        }
+        job = prepare(
+            self.pipe,
+            video,
+            mask,
+            given,
+            pipeline_arguments,
+            source_prompt=source_prompt,
+            reference_images=reference_images,
+            trim=trim,
+            dilate_tokens=self.config.dilate_tokens,
+        )
         embeds = self._source_prompt(source_prompt, pipeline_arguments)
         inputs = {"frames": video[: len(job.inside)], "mask": job.inside}
         inputs |= {f"reference_{i}": pixels for i, pixels in enumerate(job.references)}
@@ -170,8 +205,16 @@ class KVLockPipeline:
         own = {"source_prompt": source_prompt, "seed": seed, "kernel": self.kernel, **hashes(job)}
 
         config = dataclasses.replace(self.config, composite="none")
-        options: dict[str, Any] = {"config": config, "kernel": self.kernel, "store": self.store}
-        with record(self.pipe, path, job.source, job.masks, source_prompt_embeds=embeds, **options) as session:
+        with record(
+            self.pipe,
+            path,
+            job.source,
+            job.masks,
+            config=config,
+            source_prompt_embeds=embeds,
+            kernel=self.kernel,
+            store=self.store,
+        ) as session:
             session.keep_inputs(inputs, dict(about or {}) | own)
             self.pipe(**_reporting(job.arguments, progress, session.trace))
         return Recording(target)
