@@ -19,11 +19,11 @@ class Family:
 
     Attributes:
         blocks: name of the main blocks' list.
-        control_blocks: name of the control blocks' list, or None.
-        controlled: name, in the transformer's config, of the main blocks that control blocks add to, one each; or None.
+        batched: keyword arguments of the forward with a sample axis, beside hidden_states, timestep and the prompt.
         attention: name of the video self-attention inside a block.
         key, value: names inside the attention whose outputs are K (after its norm, before RoPE) and V.
-        batched: keyword arguments of the forward with a sample axis, beside hidden_states, timestep and the prompt.
+        control_blocks: name of the control blocks' list, or None.
+        controlled: name, in the transformer's config, of the main blocks that control blocks add to, one each; or None.
         prompt_mask: name of the forward's argument that marks the prompt's tokens [B, L], or None where zeros pad it.
         token_grid: the forward's arguments that say T, h and w, where latents reach transformer and scheduler as tokens
             [B, T * h * w, C]; None where they are videos.
@@ -32,11 +32,11 @@ class Family:
     """
 
     blocks: str
-    control_blocks: str | None
-    attention: str
-    key: str
-    value: str
     batched: tuple[str, ...]
+    attention: str = "attn1"
+    key: str = "norm_k"
+    value: str = "to_v"
+    control_blocks: str | None = None
     controlled: str | None = None
     prompt_mask: str | None = None
     token_grid: tuple[str, str, str] | None = None
@@ -45,24 +45,17 @@ class Family:
 
 
 FAMILIES = {
-    "WanTransformer3DModel": Family("blocks", None, "attn1", "norm_k", "to_v", ("encoder_hidden_states_image",)),
+    "WanTransformer3DModel": Family("blocks", batched=("encoder_hidden_states_image",)),
     "WanVACETransformer3DModel": Family(
         "blocks",
-        "vace_blocks",
-        "attn1",
-        "norm_k",
-        "to_v",
-        ("encoder_hidden_states_image", "control_hidden_states"),
+        batched=("encoder_hidden_states_image", "control_hidden_states"),
+        control_blocks="vace_blocks",
         controlled="vace_layers",
     ),
-    "SkyReelsV2Transformer3DModel": Family("blocks", None, "attn1", "norm_k", "to_v", ("encoder_hidden_states_image",)),
+    "SkyReelsV2Transformer3DModel": Family("blocks", batched=("encoder_hidden_states_image",)),
     "LTXVideoTransformer3DModel": Family(
         "transformer_blocks",
-        None,
-        "attn1",
-        "norm_k",
-        "to_v",
-        (),
+        batched=(),
         prompt_mask="encoder_attention_mask",
         token_grid=("num_frames", "height", "width"),
         joint_branches=True,
