@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from kvlock.adapters.families import PIPELINES
+from kvlock.adapters.families import pipeline_class
 from kvlock.adapters.vae import encode
 from kvlock.geometry import Geometry, latent_frames, legal_frames
 from kvlock.masks import Masks, binarize
@@ -174,8 +174,7 @@ def references_of(images: Any) -> list[Image.Image]:
 
 def _parameters(pipe: Any) -> Mapping[str, inspect.Parameter]:
     """What the pipeline's call takes, read off the class in the table: a subclass may only pass it on."""
-    known = next(base for base in type(pipe).__mro__ if base.__name__ in PIPELINES)
-    return inspect.signature(known.__call__).parameters
+    return inspect.signature(pipeline_class(pipe).__call__).parameters
 
 
 def _accepted(pipe: Any, arguments: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvlock.adapters import root, shim
 from kvlock.adapters.belongings import agree_on_model, agree_on_source
-from kvlock.adapters.families import STARTS_FROM_VIDEO, check_pipeline, family_of, is_one_of
+from kvlock.adapters.families import STARTS_FROM_VIDEO, check_pipeline, family_of, pipeline_class, transformers_of
 from kvlock.adapters.kernels import Lock, check_kernel, listen, point_of
 from kvlock.adapters.layout import Layout
 from kvlock.adapters.prompts import empty_prompt, without_padding
@@ -145,7 +145,7 @@ def on_pipeline(
             f"masks were made with dilate_tokens={masks.dilate_tokens}, the config has {config.dilate_tokens}; "
             "wanted them alike"
         )
-    attached = {part: getattr(pipe, part, None) for part in ("transformer", "transformer_2")}
+    attached = transformers_of(pipe)
     experts = [(i, module) for i, module in enumerate(attached.values()) if module is not None]
     if not experts:
         raise ValueError(f"{type(pipe).__name__} has no transformer; wanted one to lock")
@@ -171,8 +171,8 @@ def on_pipeline(
         agree_on_source(ledger, source_latents, masks, source_prompt_embeds)
 
     def check_transformers() -> None:
-        for part, module in attached.items():
-            if (found := getattr(pipe, part, None)) is not module:
+        for part, found in transformers_of(pipe).items():
+            if found is not attached[part]:
                 raise ValueError(
                     f"pipe.{part} has been replaced by {type(found).__name__} since attach; wanted the one that was "
                     "attached: leave the block, change or compile the model, then attach"
@@ -191,7 +191,7 @@ def on_pipeline(
         check_model=check_model,
         guidance_of=lambda expert: _guidance(pipe, expert, config),
         begin_index_of=lambda: getattr(pipe.scheduler, "begin_index", None),
-        starts_from_video=is_one_of(pipe, STARTS_FROM_VIDEO),
+        starts_from_video=pipeline_class(pipe).__name__ in STARTS_FROM_VIDEO,
         guidance_follows=family.guidance_follows,
         ledger=ledger,
     )

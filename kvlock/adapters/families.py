@@ -79,22 +79,31 @@ PIPELINES = {
 STARTS_FROM_VIDEO = ("WanVideoToVideoPipeline",)
 
 
-def is_one_of(pipe: Any, names: tuple[str, ...]) -> bool:
-    """Whether the pipeline's class, or one it derives from, has one of these names."""
-    return any(base.__name__ in names for base in type(pipe).__mro__)
+def pipeline_class(pipe: Any) -> type:
+    """The class in the table that the pipeline is of, or derives from.
+
+    Raises:
+        ValueError: there is none; names its class and the supported ones.
+    """
+    for base in type(pipe).__mro__:
+        if base.__name__ in PIPELINES:
+            return base
+    raise ValueError(f"{type(pipe).__name__} is not supported; supported pipelines: {', '.join(PIPELINES)}")
+
+
+def transformers_of(pipe: Any) -> dict[str, Any]:
+    """The pipeline's transformers by their places in it, None in one that is empty or not there."""
+    return {part: getattr(pipe, part, None) for part in ("transformer", "transformer_2")}
 
 
 def check_pipeline(pipe: Any) -> None:
     """Refuse a pipeline that is not in the table, or that has the transformer of another one.
 
     Raises:
-        ValueError: names its class and the supported ones, or as `check_pair`.
+        ValueError: as `pipeline_class` or `check_pair`.
     """
-    known = next((base.__name__ for base in type(pipe).__mro__ if base.__name__ in PIPELINES), None)
-    if known is None:
-        raise ValueError(f"{type(pipe).__name__} is not supported; supported pipelines: {', '.join(PIPELINES)}")
-    for part in ("transformer", "transformer_2"):
-        module = getattr(pipe, part, None)
+    known = pipeline_class(pipe).__name__
+    for module in transformers_of(pipe).values():
         if module is not None:
             check_pair(known, type(unwrap(module)).__name__)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvlock.adapters import root
 from kvlock.adapters.attach import check_settings, fitting, on_pipeline
-from kvlock.adapters.families import family_of
+from kvlock.adapters.families import family_of, transformers_of
 from kvlock.config import KVLockConfig
 from kvlock.masks import Masks
 from kvlock.recorder import Recorder
@@ -73,8 +73,7 @@ def record(
             )
         )
         recorder.agree(config=config.to_dict(), rows={"dtype": store.dtype, "k_mean": store.takes_mean})
-        for part in ("transformer", "transformer_2"):
-            module = getattr(pipe, part, None)
+        for module in transformers_of(pipe).values():
             if module is not None:
                 undo.callback(root.run_on_source_only(module, family_of(module), session))
         yield session
