@@ -26,6 +26,11 @@ class LayerKey(NamedTuple):
     expert: int = 0  # number of the transformer in its pipeline
     heads: int = 1  # of its attention
 
+    @property
+    def name(self) -> str:
+        """What messages call the layer."""
+        return f"{self.stack}[{self.block}]"
+
 
 class Recorded(NamedTuple):
     """Source rows of one tensor of a layer, and where in its attention they were taken."""
@@ -42,7 +47,7 @@ def check_point(key: LayerKey, taken: str, wanted: str) -> None:
     """
     if taken != wanted:
         raise ValueError(
-            f"{key.stack}[{key.block}] has source rows recorded {taken} and mixes {wanted}; "
+            f"{key.name} has source rows recorded {taken} and mixes {wanted}; "
             "wanted rows recorded by the same kernel"
         )
 
@@ -122,7 +127,7 @@ class Holder:
     @property
     def name(self) -> str:
         """For messages: compiled code that read the key would be guarded on its number, a graph for each layer."""
-        return f"{self.key.stack}[{self.key.block}]"
+        return self.key.name
 
     def require_tokens(self, tokens: int) -> None:
         """Wants the number of tokens that the mask has.
@@ -249,6 +254,6 @@ def require_same(parts: Iterable[tuple[LayerKey, Any]], installed: Iterable[Any]
     for (key, found), module in zip(parts, installed, strict=True):
         if found is not module:
             raise ValueError(
-                f"{key.stack}[{key.block}] has had the module that gives {' and '.join(key.tensor)} replaced by "
+                f"{key.name} has had the module that gives {' and '.join(key.tensor)} replaced by "
                 f"{type(found).__name__} since attach; leave the block, change the model, then attach"
             )

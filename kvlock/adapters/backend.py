@@ -151,7 +151,7 @@ def check_fit(key: LayerKey, attention: Any) -> None:
     Raises:
         ValueError: says what does not fit.
     """
-    where, instead = f'kernel="backend" does not fit {key.stack}[{key.block}]', 'use kernel="hooks"'
+    where, instead = f'kernel="backend" does not fit {key.name}', 'use kernel="hooks"'
     processor = attention.processor
     if not hasattr(processor, "_attention_backend"):
         raise ValueError(f"{where}: its {type(processor).__name__} does not use diffusers' dispatcher; {instead}")
@@ -177,7 +177,7 @@ class BackendLayers(LockedLayers):
     def install(self, parts: Iterable[tuple[LayerKey, Any]]) -> None:
         for key, attention in parts:
             check_fit(key, attention)
-            where, processor = f"{key.stack}[{key.block}]", attention.processor
+            where, processor = key.name, attention.processor
             if self._member in (processor._attention_backend, self._default):
                 raise ValueError(f"{where} has no backend to go back to: {backend_registry.HOW}")
             if any(layer.processor is processor for layer in self._layers):

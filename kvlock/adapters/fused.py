@@ -100,7 +100,7 @@ def check_fit(key: LayerKey, attention: Any) -> None:
     Raises:
         ValueError: says what does not fit.
     """
-    where, instead = f'kernel="fused" does not fit {key.stack}[{key.block}]', 'use kernel="hooks"'
+    where, instead = f'kernel="fused" does not fit {key.name}', 'use kernel="hooks"'
     processor = type(attention.processor)
     if processor is not WanAttnProcessor:
         raise ValueError(f"{where}: its processor is {processor.__name__}, wanted WanAttnProcessor; {instead}")

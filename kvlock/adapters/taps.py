@@ -60,7 +60,7 @@ def _token_rows(output: Tensor, num_tokens: int, key: LayerKey) -> Tensor:
     if output.ndim == 4 and output.shape[2] == num_tokens:
         return output.transpose(1, 2)
     raise ValueError(
-        f"{key.stack}[{key.block}] gives {key.tensor} of shape {list(output.shape)}, "
+        f"{key.name} gives {key.tensor} of shape {list(output.shape)}, "
         f"which has no axis of {num_tokens} tokens; the mask was made for another size"
     )
 
@@ -89,7 +89,7 @@ class Taps(LockedLayers):
     def install(self, parts: Iterable[tuple[LayerKey, Any]]) -> None:
         for key, module in parts:
             if hasattr(module, "kvlock_tap"):
-                raise ValueError(f"{key.stack}[{key.block}] is attached already; leave that context first")
+                raise ValueError(f"{key.name} is attached already; leave that context first")
             module.kvlock_tap = Tap(key, self.shared, type(module))
             self._modules.append(module)
             self._handles.append(module.register_forward_hook(tap_hook))
