@@ -124,20 +124,16 @@ def write_video(path: str | os.PathLike[str], frames: Tensor, fps: float) -> Non
     if not path.parent.is_dir():
         raise ValueError(f"cannot write {path}: {path.parent} is not a folder")
     subsampled = height % 2 == 0 and width % 2 == 0
-    descriptor, temporary = tempfile.mkstemp(prefix=".kvlock-", suffix=path.suffix, dir=path.parent)
-    os.close(descriptor)
-    try:
-        raw = ["-y", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", f"{fps:.6g}"]
-        # Without the tag every player guesses the matrix from the picture's size.
-        colour = ["-vf", f"scale=out_color_matrix=bt709:flags={_ACCURATE}", "-colorspace", "bt709"]
-        colour += ["-color_primaries", "bt709", "-color_trc", "bt709"]
-        codec = ["-c:v", "libx264", "-crf", str(_CRF), "-pix_fmt", "yuv420p" if subsampled else "yuv444p"]
+    raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", f"{fps:.6g}"]
+    # Without the tag every player guesses the matrix from the picture's size.
+    colour = ["-vf", f"scale=out_color_matrix=bt709:flags={_ACCURATE}", "-colorspace", "bt709"]
+    colour += ["-color_primaries", "bt709", "-color_trc", "bt709"]
+    codec = ["-c:v", "libx264", "-crf", str(_CRF), "-pix_fmt", "yuv420p" if subsampled else "yuv444p"]
+    with tempfile.TemporaryDirectory(prefix=".kvlock-", dir=path.parent.absolute()) as folder:
+        temporary = os.path.join(folder, f"video{path.suffix}")
         command = [*raw, "-i", "pipe:0", *colour, *codec, "-movflags", "+faststart", temporary]
         _run_ffmpeg(command, path, pictures.numpy().tobytes())
-        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
@@ -275,9 +271,3 @@ def _reason(status: int) -> str:
     if status == 256 - errno.ENOSPC:  # ffmpeg leaves with the negative error number
         return os.strerror(errno.ENOSPC)
     return f"exit status {status} without a message"
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
