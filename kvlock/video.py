@@ -73,8 +73,7 @@ def read_mask(path: str | os.PathLike[str], num_frames: int, height: int, width:
             f"mask {path} is {found[1]}x{found[0]} pixels (width x height); the video is {wanted[1]}x{wanted[0]}, "
             "and a mask is never resampled"
         )
-    is_picture = Path(path).is_dir() or Path(path).suffix.lower() in IMAGE_SUFFIXES
-    if len(frames) == 1 and is_picture:
+    if len(frames) == 1 and not has_rate(path):
         frames = frames.expand(num_frames, -1, -1, -1)
     if len(frames) != num_frames:
         raise ValueError(f"mask {path} has {len(frames)} frames; the video has {num_frames}; wanted one for each")
