@@ -159,7 +159,8 @@ def on_pipeline(
 
     family = families[experts[0][0]]
     joint = family.joint_branches
-    layout = Layout.of(masks.latent if family.token_grid else None)
+    t, h, w = masks.latent.shape[2:]
+    layout = Layout((t, h, w) if family.token_grid else None)
     full = config.fusion == "full" and (config.branches == "both" or not joint)  # for each sample of a call
     source = Source(masks, source_latents, source_prompt_embeds)
     state = LockState(source.masks.index, masks.num_tokens, full=full, store=store, shelf=shelf)

@@ -16,15 +16,7 @@ class Layout:
         grid: T, h and w of a model that has tokens, None for the others.
     """
 
-    grid: tuple[int, int, int] | None = None
-
-    @classmethod
-    def of(cls, latents: Tensor | None) -> Layout:
-        """For tokens of latents of this shape [..., T, h, w]; None for a model that has none."""
-        if latents is None:
-            return cls()
-        t, h, w = latents.shape[-3:]
-        return cls((t, h, w))
+    grid: tuple[int, int, int] | None
 
     def require(self, grid: tuple[Any, ...]) -> None:
         """Wants the grid of a call to be this one: other grids may have as many tokens.
