@@ -13,7 +13,7 @@ from torch import Tensor
 from kvlock_kernels import pack_kv, unpack_kv
 
 DTYPES = {"model": None, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
-PLACES = ("device", "host", "disk")
+PLACES = ("device", "host", "disk")  # each with more room than the one before it
 LAYERS_ON_DEVICE = 2  # whose rows are there at a time from the other places: the one that computes and the next
 LAYERS_AT_ONCE = 2  # that are written to a disk; the host holds as many, and one whose copies are under way
 
@@ -97,11 +97,6 @@ class Store:
     def packs(self) -> bool:
         """Whether rows are stored in 8 bits."""
         return DTYPES[self.dtype] is not None
-
-    @property
-    def next_place(self) -> str:
-        """Where there is more room than in this one's place."""
-        return PLACES[min(PLACES.index(self.place) + 1, len(PLACES) - 1)]
 
     @property
     def takes_mean(self) -> bool:

@@ -109,7 +109,8 @@ def attach(
         except (MemoryError, RuntimeError) as error:
             held = is_out_of_memory(error) and recording is None and config.locks and config.source == "store"
             if held and store.place != PLACES[-1]:
-                more = f"Store(place={store.next_place!r}) or --place {store.next_place}"
+                place = PLACES[PLACES.index(store.place) + 1]
+                more = f"Store(place={place!r}) or --place {place}"
                 error.add_note(f"source rows are kept on the {store.place}; {more} has more room")
             raise
 
