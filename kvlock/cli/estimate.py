@@ -10,7 +10,6 @@ from kvlock.cli import inputs, models
 if TYPE_CHECKING:
     from kvlock.cost import Cost
 
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 MASK_SHARE = 0.25
 LARGEST_SIDE = 10**6  # of a stated video, in frames or pixels
 
@@ -32,7 +31,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     inputs.add_steps_option(parser)
     inputs.add_guidance_option(parser)
     inputs.add_kernel_option(parser)
-    parser.add_argument("--dtype", choices=("auto", *BYTES), default="auto", help="of the transformer (%(default)s)")
+    dtypes = ("auto", *models.DTYPES)
+    parser.add_argument("--dtype", choices=dtypes, default="auto", help="of the transformer (%(default)s)")
     parser.add_argument("--device", default="auto", help="torch device the edit will run on (%(default)s)")
 
 
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
             num_steps=args.steps,
             start=start,
             guidance_scale=args.guidance_scale,
-            bytes_per_value=BYTES[dtype],
+            bytes_per_value=models.DTYPES[dtype],
             store=store,
             kernel=args.kernel,
         )

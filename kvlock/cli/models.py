@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from kvlock.cost import ModelSizes
     from kvlock.geometry import Geometry
 
+DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}  # that a transformer may run in, and their bytes a value
+
 
 class Model(NamedTuple):
     """What a model's configuration says, known before any weight is loaded."""

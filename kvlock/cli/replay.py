@@ -6,7 +6,7 @@ import argparse
 import math
 from typing import TYPE_CHECKING, Any
 
-from kvlock.cli import inputs, runs
+from kvlock.cli import inputs, models, runs
 
 if TYPE_CHECKING:
     from kvlock.config import KVLockConfig
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 # Options that say what a recording says, and those of which one may be given that agrees with it.
 DECIDED = ("video", "mask", "mask_box", "example", "reference", "source_prompt", "trim", "rows", "place")
 FILLED_IN = ("model", "steps", "seed", "kernel", "dtype")
-DTYPES = ("float32", "bfloat16", "float16")
 # What kvlock record writes about an edit.
 KINDS: dict[str, tuple[type, ...]] = {"model": (str, type(None)), "dtype": (str,), "seed": (int, type(None)),
                                       "kernel": (str,), "fps": (int, float), "source_prompt": (str,)}  # fmt: skip
@@ -55,7 +54,7 @@ def task(args: argparse.Namespace, config: KVLockConfig) -> runs.Task:
     if not set(KINDS) <= set(about) or not {"frames", "mask"} <= set(found):
         raise ValueError(f"{args.source} was not made by kvlock record, and does not hold all that an edit needs")
     wrong = [name for name, kinds in KINDS.items() if not isinstance(about[name], kinds)]
-    wrong = wrong or ["fps"] * (not 0 < about["fps"] < math.inf) + ["dtype"] * (about["dtype"] not in DTYPES)
+    wrong = wrong or ["fps"] * (not 0 < about["fps"] < math.inf) + ["dtype"] * (about["dtype"] not in models.DTYPES)
     if wrong:
         raise ValueError(f"{args.source} says {wrong[0]}={about[wrong[0]]!r}, which kvlock record does not write")
     if found["frames"].dtype is not torch.uint8:

@@ -41,7 +41,7 @@ def add_options(parser: argparse.ArgumentParser, *, edits: bool = True) -> None:
     if edits:
         inputs.add_guidance_option(parser)
     parser.add_argument("--seed", type=int, default=0, help="of the initial noise (0)")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    parser.add_argument("--dtype", choices=("auto", *models.DTYPES), default="auto")
     parser.add_argument("--device", default="auto", help="torch device (the GPU if there is one)")
     parser.add_argument("--offload", choices=("none", "model", "group"), default="none", help="what waits elsewhere")
 
