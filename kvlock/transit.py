@@ -22,7 +22,7 @@ class _Slot(NamedTuple):
 
     layer: Layer
     rows: dict[str, Rows]  # by "k" and "v"
-    stage: dict[str, Rows]  # pinned host memory that rows go through which are not in such
+    stage: dict[str, Rows]  # pinned host memory on the way of rows that are not pinned themselves
     arrival: Any  # event of the copy stream
 
 
@@ -59,23 +59,21 @@ class Courier:
 
     def _send(self, layer: Layer, source: dict[str, Rows], kept: Layer) -> None:
         """Copy rows into the room of the layer that is not to be kept, or into new room while there are few."""
-        taken = next((slot for slot in self._slots if slot.layer != kept), None)
-        if taken is not None and len(self._slots) == LAYERS_ON_DEVICE:
+        taken = _Slot(layer, {}, {}, None)
+        if len(self._slots) == LAYERS_ON_DEVICE:
+            taken = next(slot for slot in self._slots if slot.layer != kept)
             self._slots.remove(taken)
-        else:
-            taken = None
-        before = {} if taken is None else taken.rows
-        rows = {name: room_for(part, before.get(name), self.device) for name, part in source.items()}
+        rows = {name: room_for(part, taken.rows.get(name), self.device) for name, part in source.items()}
         if self.stream is None:
             with record_function("kvlock::read_rows"):
                 for name, part in source.items():
                     copy(part, rows[name], non_blocking=False)
             self._slots.append(_Slot(layer, rows, {}, None))
             return
-        stage = {} if taken is None else taken.stage
+        stage = taken.stage
         for name, part in source.items():
             if not part.data.is_pinned():
-                if taken is not None and taken.arrival is not None:
+                if taken.arrival is not None:
                     wait_for(taken.arrival)  # the last copy out of this stage
                 stage[name] = room_for(part, stage.get(name), torch.device("cpu"), pinned=True)
                 with record_function("kvlock::read_rows"):
