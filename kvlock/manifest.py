@@ -37,7 +37,7 @@ def step_name(step: int) -> str:
 def hash_of(tensor: Tensor) -> str:
     """The SHA-256 of a tensor's dtype, shape and values, in hexadecimal; waits for its device."""
     state = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
-    state.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    state.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return state.hexdigest()
 
 
