@@ -54,7 +54,10 @@ def task(args: argparse.Namespace, config: KVLockConfig) -> runs.Task:
     if not set(KINDS) <= set(about) or not {"frames", "mask"} <= set(found):
         raise ValueError(f"{args.source} was not made by kvlock record, and does not hold all that an edit needs")
     wrong = [name for name, kinds in KINDS.items() if not isinstance(about[name], kinds)]
-    wrong = wrong or ["fps"] * (not 0 < about["fps"] < math.inf) + ["dtype"] * (about["dtype"] not in models.DTYPES)
+    if not wrong and not 0 < about["fps"] < math.inf:
+        wrong = ["fps"]
+    if not wrong and about["dtype"] not in models.DTYPES:
+        wrong = ["dtype"]
     if wrong:
         raise ValueError(f"{args.source} says {wrong[0]}={about[wrong[0]]!r}, which kvlock record does not write")
     if found["frames"].dtype is not torch.uint8:
