@@ -138,20 +138,9 @@ def on_pipeline(
     _check_numbers("source_latents", source_latents)
     if source_prompt_embeds is not None:
         _check_numbers("source_prompt_embeds", source_prompt_embeds)
-    if config.composite == "pixel":
-        raise ValueError('composite="pixel" needs the decoded video; use KVLockPipeline, or "latent" or "none" here')
     check_pipeline(pipe)
-    if masks.dilate_tokens != config.dilate_tokens:
-        raise ValueError(
-            f"masks were made with dilate_tokens={masks.dilate_tokens}, the config has {config.dilate_tokens}; "
-            "wanted them alike"
-        )
     attached = transformers_of(pipe)
-    experts = [(i, module) for i, module in enumerate(attached.values()) if module is not None]
-    if not experts:
-        raise ValueError(f"{type(pipe).__name__} has no transformer; wanted one to lock")
-    if len(experts) == 2 and experts[0][1] is experts[1][1]:
-        raise ValueError("transformer and transformer_2 are one module; wanted two, or transformer_2=None")
+    experts = _experts(pipe)
     families = {i: family_of(module) for i, module in experts}
     if config.locks and source_prompt_embeds is None and not isinstance(ledger, Recording):
         source_prompt_embeds = empty_prompt(pipe)
@@ -237,6 +226,13 @@ def check_settings(config: KVLockConfig, masks: Masks, store: Store, kernel: str
             raise ValueError(f"{name} is a {type(value).__name__}; wanted a kvlock.{wanted.__name__}")
     check_kernel(kernel)
     check_store(store, config, kernel)
+    if config.composite == "pixel":
+        raise ValueError('composite="pixel" needs the decoded video; use KVLockPipeline, or "latent" or "none" here')
+    if masks.dilate_tokens != config.dilate_tokens:
+        raise ValueError(
+            f"masks were made with dilate_tokens={masks.dilate_tokens}, the config has {config.dilate_tokens}; "
+            "wanted them alike"
+        )
 
 
 def check_store(store: Store, config: KVLockConfig, kernel: str) -> None:
@@ -267,6 +263,16 @@ def check_recording(recording: Recording | None, config: KVLockConfig, store: St
         raise ValueError(f"{store} is for a source pass, and a recording has its rows already; leave it out")
     if config.source == "batch":
         raise ValueError('source="batch" runs the source beside the edit; a recording wants source="store"')
+
+
+def _experts(pipe: Any) -> list[tuple[int, Any]]:
+    """The pipeline's transformers with their numbers; raises ValueError where there is none, or one twice."""
+    experts = [(i, module) for i, module in enumerate(transformers_of(pipe).values()) if module is not None]
+    if not experts:
+        raise ValueError(f"{type(pipe).__name__} has no transformer; wanted one to lock")
+    if len(experts) == 2 and experts[0][1] is experts[1][1]:
+        raise ValueError("transformer and transformer_2 are one module; wanted two, or transformer_2=None")
+    return experts
 
 
 def _check_numbers(name: str, value: Tensor) -> None:
