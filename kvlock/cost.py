@@ -92,9 +92,9 @@ def estimate(
         forwards = 2 K + 2 L           source="batch": the source runs beside each branch and is never stored;
                                        once a step, 2 K + L, where a call of the transformer has both branches
 
-    Where a second transformer takes over inside the window, its first two steps are among the L although they are not
-    locked with ``fusion="variance"``: the run has less of everything that counts them. A stored source runs up to the
-    last main block that locks, and counts as a whole forward all the same. The rows of a step take::
+    Where a second transformer takes over inside the window, L counts its first two steps, which ``fusion="variance"``
+    does not lock: such a run takes less than this. A stored source runs up to the last main block that locks, and
+    counts as a whole forward all the same. The rows of a step take::
 
         bytes    = layers * 2 * rows * heads * head_dim * bytes_per_value, in 8 bits (head_dim + 4) for the last two
 

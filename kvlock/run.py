@@ -24,9 +24,9 @@ class Guided(NamedTuple):
 
 
 class Run:
-    """Made at a run's first call of the transformer, from its latents `x` [B, C, T, h, w]; all tensors on their device.
+    """The state of one run, made from the latents `x` [B, C, T, h, w] of its first call of the transformer.
 
-    Steps count through the scheduler's full table, from `flow.start` to its end.
+    All tensors are on the device of `x`. Steps count through the scheduler's full table, from `flow.start` to its end.
 
     Raises:
         ValueError: source latents or masks do not fit `x`.

@@ -29,8 +29,8 @@ class Session:
         begin_call               end_call               unconditional branch, if there is one, and not in the first call
         guide, finish_step                              around scheduler.step
 
-    Nothing in this loop reads a device tensor on the host, nor copies one to the device, but source rows where they go
-    to the host or the disk; where there is a recording, once a run some values of the weights, the conditions and the
+    Nothing in this loop reads a device tensor on the host or copies one to the device, with three exceptions: source
+    rows kept on the host or the disk; once a run, with a recording, some values of the weights, the conditions and the
     initial noise; and the first timestep of a pipeline that does not hand over the scheduler's own.
 
     Attributes:

@@ -57,12 +57,13 @@ class Store:
             of one head share a large component that attention does not see; what is left has smaller steps. None is
             yes, which measured best (``benchmarks/README.md``), but for ``kernel="fused"``, which has no place for it.
         place: where the rows of a step wait: on the ``"device"``, in ``"host"`` memory (pinned, where the device is a
-            CUDA one) or on ``"disk"``. From the latter two the rows of two layers are on the device at a time: those of
-            one come while the layer before it computes, once they are read from the disk. While the source computes,
-            rows of at most as many wait there for their copies. A CUDA device sends rows to a disk by way of pinned
-            memory of three layers, and gets them by way of that of two; torch takes a power of two of bytes for each
-            tensor. What a step takes on the host or the disk serves the next, and is given back when the session ends.
-            Compiled transformers need the device. Traces of `torch.profiler` have names for the host's part:
+            CUDA one) or on ``"disk"``. With the latter two, rows of two layers are on the device at a time: those of
+            the layer that computes, and of the next, which are read from the disk first and come meanwhile. While the
+            source computes, rows of at most two layers wait there to be copied away. Rows on their way from a CUDA
+            device to a disk pass through pinned memory for three layers, and on their way back through memory for two;
+            torch takes a power of two of bytes for each tensor of it. What a step takes on the host or the disk serves
+            the next, and is given back when the session ends. Compiled transformers need the device. Traces of
+            `torch.profiler` have names for the host's part:
             ``kvlock::read_rows``, ``write_rows``, ``close_file``, ``pin_memory``, ``wait_for_write``, ``wait_for_copy``
             and, of a recording, ``wait_for_checksum``.
         folder: where a ``"disk"`` store makes its temporary files; None is the system's own place for such files, which

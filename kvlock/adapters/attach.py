@@ -57,9 +57,10 @@ def attach(
             precision a ratio of 0 is not the plain pipeline to the last bit); ``"backend"`` in the attention itself,
             after norm and RoPE, as a backend of diffusers' dispatcher: locked calls of these layers are computed by
             `kvlock_kernels.kv_lerp_attention_`, everything else by the backend that was active before. With
-            ``fusion="full"`` that one attends to the source rows and the new foreground rows, which are written behind
-            them: unpacked rows on the device take the room of all tokens for it, in which samples of one source take
-            turns; packed rows and those of another place or of a recording are joined with them anew in each call.
+            ``fusion="full"`` that earlier backend serves the locked calls too, and attends to the source's rows with
+            the edit's foreground rows behind them. For these there is room where rows stay on the device in the dtype
+            of the model: a step then keeps as much as all tokens take, and samples that share a source use the room
+            one after the other. Rows of any other store, and those of a recording, are joined anew in each call.
             Inside the block ``pipe.transformer.set_attention_backend("kvlock")`` chooses it too, for all transformers
             of the pipeline and until the block is left; another name sets the backend for everything else.
         store: how and where source rows are kept; None is `Store()`, on the device in the dtype of the model.
