@@ -285,7 +285,8 @@ def qk_norm_rope_kv_lerp_(
     q.copy_(rope(rms_norm(q, q_weight, eps).unflatten(2, heads), cos, sin).flatten(2))
     mixed = lerp_tokens(rms_norm(k, k_weight, eps).unflatten(2, heads), k_source, source_row, ratio, k_scale, k_mean)
     k.copy_(rope(mixed, cos, sin).flatten(2))
-    v.copy_(lerp_tokens(v.unflatten(2, heads), v_source, source_row, ratio, v_scale, v_mean).flatten(2))
+    if v_source.shape[1] > 0:  # else v would be copied to itself, which torch refuses of some strides
+        v.copy_(lerp_tokens(v.unflatten(2, heads), v_source, source_row, ratio, v_scale, v_mean).flatten(2))
 
 
 # index[source_row[n]] = n

@@ -261,6 +261,14 @@ def test_strided_projections_give_the_bits_of_contiguous_ones() -> None:
         assert_bit_identical(one, other)
 
 
+def test_one_strided_token_without_rows_keeps_its_values() -> None:
+    v = normal(1, 1, 3, 8).unbind(2)[1]  # torch refuses to copy it to itself, as one written over while it is read
+    before, (q, k, _, *rest) = v.clone(), projections(1, 1, 2, 4)
+    nothing = torch.empty(1, 0, 2, 4)
+    qk_norm_rope_kv_lerp_(q, k, v, *rest, nothing, nothing, int32(-1), torch.ones(1), eps=EPS)
+    assert_bit_identical(v, before)
+
+
 def test_empty_inputs_stay_empty() -> None:
     _, _, _, *rest = projections(1, 5, 2, 4)
     none, source = torch.full((5,), -1, dtype=torch.int32), torch.empty(1, 0, 2, 4)
