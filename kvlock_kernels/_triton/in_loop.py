@@ -89,10 +89,11 @@ def in_loop_kernel(
     QUERIES: tl.constexpr, TOKENS: tl.constexpr, DIM: tl.constexpr,
 ):
     """Program = one tile of queries of one head of one sample."""
-    b, head = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
+    program, tiles = tl.program_id(0), tl.cdiv(m, QUERIES)  # only a grid's first axis has room for any number of heads
+    b, head = (program // tiles // H).to(tl.int64), (program // tiles % H).to(tl.int64)
     attend_tile(q, k, v, out, lse, k_source, k_scale, k_mean, v_source, v_scale, v_mean, source_row, ratio, m, n, rows,
                 qk_scale, q_stride_b, q_stride_m, q_stride_h, k_stride_b, k_stride_n, k_stride_h, v_stride_b,
-                v_stride_n, v_stride_h, tl.program_id(0), b, head, LERP, LSE, PRECISION, H, D, K_PACKING, K_SHARED,
+                v_stride_n, v_stride_h, program % tiles, b, head, LERP, LSE, PRECISION, H, D, K_PACKING, K_SHARED,
                 K_MEANS, V_PACKING, V_SHARED, V_MEANS, QUERIES, TOKENS, DIM)
 
 
@@ -121,7 +122,7 @@ def attend_in_loop(
     if q.numel() == 0:
         return out, lse
     tiles = tiling(d, q.dtype, IN_LOOP_TOKENS)
-    in_loop_kernel[(triton.cdiv(m, tiles["QUERIES"]), b * h)](
+    in_loop_kernel[(triton.cdiv(m, tiles["QUERIES"]) * b * h,)](
         q, k, v, out, lse, *source_pointers(k_source, k_scale, k_mean), *source_pointers(v_source, v_scale, v_mean),
         rows_of_tokens(index, n), ratio.contiguous(), m, n, rows, scale * LOG2_E, *strides(q, k, v),
         LERP=rows > 0, LSE=return_lse, PRECISION=precision(q), H=h, D=d,

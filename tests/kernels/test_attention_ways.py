@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -209,6 +210,17 @@ def test_no_queries_and_no_samples_give_empty_results(way: Way) -> None:
     (q, k, v, *rest), options = call_of(REGIME | {"source": (torch.float16, False), "samples": (1, 1)})
     assert way(q[:, :0], k, v, *rest, **options).shape == (1, 0, 2, 32)
     assert way(q[:0], k[:0], v[:0], *rest[:3], rest[3][:0], **options).shape == (0, 45, 2, 32)
+
+
+def test_more_heads_than_a_grid_has_rows_are_served() -> None:
+    """65535 is where every axis of a grid ends but the first."""
+    from kvlock_kernels._triton import in_loop as module
+
+    q, none = torch.zeros(2, 1, 35000, 1), torch.zeros(1, 0, 35000, 1)
+    with mock.patch.object(module, "in_loop_kernel", mock.MagicMock()) as kernel:
+        in_loop(q, q, q, none, none, torch.zeros(0, dtype=torch.int32), torch.ones(2), scale=1.0)
+    (grid,) = kernel.__getitem__.call_args.args
+    assert math.prod(grid) == 70000 and max(grid[1:], default=1) <= 65535
 
 
 @each_kernel
