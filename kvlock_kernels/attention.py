@@ -6,6 +6,7 @@ from torch import Tensor
 
 from kvlock_kernels._checks import (
     FLOATING,
+    FP32,
     check_bool,
     check_ndim,
     check_number,
@@ -113,5 +114,8 @@ def _check_queries_and_keys(q: Tensor, k: Tensor, v: Tensor) -> None:
 def _checked_scale(scale: float | None, q: Tensor) -> float:
     if scale is None:
         return q.shape[3] ** -0.5
-    check_number("scale", scale, "a finite number")
+    wanted = "0 or a finite number that is normal in fp32"
+    check_number("scale", scale, wanted)
+    if 0 < abs(scale) < FP32.tiny:  # kernels that read it as 0 would multiply it with the -inf of masked scores
+        raise refuse("scale", repr(scale), wanted)
     return float(scale)
