@@ -135,7 +135,7 @@ def load_source(source, scale, mean, row, head, d, valid, heads_valid, rows, b, 
                 D: tl.constexpr, PACKING: tl.constexpr, HAS_MEAN: tl.constexpr):
     """A tile of sample b's source rows: decoded to fp32 where packed, in the dtype they are stored in where not."""
     at = (b * rows + row) * H + head
-    values = tl.load(source + at * D + d, mask=valid)
+    values = tl.load(source + at * D + d, mask=valid, other=0)  # beyond D too, where products of attention read it
     if PACKING != PLAIN:
         values = e4m3_to_fp32(values) if PACKING == E4M3 else values.to(tl.float32)
         values *= tl.load(scale + at, mask=heads_valid)

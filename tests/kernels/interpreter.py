@@ -24,7 +24,8 @@ def kernels_on_cpu() -> Iterator[None]:
     alone = mock.patch.object(persistent, "resident_programs", lambda device: 1)
     oldest = mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: _cuda.OLDEST)
     # The interpreter computes in numpy, which warns of NaN and inf where a GPU goes on.
-    with alone, oldest, bf16_as_on_a_gpu(), sooner(), np.errstate(all="ignore"), served(_cuda.launchers()):
+    quiet = np.errstate(all="ignore")
+    with alone, oldest, bf16_as_on_a_gpu(), undefined_is_nan(), sooner(), quiet, served(_cuda.launchers()):
         yield
 
 
@@ -63,6 +64,23 @@ def reduced_by_halves(self: ReduceOps, blocks: tuple[tl.tensor, ...]) -> list[tl
     while data.shape[axis] > 1:
         data = self.combine_fn.fn(*(self.to_tensor(half, block.dtype) for half in np.split(data, 2, axis))).handle.data
     return [self.to_tensor(data if self.keep_dims else data.squeeze(axis), block.dtype)]
+
+
+@contextlib.contextmanager
+def undefined_is_nan() -> Iterator[None]:
+    """Fills what a masked load without `other` leaves undefined with NaN, or -1; the interpreter has zeros there."""
+    original = InterpreterBuilder.create_masked_load
+
+    def load(self: Any, ptrs: TensorHandle, mask: Any, other: TensorHandle | None, *hints: Any) -> TensorHandle:
+        if other is None:
+            dtype = ptrs.get_element_ty()
+            values = np.zeros(ptrs.data.shape, interpreter._get_np_dtype(dtype))
+            values.view(np.uint8)[...] = 0xFF
+            other = TensorHandle(values, dtype)
+        return original(self, ptrs, mask, other, *hints)
+
+    with mock.patch.object(InterpreterBuilder, "create_masked_load", load):
+        yield
 
 
 @contextlib.contextmanager
