@@ -104,9 +104,10 @@ def kv_lerp_attention(
     kv_lerp_pair_(
         k, v, k_source, v_source, index, ratio, k_scale=k_scale, v_scale=v_scale, k_mean=k_mean, v_mean=v_mean
     )
-    scores = scale * (q.float().transpose(1, 2) @ k.float().permute(0, 2, 3, 1))
-    lse = torch.logsumexp(scores, dim=-1)
-    out = torch.softmax(scores, dim=-1) @ v.float().transpose(1, 2)
+    with torch.autocast(q.device.type, enabled=False):  # products in fp32, and the dtypes that are promised
+        scores = scale * (q.float().transpose(1, 2) @ k.float().permute(0, 2, 3, 1))
+        lse = torch.logsumexp(scores, dim=-1)
+        out = torch.softmax(scores, dim=-1) @ v.float().transpose(1, 2)
     out = out.transpose(1, 2).to(q.dtype).contiguous()
     return out, lse if return_lse else lse.new_empty(0)
 
@@ -134,7 +135,8 @@ def kv_lerp_attention_(
     if scale == 0:  # cuDNN gives NaN for it
         q, scale = 0 * q, 1.0
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).contiguous()
+    with torch.autocast(q.device.type, enabled=False):
+        return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).contiguous()
 
 
 # ring[step % W] <- x0;   n = min(step + 1, W);   var = sum_{j < n} (ring[j] - mean)^2 / (n - 1), 0 where n < 2

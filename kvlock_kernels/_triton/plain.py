@@ -33,7 +33,8 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, kernels: tupl
             return flash(q, k, v, scale=scale)
     wider = torch.promote_types(q.dtype, k.dtype)
     queries, keys, values = (x.to(wider).transpose(1, 2) for x in (q, k, v))
-    with sdpa_kernel([backend for backend in kernels if isinstance(backend, SDPBackend)], set_priority=True):
+    backends = sdpa_kernel([backend for backend in kernels if isinstance(backend, SDPBackend)], set_priority=True)
+    with backends, torch.autocast(q.device.type, enabled=False):  # products in q's dtype, whatever surrounds the call
         out = F.scaled_dot_product_attention(queries, keys, values, scale=scale).transpose(1, 2)
     return out.to(q.dtype).contiguous()
 

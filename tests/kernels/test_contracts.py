@@ -117,6 +117,17 @@ def test_it_compiles_inside_a_device_context(name: str, make: Callable[[], Call]
         torch.compile(getattr(kvlock_kernels, name), fullgraph=True, backend="eager")(*call.args, **call.kwargs)
 
 
+@each_implementation
+@each_call
+def test_autocast_changes_neither_dtypes_nor_bits(name: str, make: Callable[[], Call]) -> None:
+    plain, cast = make(), make()
+    expected = getattr(kvlock_kernels, name)(*plain.args, **plain.kwargs)
+    with torch.autocast(torch.get_default_device().type, torch.float16):
+        actual = getattr(kvlock_kernels, name)(*cast.args, **cast.kwargs)
+    for a, b in zip(tensors(actual, *cast), tensors(expected, *plain), strict=True):
+        assert_bit_identical(a, b)
+
+
 @each_call
 def test_nothing_waits_for_the_device(name: str, make: Callable[[], Call]) -> None:
     call = make()
