@@ -18,6 +18,7 @@ from diffusers import (
     UniPCMultistepScheduler,
     WanPipeline,
     WanVACEPipeline,
+    WanVideoToVideoPipeline,
 )
 from diffusers.hooks import apply_first_block_cache
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
@@ -327,3 +328,16 @@ def test_a_second_pipeline_around_an_attached_transformer_is_refused(wan):
         assert "step" not in vars(second.scheduler)
         assert torch.equal(tiny.call(wan, steps=STEPS), expected)
     assert tiny.leftovers(wan) == []
+
+
+@pytest.mark.parametrize("called_before", [False, True])
+def test_another_pipeline_of_the_same_parts_called_inside_the_block_is_refused(called_before):
+    pipe = tiny.pipeline(WanPipeline, "unipc")
+    names = ("tokenizer", "text_encoder", "vae", "scheduler", "transformer")
+    another = WanVideoToVideoPipeline(**{name: pipe.components[name] for name in names})  # as from_pipe makes it
+    another.set_progress_bar_config(disable=True)
+    if called_before:
+        tiny.call(pipe, steps=2, guidance_scale=3.0)  # whose guidance the lock would go on with
+    with pytest.raises(ValueError, match="while WanPipeline, which is attached, does not run"), attach(pipe):
+        tiny.call(another, steps=STEPS)
+    assert tiny.leftovers(pipe) == []

@@ -76,7 +76,7 @@ def attach(
             scheduler or a setting is not supported, or `pipe` is attached already; or the kernel does not fit it; or
             the recording belongs to another model, schedule, size, mask or source, or a file of it is not what was
             recorded. Inside the block: the transformer was changed in a way that the lock would not follow, or is not
-            the recording's any more.
+            the recording's any more; or something else than `pipe` called it, such as a pipeline that shares its parts.
         RuntimeError: ``kernel="backend"``, and the dispatcher of this diffusers has no place for it.
     """
     config = KVLockConfig() if config is None else config
@@ -287,6 +287,13 @@ def _check_numbers(name: str, value: Tensor) -> None:
 
 
 def _guidance(pipe: Any, expert: int, config: KVLockConfig) -> float:
+    # Another one's guidance and start are unknown here, and what `pipe` says of them is of its latest call.
+    if getattr(pipe, "_current_timestep", None) is None:  # every supported pipeline has one while it denoises
+        name = type(pipe).__name__
+        raise ValueError(
+            f"the transformer was called while {name}, which is attached, does not run, by another pipeline of the "
+            f"same parts perhaps; wanted a call of that {name}"
+        )
     rescale = getattr(pipe, "_guidance_rescale", 0.0)
     measured = config.fusion == "variance" and config.x0 == "guided"
     if rescale and (config.guides or measured) and pipe.guidance_scale > 1:
