@@ -25,6 +25,7 @@ LOCK_TINT = (0.10, 0.45, 0.95)
 EDIT_TINT = (1.00, 0.35, 0.10)
 
 _ACCURATE = "accurate_rnd+full_chroma_int"
+_WITH_ALPHA = re.compile("yuva|gbrap|rgba|bgra|argb|abgr|ayuv|vuya|uyva|ya8|ya16|yaf|pal8")  # in pixel formats' names
 _SIZE_CHECK = "kvlock_one_size"  # the name of a filter in ffmpeg's messages
 _CRF = 10  # 0 is lossless, 18 is called visually lossless; 10 keeps the codec below the model's own error
 
@@ -39,7 +40,8 @@ class Video(NamedTuple):
 def read_video(path: str | os.PathLike[str]) -> Video:
     """Read a video file, a folder of pictures in natural order (2 before 10), or one picture (F = 1).
 
-    Pictures have no frame rate and get `DEFAULT_FPS`. A damaged video is refused rather than read in part.
+    Pictures have no frame rate and get `DEFAULT_FPS`. A damaged video is refused rather than read in part, and so is
+    one that is transparent in parts.
 
     Raises:
         ValueError: the path is missing, is no readable video, a folder's pictures differ in size, or as
@@ -218,10 +220,11 @@ def _read_folder(folder: Path) -> Tensor:
 
 def _decode(path: Path) -> Video:
     name = os.path.abspath(path)  # ffmpeg takes what stands before a colon in "12:30.mp4" for a protocol
-    width, height, fps = _stated(path, name)
+    width, height, fps, has_alpha = _stated(path, name)
+    channels, form = (4, "rgba") if has_alpha else (3, "rgb24")
     strict = ["-xerror", "-err_detect", "explode", "-i", name]
     # Passthrough: by default frames of a variable-rate video are dropped or repeated to make the rate constant.
-    raw = ["-fps_mode", "passthrough", "-sws_flags", _ACCURATE, "-f", "rawvideo", "-pix_fmt", "rgb24", "pipe:1"]
+    raw = ["-fps_mode", "passthrough", "-sws_flags", _ACCURATE, "-f", "rawvideo", "-pix_fmt", form, "pipe:1"]
     # Frames of another size would be resampled to that of the first. The crop is made anew for each size: it takes the
     # whole of a frame that has the stated one, and more than there is, which is an error, of any other.
     whole = f"crop@{_SIZE_CHECK}=w='if(eq(iw,{width})*eq(ih,{height}),iw,2*iw)':h=ih:x=0:y=0:exact=1"
@@ -232,14 +235,16 @@ def _decode(path: Path) -> Video:
             raise
         message = f"cannot read {path} as a video: not all its frames have its stated size {width}x{height}"
         raise ValueError(message) from error
-    if not decoded or len(decoded) % (width * height * 3):
+    if not decoded or len(decoded) % (width * height * channels):
         raise ValueError(f"cannot read {path} as a video: it has no frames of its stated size {width}x{height}")
-    frames = torch.frombuffer(bytearray(decoded), dtype=torch.uint8).reshape(-1, height, width, 3)
-    return Video(frames, fps)
+    frames = torch.frombuffer(bytearray(decoded), dtype=torch.uint8).reshape(-1, height, width, channels)
+    if has_alpha and bool((frames[..., 3] < 255).any()):
+        raise ValueError(f"{path} is transparent in parts; wanted an opaque video (a mask is white on black)")
+    return Video(frames[..., :3].contiguous(), fps)
 
 
-def _stated(path: Path, name: str) -> tuple[int, int, float]:
-    """Width and height of a frame and the rate, as ffmpeg's log of the first frame states them.
+def _stated(path: Path, name: str) -> tuple[int, int, float, bool]:
+    """Width, height, rate and whether there is an alpha channel, as ffmpeg's log of the first frame states them.
 
     Of several video streams it chooses what a player shows: the one that is marked as the default, a cover last.
     """
@@ -247,12 +252,14 @@ def _stated(path: Path, name: str) -> tuple[int, int, float]:
     done = subprocess.run([*command, "-f", "rawvideo", "pipe:1"], capture_output=True)
     log = done.stderr.decode(errors="replace")
     chosen = re.search(r"^ *Stream #0:(\d+) -> #0:0 ", log, re.M)
-    size = chosen and re.search(r"^ *Stream #0:0.* Video: .* (\d+)x(\d+)[, ]", log[chosen.end() :], re.M)
+    size = chosen and re.search(r"^ *Stream #0:0.* Video: (.*) (\d+)x(\d+)[, ]", log[chosen.end() :], re.M)
     if not chosen or not size:
         raise ValueError(f"cannot read {path} as a video")
+    if re.search(r"^ *alpha_mode *: 1$", log[chosen.end() :], re.M):  # VP8's and VP9's, which the decoders leave out
+        raise ValueError(f"{path} has an alpha channel that is not read; wanted an opaque video")
     rate = re.search(rf"^ *Stream #0:{chosen[1]}\D.* ([\d.]+)(k?) fps", log[: chosen.start()], re.M)
     fps = float(rate[1]) * (1000 if rate[2] else 1) if rate else DEFAULT_FPS
-    return int(size[1]), int(size[2]), fps
+    return int(size[2]), int(size[3]), fps, bool(_WITH_ALPHA.search(size[1]))
 
 
 def _run_ffmpeg(arguments: list[str], path: Path, data: bytes | None = None) -> bytes:

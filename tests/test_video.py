@@ -78,6 +78,26 @@ def test_frames_of_a_variable_rate_video_are_neither_dropped_nor_repeated(tmp_pa
     assert frames[:, 16, 16, 0].tolist() == pytest.approx([40 * n for n in range(6)], abs=4)
 
 
+@pytest.mark.parametrize("codec, form", [("qtrle", "argb"), ("ffv1", "yuva444p"), ("prores_ks", "yuva444p10le")])
+def test_a_video_that_is_transparent_in_parts_is_refused_as_a_picture_is(tmp_path, codec, form):
+    picture = torch.cat([smooth(1)[0], torch.ones(32, 48, 1)], dim=2).mul(255).byte()
+    for name in ("opaque", "cut-out"):
+        save(tmp_path / f"{name}.png", picture)
+        ffmpeg("-i", tmp_path / f"{name}.png", "-c:v", codec, "-pix_fmt", form, tmp_path / f"{name}.mov")
+        picture[8:16, 8:16, 3] = 0
+    read = video.read_video(tmp_path / "opaque.mov").frames.float()
+    assert (read - picture[..., :3]).abs().mean() < 2
+    with pytest.raises(ValueError, match=r"cut-out\.mov is transparent in parts; wanted an opaque video"):
+        video.read_mask(tmp_path / "cut-out.mov", 1, 32, 48)
+
+
+def test_a_video_whose_transparency_is_in_a_stream_of_its_own_is_refused(tmp_path):
+    source = "testsrc=size=48x32:rate=8:duration=0.5,format=rgba,colorchannelmixer=aa=0.5"
+    ffmpeg("-f", "lavfi", "-i", source, "-c:v", "libvpx-vp9", "-pix_fmt", "yuva420p", tmp_path / "a.webm")
+    with pytest.raises(ValueError, match=r"a\.webm has an alpha channel that is not read; wanted an opaque video"):
+        video.read_video(tmp_path / "a.webm")
+
+
 def test_a_folder_is_read_in_natural_order(tmp_path):
     for n in (10, 2, 1):
         save(tmp_path / f"frame{n}.png", np.full((4, 6, 3), n))
