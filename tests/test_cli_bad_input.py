@@ -44,6 +44,7 @@ BAD_EDITS = {
     "no number": (["--example", "--steps", "few"], "invalid int value"),
     "endless guidance": (["--example", "--guidance-scale", "inf"], "wanted a finite number"),
     "negative guidance outside": (["--example", "--background-guidance", "-1"], "--background-guidance -1.0 is"),
+    "tau without variance": (["--example", "--preset", "full-lock", "--tau", "0.5"], "--tau 0.5 has no effect"),
     "unknown option": (["--example", "--nonsense"], "unrecognized arguments: --nonsense"),
     "output that is no video": (["--example", "--out", "out.txt"], "wanted a name that ends in .mp4"),
     "output in place of the trace": (["--example", "--out", "side-by-side.mp4"], "the name of another result"),

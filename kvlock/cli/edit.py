@@ -76,7 +76,12 @@ def _settings(args: argparse.Namespace) -> KVLockConfig:
         replay.fill_in(args)
     inputs.check_run_options(args)
     changes = {name: getattr(args, name) for name in ("tau", "background_guidance", "composite")}
-    return preset(args.preset, **{name: value for name, value in changes.items() if value is not None})
+    config = preset(args.preset, **{name: value for name, value in changes.items() if value is not None})
+    if args.tau is not None and config.fusion != "variance" and not config.dynamic_guidance:
+        raise ValueError(
+            f"--tau {args.tau} has no effect with --preset {args.preset}, which follows no variance; leave it out"
+        )
+    return config
 
 
 def measure(pipe: Any, source: inputs.Source, edits: dict[str, Tensor]) -> dict[str, BackgroundReport]:
