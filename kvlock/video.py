@@ -40,11 +40,11 @@ class Video(NamedTuple):
 def read_video(path: str | os.PathLike[str]) -> Video:
     """Read a video file, a folder of pictures in natural order (2 before 10), or one picture (F = 1).
 
-    Pictures have no frame rate and get `DEFAULT_FPS`. A damaged video is refused rather than read in part, and so is
-    one that is transparent in parts.
+    Pictures have no frame rate and get `DEFAULT_FPS`. A damaged video is refused rather than read in part. One that is
+    transparent in parts is refused where its first frame has an alpha channel, and any with that of VP8 or VP9.
 
     Raises:
-        ValueError: the path is missing, is no readable video, a folder's pictures differ in size, or as
+        ValueError: the path is missing, is no readable or no opaque video, a folder's pictures differ in size, or as
             `kvlock.pictures.read_picture`.
     """
     path = Path(path)
@@ -256,7 +256,9 @@ def _stated(path: Path, name: str) -> tuple[int, int, float, bool]:
     if not chosen or not size:
         raise ValueError(f"cannot read {path} as a video")
     if re.search(r"^ *alpha_mode *: 1$", log[chosen.end() :], re.M):  # VP8's and VP9's, which the decoders leave out
-        raise ValueError(f"{path} has an alpha channel that is not read; wanted an opaque video")
+        raise ValueError(
+            f"{path} has an alpha channel that is not read; wanted a video without, as -pix_fmt yuv420p makes it"
+        )
     rate = re.search(rf"^ *Stream #0:{chosen[1]}\D.* ([\d.]+)(k?) fps", log[: chosen.start()], re.M)
     fps = float(rate[1]) * (1000 if rate[2] else 1) if rate else DEFAULT_FPS
     return int(size[2]), int(size[3]), fps, bool(_WITH_ALPHA.search(size[1]))
