@@ -207,7 +207,8 @@ def test_no_samples_or_no_queries_give_an_empty_output(b: int, m: int) -> None:
     Bad({"ratio": torch.ones(1)}, "ratio", "shape [1]", "[B] = [2]"),
     Bad({"scale": NAN}, "scale", "nan", "a finite number"),
     Bad({"scale": "1"}, "scale", "'1'", "a finite number"),
-    Bad({"scale": 1e-46}, "scale", "1e-46", "0 or a finite number that is normal in fp32"),
+    Bad({"scale": 1e-46}, "scale", "1e-46", "0 or a finite number of size 1.2e-38 to 1e+38"),
+    Bad({"scale": -3e38}, "scale", "-3e+38", "0 or a finite number of size 1.2e-38 to 1e+38"),
     Bad({"return_lse": None}, "return_lse", "None", "True or False"),
 )
 def test_bad_inputs_are_named(bad: Bad) -> None:
