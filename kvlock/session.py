@@ -46,7 +46,7 @@ class Session:
         source: Source,
         *,
         rows: LockedLayers,
-        check_transformers: Callable[[], None],
+        begin_run: Callable[[], None],
         check_model: Callable[[], None],
         guidance_of: Callable[[int], float],
         begin_index_of: Callable[[], int | None],
@@ -59,7 +59,7 @@ class Session:
         self.in_source_pass = False
         self.source = source
         self._rows = rows
-        self._check_transformers = check_transformers  # that they are those of attach
+        self._begin_run = begin_run  # refuses other transformers than those of attach
         self._check_model = check_model  # against the layers of attach and what source rows belong to
         self._guidance_of = guidance_of
         self._begin_index_of = begin_index_of
@@ -83,7 +83,7 @@ class Session:
         Raises:
             ValueError: a transformer has been replaced. Asked here, because a compiled one would trace the first call.
         """
-        self._check_transformers()
+        self._begin_run()
         self._flow, self._timesteps, self._run = flow, timesteps, None
         self._coefficients = flow.coefficients(timesteps.device)
         self.source.move(timesteps.device)

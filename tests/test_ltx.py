@@ -13,6 +13,7 @@ import pytest
 import tiny
 import tiny_ltx
 import torch
+from diffusers import LTXPipeline
 from test_oracle import assert_agree
 
 import kvlock
@@ -299,3 +300,19 @@ def test_a_patch_of_several_latents_is_refused():
         kvlock.attach(other, tiny_ltx.source_latents(), masks, source_prompt_embeds=tiny_ltx.SOURCE_PROMPT),
     ):
         pass
+
+
+@pytest.mark.parametrize("called_before", [False, True])
+def test_another_pipeline_of_the_same_parts_called_inside_the_block_is_refused(called_before):
+    pipe = tiny_ltx.pipeline()
+    another = LTXPipeline(**pipe.components)
+    another.set_progress_bar_config(disable=True)
+    if called_before:
+        tiny_ltx.call(pipe, steps=2)
+    with (
+        pytest.raises(ValueError, match="while LTXPipeline, which is attached, does not run"),
+        kvlock.attach(
+            pipe, tiny_ltx.source_latents(), tiny_ltx.masks(pipe), source_prompt_embeds=tiny_ltx.SOURCE_PROMPT
+        ),
+    ):
+        tiny_ltx.call(another, steps=STEPS)

@@ -342,7 +342,7 @@ def test_a_scheduler_replaced_inside_the_block_is_refused(wan, after_a_run):
 def test_a_third_call_of_the_transformer_in_one_step_is_refused(wan):
     x, t = tiny.rand(1, *tiny.LATENT), torch.tensor([1000.0])
     with pytest.raises(ValueError, match="ran more than twice in one step"), attach(wan), torch.no_grad():
-        wan._guidance_scale, wan._current_timestep = 5.0, t[0]  # as it sets them
         wan.scheduler.set_timesteps(STEPS)
+        wan._guidance_scale, wan._current_timestep = 5.0, t[0]  # as its call sets them
         for _ in range(3):
             wan.transformer(hidden_states=x, timestep=t, encoder_hidden_states=tiny.SOURCE_PROMPT)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvlock.adapters import root, shim
 from kvlock.adapters.belongings import agree_on_model, agree_on_source
+from kvlock.adapters.caller import Caller
 from kvlock.adapters.families import STARTS_FROM_VIDEO, check_pipeline, family_of, pipeline_class, transformers_of
 from kvlock.adapters.kernels import Lock, check_kernel, listen, point_of
 from kvlock.adapters.layout import Layout
@@ -162,7 +163,10 @@ def on_pipeline(
             agree_on_model(ledger, pipe, [module for _, module in experts], kernel, config)
         agree_on_source(ledger, source_latents, masks, source_prompt_embeds)
 
-    def check_transformers() -> None:
+    caller = Caller(pipe)
+
+    def begin_run() -> None:
+        caller.begin_run()
         for part, found in transformers_of(pipe).items():
             if found is not attached[part]:
                 raise ValueError(
@@ -179,9 +183,9 @@ def on_pipeline(
         config,
         source,
         rows=lock.layers,
-        check_transformers=check_transformers,
+        begin_run=begin_run,
         check_model=check_model,
-        guidance_of=lambda expert: _guidance(pipe, expert, config),
+        guidance_of=lambda expert: _guidance(caller, expert, config),
         begin_index_of=lambda: getattr(pipe.scheduler, "begin_index", None),
         starts_from_video=pipeline_class(pipe).__name__ in STARTS_FROM_VIDEO,
         guidance_follows=family.guidance_follows,
@@ -197,7 +201,7 @@ def on_pipeline(
             session.use_rows(lock.layers)
 
     def branches_of() -> int:
-        return 2 if joint and pipe.do_classifier_free_guidance else 1
+        return 2 if joint and caller.running.do_classifier_free_guidance else 1
 
     with contextlib.ExitStack() as undo:
         shim.install(pipe.scheduler, session, layout)
@@ -286,14 +290,8 @@ def _check_numbers(name: str, value: Tensor) -> None:
         raise ValueError(f"{name} holds NaN or infinity; wanted finite numbers")
 
 
-def _guidance(pipe: Any, expert: int, config: KVLockConfig) -> float:
-    # Another one's guidance and start are unknown here, and what `pipe` says of them is of its latest call.
-    if getattr(pipe, "_current_timestep", None) is None:  # every supported pipeline has one while it denoises
-        name = type(pipe).__name__
-        raise ValueError(
-            f"the transformer was called while {name}, which is attached, does not run, by another pipeline of the "
-            f"same parts perhaps; wanted a call of that {name}"
-        )
+def _guidance(caller: Caller, expert: int, config: KVLockConfig) -> float:
+    pipe = caller.running
     rescale = getattr(pipe, "_guidance_rescale", 0.0)
     measured = config.fusion == "variance" and config.x0 == "guided"
     if rescale and (config.guides or measured) and pipe.guidance_scale > 1:
