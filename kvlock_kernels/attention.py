@@ -19,6 +19,7 @@ from kvlock_kernels._checks import (
 from kvlock_kernels._ops import ops
 
 LARGEST_SCALE = 1e38  # kernels multiply it by log2(e) in fp32
+SCALES = f"0 or a finite number of size {FP32.tiny:.2g} to {LARGEST_SCALE:g}"
 
 
 class AttentionOutput(NamedTuple):
@@ -116,8 +117,7 @@ def _check_queries_and_keys(q: Tensor, k: Tensor, v: Tensor) -> None:
 def _checked_scale(scale: float | None, q: Tensor) -> float:
     if scale is None:
         return q.shape[3] ** -0.5
-    wanted = f"0 or a finite number of size {FP32.tiny:.2g} to {LARGEST_SCALE:g}"
-    check_number("scale", scale, wanted, -LARGEST_SCALE, LARGEST_SCALE)
+    check_number("scale", scale, SCALES, -LARGEST_SCALE, LARGEST_SCALE)
     if 0 < abs(scale) < FP32.tiny:  # kernels that read it as 0 would multiply it with the -inf of masked scores
-        raise refuse("scale", repr(scale), wanted)
+        raise refuse("scale", repr(scale), SCALES)
     return float(scale)
