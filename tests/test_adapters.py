@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import itertools
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -20,7 +18,6 @@ from diffusers import (
     UniPCMultistepScheduler,
     WanPipeline,
     WanVACEPipeline,
-    WanVideoToVideoPipeline,
 )
 from diffusers.hooks import apply_first_block_cache
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
@@ -330,30 +327,3 @@ def test_a_second_pipeline_around_an_attached_transformer_is_refused(wan):
         assert "step" not in vars(second.scheduler)
         assert torch.equal(tiny.call(wan, steps=STEPS), expected)
     assert tiny.leftovers(wan) == []
-
-
-@pytest.mark.parametrize("called", ["never", "to its end", "until it was stopped"])
-def test_another_pipeline_of_the_same_parts_called_inside_the_block_is_refused(called):
-    pipe = tiny.pipeline(WanPipeline, "unipc")
-    names = ("tokenizer", "text_encoder", "vae", "scheduler", "transformer")
-    another = WanVideoToVideoPipeline(**{name: pipe.components[name] for name in names})  # as from_pipe makes it
-    another.set_progress_bar_config(disable=True)
-    stop = {"callback_on_step_end": mock.Mock(side_effect=KeyboardInterrupt)} if "stopped" in called else {}
-    with contextlib.suppress(KeyboardInterrupt):
-        if called != "never":  # else it has a guidance, with which the lock would go on
-            tiny.call(pipe, steps=2, guidance_scale=3.0, **stop)
-    with pytest.raises(ValueError, match="while WanPipeline, which is attached, does not run"), attach(pipe):
-        tiny.call(another, steps=STEPS)
-    assert tiny.leftovers(pipe) == []
-
-
-def test_a_subclass_with_a_call_of_its_own_that_keeps_no_timestep_is_followed(wan):
-    class Own(WanPipeline):
-        __setattr__ = lambda self, name, value: name == "_current_timestep" or super().__setattr__(name, value)
-
-    own = Own(**wan.components)
-    own.set_progress_bar_config(disable=True)
-    config = KVLockConfig(**LOCK)
-    expected, _ = tiny.locked_call(wan, config, steps=STEPS)
-    assert torch.equal(tiny.locked_call(own, config, steps=STEPS)[0], expected)
-    assert not hasattr(own, "_current_timestep")
